@@ -1,0 +1,142 @@
+# PYTHON and VENV may be set, as in: make test PYTHON=python3.12 VENV=.venv312
+# ARGS goes to pytest and to the demo, as in: make test ARGS="-k adam"
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+BIN := $(abspath $(VENV))/bin
+# So that the build finds the environment's ninja.
+export PATH := $(BIN):$(PATH)
+export PYTHONUNBUFFERED := 1
+
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# The folders are here because they change when a source is removed.
+CXX_INPUTS := $(CXX_FILES) $(shell find csrc -type d) setup.py
+
+.PHONY: help
+help: ## show this list
+	@echo "Usage: make TARGET   (Python: $(PYTHON), virtual environment: $(VENV))"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# Each stamp in the virtual environment says that a step of the set-up is done.
+LOG := $(VENV)/setup.log
+VENV_MADE := $(VENV)/.made
+TORCH_INSTALLED := $(VENV)/.torch-installed
+PACKAGE_INSTALLED := $(VENV)/.package-installed
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+# Shows what is downloaded and compiled; everything else is in the log.
+define PROGRESS
+/^ *Downloading .*\.whl \(.* [MG]B\)/ { split($$2, name, "-"); print "      " name[1] " " name[2] " " $$3 " " $$4 }
+/^ *Installing collected packages:/   { print "      unpacking " NF - 3 " package(s)" }
+/^ *\[[0-9]+\/[0-9]+\] .* -c /        { sub(/^ */, ""); print "      " $$1 " compiling " source($$0) }
+/^ERROR|: (fatal )?(error|warning): / { print }
+function source(line) { sub(/.* -c /, "", line); sub(/ .*/, "", line); sub(/.*\/csrc\//, "csrc/", line); return line }
+{ fflush() }
+endef
+export PROGRESS
+
+logged = $(1) 2>&1 | tee $(LOG) | awk "$$PROGRESS" || { echo "failed; the end of $(LOG):"; tail -n 30 $(LOG); exit 1; }
+
+stop_unless = @$(1) >/dev/null 2>&1 || { echo "fused_ema needs $(2)" >&2; exit 1; }
+NEWER_PYTHON := Python 3.10 or later: $(PYTHON) is none (choose one with PYTHON=...)
+PYTHON_HEADERS := the headers of $(PYTHON) (Debian, Ubuntu: apt-get install python3-dev)
+PYTHON_VENV := the venv module of $(PYTHON) (Debian, Ubuntu: apt-get install python3-venv)
+COMPILER := a C++ compiler: $(CXX) is none (Debian, Ubuntu: apt-get install g++; or choose one with CXX=...)
+
+$(VENV_MADE):
+	$(call stop_unless,$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))',$(NEWER_PYTHON))
+	$(call stop_unless,$(PYTHON) -c 'import ensurepip',$(PYTHON_VENV))
+	$(call stop_unless,test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h",$(PYTHON_HEADERS))
+	$(call stop_unless,$(CXX) --version,$(COMPILER))
+	@echo "[1/3] Making the virtual environment $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# First, because the extension is built against the torch that is installed.
+$(TORCH_INSTALLED): constraints.txt pyproject.toml | $(VENV_MADE)
+	@echo "[2/3] Installing PyTorch (several GB: minutes the first time)"
+	@$(call logged,$(PIP_INSTALL) pip setuptools wheel ninja torch)
+	@touch $@
+
+$(PACKAGE_INSTALLED): $(TORCH_INSTALLED) $(CXX_INPUTS) $(if $(wildcard fused_ema/_native*.so),,no-extension)
+	$(call stop_unless,$(CXX) --version,$(COMPILER))
+	@echo "[3/3] Installing the tools, building the extension"
+	@$(call logged,$(PIP_INSTALL) --verbose --no-build-isolation --editable ".[dev]")
+	@touch $@
+
+.PHONY: no-extension
+no-extension:
+
+.PHONY: setup
+setup: $(PACKAGE_INSTALLED) ## make the virtual environment and build the extension, if they are not right yet
+	@:
+
+.PHONY: demo
+demo: setup ## run the demonstration
+	@$(BIN)/python -m fused_ema.demo $(ARGS)
+
+.PHONY: test
+test: lint ## lint, then run the tests
+	@$(BIN)/pytest $(ARGS)
+
+.PHONY: lint
+lint: setup ## check style and types, change nothing
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	@$(BIN)/mypy
+
+.PHONY: format
+format: setup ## put the style right where a tool can
+	@$(BIN)/ruff format
+	@$(BIN)/ruff check --fix
+	@$(BIN)/clang-format -i $(CXX_FILES)
+
+.PHONY: bench
+bench: setup ## run the benchmarks
+	@$(BIN)/pytest bench $(ARGS)
+
+ASAN_LIB := $(CURDIR)/build/asan
+
+# Python itself is not instrumented, so the runtime must be loaded before it; libstdc++ too, or the
+# runtime would not find the exception handling that it wraps.
+ASAN_RUNTIME = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(lib)))
+# Python and torch leak at exit by design.
+ASAN_SETTINGS := ASAN_OPTIONS=detect_leaks=0:strict_init_order=1 UBSAN_OPTIONS=print_stacktrace=1
+
+# Imports first, so that the tests cannot find another copy. Capturing file descriptors would lose
+# the sanitizer's report when it ends the process.
+define RUN_SANITIZED
+import sys
+from pathlib import Path
+import torch
+import fused_ema._native as native
+import pytest
+path = Path(native.__file__)
+assert Path.cwd() in path.parents, f"not the sanitized package: {path}"
+assert b"__asan_init" in path.read_bytes(), f"not sanitized: {path}"
+print("Testing", path, flush=True)
+sys.exit(pytest.main(["--capture=sys", *sys.argv[1:]]))
+endef
+export RUN_SANITIZED
+
+.PHONY: test-asan
+test-asan: setup ## run the tests on an extension built with address and undefined-behaviour sanitizers
+	@echo "Building the sanitized extension"
+	@rm -rf $(ASAN_LIB)
+	@$(call logged,FUSED_EMA_SANITIZE=1 $(BIN)/python setup.py build --build-lib $(ASAN_LIB))
+	@cd $(ASAN_LIB) && LD_PRELOAD="$(strip $(ASAN_RUNTIME))" $(ASAN_SETTINGS) PYTHONPATH=$(ASAN_LIB) \
+		$(BIN)/python -c "$$RUN_SANITIZED" $(CURDIR)/tests $(ARGS)
+
+.PHONY: clean
+clean: ## remove what was built and cached, but not the virtual environment
+	@rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -f fused_ema/_native*.so
+	@find fused_ema tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
