@@ -1,0 +1,116 @@
+// The optimizers' maths, once for C++, host and device: one functor per rule, and the EMA.
+//
+// fused_ema/rules.py holds the same formulas under the same names and folds the scalars: a row of
+// doubles whose order is that of `scalars` here. Kernels load values, call update(), store them.
+#pragma once
+
+#include <array>
+#include <cmath>
+
+#include "numeric.h"
+
+namespace fused_ema {
+
+// Exact at both ends: weight 0 leaves `from`, weight 1 gives `to`.
+template <class T>
+FUSED_EMA_INLINE T lerp(T from, T to, T weight) {
+  return weight < T(0.5) ? from + weight * (to - from) : to - (to - from) * (T(1) - weight);
+}
+
+// ema <- ema + weight * (param - ema), weight = 1 - rho^kappa.
+template <class T>
+FUSED_EMA_INLINE T ema(T average, T param, T weight) {
+  return lerp(average, param, weight);
+}
+
+// The gradient to descend: negated to maximize, plus the L2 penalty's weight_decay * param.
+template <class T>
+FUSED_EMA_INLINE T directed(T grad, T param, bool maximize, T weight_decay) {
+  grad = maximize ? -grad : grad;
+  return weight_decay != T(0) ? grad + weight_decay * param : grad;
+}
+
+// buf <- carry*buf + grad_weight*g;  p <- p - lr * (nesterov ? g + momentum*buf : buf)
+template <bool has_momentum>
+struct Sgd {
+  static constexpr const char* name = "sgd";
+  static constexpr int num_states = has_momentum ? 1 : 0;
+  static constexpr std::array scalars{"maximize",    "weight_decay", "momentum", "carry",
+                                      "grad_weight", "nesterov",     "lr"};
+
+  template <class T>
+  struct Scalars {
+    bool maximize, nesterov;
+    T weight_decay, momentum, carry, grad_weight, lr;
+
+    explicit Scalars(const double* row)
+        : maximize(row[0] != 0),
+          nesterov(row[5] != 0),
+          weight_decay(T(row[1])),
+          momentum(T(row[2])),
+          carry(T(row[3])),
+          grad_weight(T(row[4])),
+          lr(T(row[6])) {}
+  };
+
+  template <class T>
+  FUSED_EMA_INLINE static void update(T& param, T grad, T* states, const Scalars<T>& c) {
+    grad = directed(grad, param, c.maximize, c.weight_decay);
+    if constexpr (has_momentum) {
+      T& momentum_buffer = states[0];
+      momentum_buffer = c.carry * momentum_buffer + c.grad_weight * grad;
+      grad = c.nesterov ? grad + c.momentum * momentum_buffer : momentum_buffer;
+    }
+    param = param - c.lr * grad;
+  }
+};
+
+// m <- lerp(m, g, 1-beta1);  v <- lerp(v, g*g, 1-beta2)
+// p <- p - (decay*p + step_size * m / (sqrt(v) + eps)), with v's running maximum for amsgrad
+template <bool amsgrad>
+struct Adam {
+  static constexpr const char* name = "adam";
+  static constexpr int num_states = amsgrad ? 3 : 2;
+  static constexpr std::array scalars{"maximize", "weight_decay", "decay", "weight1",
+                                      "weight2",  "step_size",    "eps"};
+
+  template <class T>
+  struct Scalars {
+    bool maximize;
+    T weight_decay, decay, weight1, weight2, step_size, eps;
+
+    explicit Scalars(const double* row)
+        : maximize(row[0] != 0),
+          weight_decay(T(row[1])),
+          decay(T(row[2])),
+          weight1(T(row[3])),
+          weight2(T(row[4])),
+          step_size(T(row[5])),
+          eps(T(row[6])) {}
+  };
+
+  template <class T>
+  FUSED_EMA_INLINE static void update(T& param, T grad, T* states, const Scalars<T>& c) {
+    T& exp_avg = states[0];
+    T& exp_avg_sq = states[1];
+    grad = directed(grad, param, c.maximize, c.weight_decay);
+    exp_avg = lerp(exp_avg, grad, c.weight1);
+    exp_avg_sq = lerp(exp_avg_sq, grad * grad, c.weight2);
+    T second = exp_avg_sq;
+    if constexpr (amsgrad) {
+      T& largest = states[2];
+      largest = second <= largest ? largest : second;  // a NaN wins, as in torch.maximum
+      second = largest;
+    }
+    const T change = exp_avg / (std::sqrt(second) + c.eps) * c.step_size;
+    param = param - (c.decay != T(0) ? change + c.decay * param : change);
+  }
+};
+
+template <class... Rules>
+struct RuleList {};
+
+// Every rule that the backends compile; a new rule is named here.
+using AllRules = RuleList<Sgd<false>, Sgd<true>, Adam<false>, Adam<true>>;
+
+}  // namespace fused_ema

@@ -1,0 +1,274 @@
+"""The optimizers' maths, once for Python: one :class:`Rule` each.
+
+A rule turns a param group into float64 scalars in two stages, so that a step of an unchanged group
+costs only its bias corrections: ``scale`` applies the batch-size rules of
+:mod:`fused_ema.scaling`, ``fold`` folds in the step. ``update`` is the element-wise formula on
+tensors (or :class:`~fused_ema.tensorlist.TensorList`), the specification that every kernel follows.
+``csrc/rules.h`` holds the same formulas in C++ under the same names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from . import scaling
+from .tensorlist import TensorList
+
+Group = Mapping[str, Any]
+Values = TypeVar("Values", Tensor, TensorList)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One optimizer.
+
+    Attributes:
+        name: key of the kernels in every backend.
+        hyper: param-group fields that ``states``, ``scale`` and ``check`` read.
+        check: raises ValueError for a bad param group.
+        states: names of the state tensors that a group needs, in the kernels' order.
+        scale: hyper-parameters at the group's ``kappa``, folded in float64.
+        fold: the kernels' scalars from ``scale``'s result and the base steps after this step.
+        update: one step in place: ``update(param, grad, states, scalars)``; never writes ``grad``.
+        scalars: the NamedTuple type that ``fold`` returns; its order is the kernels' table layout.
+    """
+
+    name: str
+    hyper: tuple[str, ...]
+    check: Callable[[Group], None]
+    states: Callable[[Group], tuple[str, ...]]
+    scale: Callable[[Group], Any]
+    fold: Callable[[Any, float], Any]
+    update: Callable[[Any, Any, Sequence[Any], Any], None]
+    scalars: type
+
+
+def ema_update(ema: Values, param: Values, weight: float) -> None:
+    """``ema <- ema + weight * (param - ema)`` in place, with ``weight = 1 - rho**kappa``."""
+    ema.lerp_(param, weight)
+
+
+def directed(grad: Values, param: Values, maximize: bool, weight_decay: float) -> Values:
+    """The gradient to descend: negated to maximize, plus the L2 penalty ``weight_decay*p``."""
+    if maximize:
+        grad = grad.neg()
+    return grad.add(param, alpha=weight_decay) if weight_decay != 0.0 else grad
+
+
+class SgdScaled(NamedTuple):
+    """SGD's hyper-parameters at ``kappa``."""
+
+    maximize: bool
+    weight_decay: float
+    momentum: float
+    grad_weight: float
+    nesterov: bool
+    lr: float
+    kappa: float
+
+
+class SgdScalars(NamedTuple):
+    """``carry`` is the momentum, or 0 at the first step, where the buffer becomes the gradient."""
+
+    maximize: bool
+    weight_decay: float
+    momentum: float
+    carry: float
+    grad_weight: float
+    nesterov: bool
+    lr: float
+
+
+def check_sgd(group: Group) -> None:
+    check_shared(group)
+    scaling.check_range("momentum", group["momentum"], 0.0, math.inf)
+    check_choice("momentum_scaling", group["momentum_scaling"], ("none", "exact"))
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError(
+            f"nesterov=True requires momentum > 0 and dampening = 0; received "
+            f"momentum={group['momentum']}, dampening={group['dampening']}"
+        )
+
+
+def sgd_states(group: Group) -> tuple[str, ...]:
+    return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+
+def scale_sgd(group: Group) -> SgdScaled:
+    kappa, mu, rule = group["kappa"], group["momentum"], group["momentum_scaling"]
+    return SgdScaled(
+        maximize=group["maximize"],
+        weight_decay=float(group["weight_decay"]),
+        momentum=scaling.momentum(mu, kappa, rule),
+        grad_weight=1.0 - group["dampening"],
+        nesterov=group["nesterov"],
+        lr=scaling.momentum_sgd_lr(float(group["lr"]), mu, kappa, rule),
+        kappa=kappa,
+    )
+
+
+def fold_sgd(hyper: SgdScaled, step: float) -> SgdScalars:
+    first = step <= hyper.kappa
+    return SgdScalars(
+        hyper.maximize,
+        hyper.weight_decay,
+        hyper.momentum,
+        0.0 if first else hyper.momentum,
+        1.0 if first else hyper.grad_weight,
+        hyper.nesterov,
+        hyper.lr,
+    )
+
+
+def update_sgd(param: Values, grad: Values, states: Sequence[Values], c: SgdScalars) -> None:
+    """``b <- carry*b + grad_weight*g``; ``p <- p - lr*(g + momentum*b if nesterov else b)``."""
+    grad = directed(grad, param, c.maximize, c.weight_decay)
+    if states:
+        (momentum_buffer,) = states
+        momentum_buffer.mul_(c.carry).add_(grad, alpha=c.grad_weight)
+        grad = grad.add(momentum_buffer, alpha=c.momentum) if c.nesterov else momentum_buffer
+    param.sub_(grad, alpha=c.lr)
+
+
+SGD = Rule(
+    name="sgd",
+    hyper=(
+        *("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"),
+        *("kappa", "momentum_scaling"),
+    ),
+    check=check_sgd,
+    states=sgd_states,
+    scale=scale_sgd,
+    fold=fold_sgd,
+    update=update_sgd,
+    scalars=SgdScalars,
+)
+
+
+class AdamScaled(NamedTuple):
+    """Adam's hyper-parameters at ``kappa``; ``log_beta`` is per base step, for bias correction."""
+
+    maximize: bool
+    weight_decay: float
+    decay: float
+    weight1: float
+    weight2: float
+    log_beta1: float
+    log_beta2: float
+    lr: float
+    eps: float
+
+
+class AdamScalars(NamedTuple):
+    """``weight1``, ``weight2`` are 1 - beta; ``step_size``, ``eps`` hold the bias corrections."""
+
+    maximize: bool
+    weight_decay: float
+    decay: float
+    weight1: float
+    weight2: float
+    step_size: float
+    eps: float
+
+
+def check_adam(group: Group) -> None:
+    check_shared(group)
+    check_choice("beta_scaling", group["beta_scaling"], ("exponential", "linear"))
+    check_choice("weight_decay_scaling", group["weight_decay_scaling"], ("exact", "none"))
+    scaling.check_range("eps", group["eps"], 0.0, math.inf)
+    for i, beta in enumerate(group["betas"]):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas[{i}]={beta!r} is out of range; allowed: 0 <= betas[{i}] < 1")
+
+
+def adam_states(group: Group) -> tuple[str, ...]:
+    states = ("exp_avg", "exp_avg_sq")
+    return (*states, "max_exp_avg_sq") if group["amsgrad"] else states
+
+
+def scale_adam(group: Group) -> AdamScaled:
+    kappa, base_lr = group["kappa"], float(group["lr"])
+    lr = scaling.adaptive_lr(base_lr, kappa)
+    weight_decay = float(group["weight_decay"])
+    decoupled = group["decoupled_weight_decay"]
+    weights = [scaling.beta_weight(float(b), kappa, group["beta_scaling"]) for b in group["betas"]]
+    log_betas = [math.log1p(-w) / kappa if w < 1.0 else -math.inf for w in weights]
+    return AdamScaled(
+        maximize=group["maximize"],
+        weight_decay=0.0 if decoupled else weight_decay,
+        decay=scaling.decoupled_decay(
+            base_lr, lr, weight_decay, kappa, group["weight_decay_scaling"]
+        )
+        if decoupled
+        else 0.0,
+        weight1=weights[0],
+        weight2=weights[1],
+        log_beta1=log_betas[0],
+        log_beta2=log_betas[1],
+        lr=lr,
+        eps=scaling.adaptive_eps(group["eps"], kappa),
+    )
+
+
+def fold_adam(hyper: AdamScaled, step: float) -> AdamScalars:
+    """Fold ``1 - beta**step`` in: ``step_size*m/(sqrt(v) + eps)`` is Adam's corrected form."""
+    bias_correction1 = -math.expm1(step * hyper.log_beta1)
+    bias_correction2_sqrt = math.sqrt(-math.expm1(step * hyper.log_beta2))
+    return AdamScalars(
+        hyper.maximize,
+        hyper.weight_decay,
+        hyper.decay,
+        hyper.weight1,
+        hyper.weight2,
+        hyper.lr * bias_correction2_sqrt / bias_correction1,
+        hyper.eps * bias_correction2_sqrt,
+    )
+
+
+def update_adam(param: Values, grad: Values, states: Sequence[Values], c: AdamScalars) -> None:
+    """``p <- p - (decay*p + step_size*m/(sqrt(v) + eps))``.
+
+    Kingma & Ba 2015; amsgrad: Reddi et al. 2018; decay: Loshchilov & Hutter 2019.
+    """
+    exp_avg, exp_avg_sq = states[:2]
+    grad = directed(grad, param, c.maximize, c.weight_decay)
+    exp_avg.lerp_(grad, c.weight1)
+    exp_avg_sq.lerp_(grad.mul(grad), c.weight2)
+    if len(states) == 3:
+        exp_avg_sq = states[2].clamp_min_(exp_avg_sq)
+    change = exp_avg.div(exp_avg_sq.sqrt().add(c.eps)).mul_(c.step_size)
+    if c.decay != 0.0:
+        change = change.add_(param, alpha=c.decay)
+    param.sub_(change)
+
+
+ADAM = Rule(
+    name="adam",
+    hyper=(
+        *("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize"),
+        *("kappa", "beta_scaling", "weight_decay_scaling"),
+    ),
+    check=check_adam,
+    states=adam_states,
+    scale=scale_adam,
+    fold=fold_adam,
+    update=update_adam,
+    scalars=AdamScalars,
+)
+
+
+def check_shared(group: Group) -> None:
+    scaling.check_kappa(group["kappa"])
+    scaling.check_range("lr", group["lr"], 0.0, math.inf)
+    scaling.check_range("weight_decay", group["weight_decay"], 0.0, math.inf)
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(repr, allowed))}")

@@ -1,0 +1,136 @@
+"""The scaling rules of "How to Scale Your EMA" (Busbridge et al., NeurIPS 2023, arXiv 2307.13813).
+
+Training at batch size ``B`` is the base; at ``kappa * B`` every hyper-parameter moves so that one
+step covers the same ground as ``kappa`` base steps. All functions are pure, work on Python floats
+in float64 and accept any ``kappa > 0``, also fractional and below one.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def ema_weight(ema_decay: float, kappa: float = 1.0) -> float:
+    """Weight of the new value in a scaled moving average: ``1 - rho**kappa``.
+
+    ``-expm1(kappa * log(rho))``, exact to the last bits where ``1 - rho**kappa`` would cancel.
+    EMA Scaling Rule, Busbridge et al. 2023, Definition 1.2.
+
+    Args:
+        ema_decay: ``rho`` at the base batch size, in ``[0, 1]``.
+        kappa: batch size / base batch size, ``> 0``.
+
+    Returns:
+        A weight in ``[0, 1]``: 0 for ``rho = 1`` (never moves), 1 for ``rho = 0`` (a copy).
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    check_range("ema_decay", ema_decay, 0.0, 1.0)
+    check_kappa(kappa)
+    return -math.expm1(kappa * math.log(ema_decay)) if ema_decay > 0.0 else 1.0
+
+
+def sgd_lr(lr: float, kappa: float) -> float:
+    """Linear rule: ``kappa * lr`` (Goyal et al. 2017, arXiv 1706.02677)."""
+    return kappa * lr
+
+
+def adaptive_lr(lr: float, kappa: float) -> float:
+    """Square-root rule of Adam and RMSProp: ``sqrt(kappa) * lr`` (Malladi et al. 2022)."""
+    return math.sqrt(kappa) * lr
+
+
+def adaptive_eps(eps: float, kappa: float) -> float:
+    """``eps / sqrt(kappa)`` for Adam and RMSProp (Malladi et al. 2022, arXiv 2205.10287)."""
+    return eps / math.sqrt(kappa)
+
+
+def beta_weight(beta: float, kappa: float, rule: str = "exponential") -> float:
+    """Weight ``1 - beta`` of the newest gradient after scaling.
+
+    ``"exponential"``: ``1 - beta**kappa`` (the form of Busbridge et al. 2023, reconstructed);
+    ``"linear"``: ``kappa * (1 - beta)`` (Malladi et al. 2022).
+
+    Args:
+        beta: decay at the base batch size, in ``[0, 1)``.
+        kappa: batch size / base batch size, ``> 0``.
+        rule: ``"exponential"`` or ``"linear"``.
+
+    Returns:
+        The weight, in ``(0, 1]``.
+
+    Raises:
+        ValueError: the linear rule drives the scaled beta out of ``[0, 1)``.
+    """
+    if kappa == 1.0:
+        return 1.0 - beta
+    if rule == "exponential":
+        return -math.expm1(kappa * math.log(beta)) if beta > 0.0 else 1.0
+    weight = kappa * (1.0 - beta)
+    if weight > 1.0:
+        raise ValueError(
+            f"kappa={kappa} with beta_scaling='linear' gives beta = 1 - kappa*(1 - {beta}) = "
+            f"{1.0 - weight:.6g}, outside [0, 1); use kappa <= {1.0 / (1.0 - beta):.6g} or "
+            "beta_scaling='exponential'"
+        )
+    return weight
+
+
+def momentum(momentum: float, kappa: float, rule: str = "none") -> float:
+    """SGD momentum: unchanged (``"none"``, the paper's choice) or ``mu**kappa`` (``"exact"``)."""
+    return momentum**kappa if rule == "exact" and momentum > 0.0 else momentum
+
+
+def momentum_sgd_lr(lr: float, mu: float, kappa: float, rule: str = "none") -> float:
+    """Learning rate of SGD with momentum.
+
+    ``"none"``: ``kappa*lr``. ``"exact"``: ``kappa*lr*(1 - mu**kappa)/(1 - mu)``, which keeps the
+    distance travelled under a constant gradient once the momentum itself is ``mu**kappa``.
+    """
+    if rule == "none" or mu == 0.0:
+        return sgd_lr(lr, kappa)
+    ratio = kappa if mu == 1.0 else (1.0 - mu**kappa) / (1.0 - mu)
+    return sgd_lr(lr, kappa) * ratio
+
+
+def decoupled_decay(
+    lr: float, scaled_lr: float, weight_decay: float, kappa: float, rule: str
+) -> float:
+    """Share of a weight that AdamW's decay removes in one scaled step.
+
+    ``"exact"`` keeps ``kappa`` base steps: ``1 - (1 - lr*weight_decay)**kappa``; the weight decay
+    that torch's form would need is this divided by the scaled lr, about ``sqrt(kappa)`` times the
+    base one. ``"none"`` leaves the coefficient: ``scaled_lr * weight_decay``.
+
+    Args:
+        lr: base learning rate.
+        scaled_lr: the learning rate used in the step.
+        weight_decay: base coefficient (torch's AdamW meaning).
+        kappa: batch size / base batch size.
+        rule: ``"exact"`` or ``"none"``.
+
+    Raises:
+        ValueError: ``lr * weight_decay >= 1`` with ``kappa != 1``, which has no fractional power.
+    """
+    if rule == "none" or kappa == 1.0 or weight_decay == 0.0:
+        return scaled_lr * weight_decay
+    if lr * weight_decay >= 1.0:
+        raise ValueError(
+            f"weight_decay={weight_decay} with lr={lr} removes the whole weight at every base "
+            f"step; (1 - lr*weight_decay)**kappa at kappa={kappa} needs lr*weight_decay < 1: lower "
+            "one of them or set weight_decay_scaling='none'"
+        )
+    return -math.expm1(kappa * math.log1p(-lr * weight_decay))
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError unless ``low <= value <= high``; a NaN never passes."""
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value!r} is out of range; allowed: {low} <= {name} <= {high}")
+
+
+def check_kappa(kappa: float) -> None:
+    """Raise ValueError unless ``kappa`` is finite and positive."""
+    if not 0.0 < kappa < math.inf:
+        raise ValueError(f"kappa={kappa!r} is out of range; allowed: 0 < kappa < inf")
