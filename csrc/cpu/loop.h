@@ -1,0 +1,85 @@
+// The one element loop. targets.cpp includes it once per instruction set, in a namespace of its own
+// and inside the region that enables that set; hence neither an include guard nor includes.
+
+// Elements that are stepped before the averages follow: few enough to still be in the L1 cache.
+constexpr int64_t block = 1024;
+
+template <class Rule, class Stored>
+void rule_loop(void* const* pointers, int64_t begin, int64_t count,
+               const typename Rule::template Scalars<Compute<Stored>>& scalars) {
+  constexpr int num_states = Rule::num_states;
+  Stored* param = static_cast<Stored*>(pointers[0]) + begin;
+  const Stored* grad = static_cast<const Stored*>(pointers[1]) + begin;
+  Stored* state[num_states + 1] = {};
+  for (int k = 0; k < num_states; ++k) state[k] = static_cast<Stored*>(pointers[2 + k]) + begin;
+  FUSED_EMA_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) {
+    Compute<Stored> states[num_states + 1];
+    for (int k = 0; k < num_states; ++k) states[k] = load(state[k][i]);
+    Compute<Stored> value = load(param[i]);
+    Rule::update(value, load(grad[i]), states, scalars);
+    param[i] = store<Stored>(value);
+    for (int k = 0; k < num_states; ++k) state[k][i] = store<Stored>(states[k]);
+  }
+}
+
+template <class Stored>
+void ema_loop(Compute<Stored>* average, const Stored* param, int64_t count,
+              Compute<Stored> weight) {
+  FUSED_EMA_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) average[i] = ema(average[i], load(param[i]), weight);
+}
+
+template <class Stored>
+void ema_loops(const Piece& piece, void* const* emas, const double* weights, int64_t begin,
+               int64_t count) {
+  const Stored* param = static_cast<const Stored*>(piece.pointers[0]) + begin;
+  for (int k = 0; k < piece.num_emas; ++k) {
+    auto* average = static_cast<Compute<Stored>*>(emas[k]) + begin;
+    ema_loop<Stored>(average, param, count, static_cast<Compute<Stored>>(weights[k]));
+  }
+}
+
+template <class Rule, class Stored>
+void step_piece(const Piece& piece) {
+  const typename Rule::template Scalars<Compute<Stored>> scalars(piece.row);
+  const double* weights = piece.row + Rule::scalars.size();
+  void* const* emas = piece.pointers + 2 + Rule::num_states;
+  for (int64_t begin = piece.begin; begin < piece.end; begin += block) {
+    const int64_t count = piece.end - begin < block ? piece.end - begin : block;
+    if (piece.ema_before) ema_loops<Stored>(piece, emas, weights, begin, count);
+    if (piece.active) rule_loop<Rule, Stored>(piece.pointers, begin, count, scalars);
+    if (!piece.ema_before) ema_loops<Stored>(piece, emas, weights, begin, count);
+  }
+}
+
+template <class Rule>
+Kernel kernel_of(StoredType stored) {
+  switch (stored) {
+    case StoredType::float32:
+      return step_piece<Rule, float>;
+    case StoredType::float64:
+      return step_piece<Rule, double>;
+    case StoredType::bfloat16:
+      return step_piece<Rule, BFloat16>;
+    case StoredType::float16:
+      return step_piece<Rule, Half>;
+  }
+  return nullptr;
+}
+
+template <class... Rules>
+KernelInfo find(RuleList<Rules...>, const std::string& rule, int num_states, StoredType stored) {
+  KernelInfo found;
+  const auto consider = [&](auto candidate) {
+    using Rule = decltype(candidate);
+    if (rule == Rule::name && num_states == Rule::num_states)
+      found = {kernel_of<Rule>(stored), static_cast<int>(Rule::scalars.size())};
+  };
+  (consider(Rules{}), ...);
+  return found;
+}
+
+KernelInfo find_kernel(const std::string& rule, int num_states, StoredType stored) {
+  return find(AllRules{}, rule, num_states, stored);
+}

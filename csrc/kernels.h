@@ -1,0 +1,46 @@
+// What a plan asks of the CPU loops, free of torch's headers.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fused_ema {
+
+enum class StoredType { float32, float64, bfloat16, float16 };
+
+// Elements [begin, end) of one parameter.
+//   pointers: param, grad, the rule's states, the averages; grad is null when `active` is false
+//   row: the rule's scalars, then a weight per average
+struct Piece {
+  void* const* pointers;
+  int64_t begin;
+  int64_t end;
+  const double* row;
+  int num_emas;
+  bool active;
+  bool ema_before;
+};
+
+using Kernel = void (*)(const Piece&);
+
+struct KernelInfo {
+  Kernel kernel = nullptr;
+  int num_scalars = 0;
+};
+
+namespace cpu {
+
+// CPU loops that this build has and this processor can run, the preferred one first.
+std::vector<std::string> targets();
+
+// The loop to use: FUSED_EMA_CPU where it is set, else the preferred one.
+// Throws std::invalid_argument where it names none of targets().
+std::string chosen_target();
+
+// The loop for a rule, told apart by its number of states; a null kernel where there is none.
+KernelInfo find_kernel(const std::string& target, const std::string& rule, int num_states,
+                       StoredType stored);
+
+}  // namespace cpu
+}  // namespace fused_ema

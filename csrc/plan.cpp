@@ -1,0 +1,196 @@
+#include "plan.h"
+
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace fused_ema {
+
+namespace {
+
+// Elements below which a second thread costs more than it brings.
+constexpr int64_t grain = 32768;
+
+constexpr double no_gradient = -1.0;
+
+StoredType stored_type(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return StoredType::float32;
+    case at::kDouble:
+      return StoredType::float64;
+    case at::kBFloat16:
+      return StoredType::bfloat16;
+    case at::kHalf:
+      return StoredType::float16;
+    default:
+      throw std::invalid_argument(std::string("no kernel for dtype ") + at::toString(dtype));
+  }
+}
+
+// Whether both tensors put their elements in the same places; the strides of dimensions of size one
+// do not matter.
+bool same_order(const at::Tensor& a, const at::Tensor& b) {
+  const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1 && a_strides[d] != b_strides[d]) return false;
+  return true;
+}
+
+const at::Tensor& unpack(const py::object& tensor) { return THPVariable_Unpack(tensor.ptr()); }
+
+// Where a state or average lies; its dtype and size are what the kernel relies on.
+void* state_pointer(const at::Tensor& state, at::ScalarType dtype, int64_t numel) {
+  if (state.scalar_type() != dtype || state.numel() != numel)
+    throw std::runtime_error("a state tensor was changed to " + state.toString() + " with " +
+                             std::to_string(state.numel()) + " elements; its parameter has " +
+                             std::to_string(numel));
+  return state.data_ptr();
+}
+
+// Tells autograd about a write behind its back, as torch's own in-place operations do.
+void bump_version(const py::object& object) {
+  const at::Tensor& tensor = unpack(object);
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+Plan::Plan(std::string rule, std::vector<py::object> params, std::vector<py::object> steps,
+           std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
+           std::vector<int> groups, bool frozen, bool ema_before)
+    : rule_(std::move(rule)),
+      target_(cpu::chosen_target()),
+      num_states_(static_cast<int>(states.at(0).size())),
+      num_emas_(static_cast<int>(emas.at(0).size())),
+      stride_(2 + num_states_ + num_emas_),
+      frozen_(frozen),
+      ema_before_(ema_before),
+      groups_(std::move(groups)) {
+  const StoredType stored = stored_type(unpack(params.at(0)).scalar_type());
+  kernel_ = cpu::find_kernel(target_, rule_, num_states_, stored);
+  if (kernel_.kernel == nullptr)
+    throw std::invalid_argument("no kernel for rule " + rule_ + " with " +
+                                std::to_string(num_states_) + " states");
+  offsets_.push_back(0);
+  for (size_t i = 0; i < params.size(); ++i) {
+    offsets_.push_back(offsets_.back() + unpack(params[i]).numel());
+    tensors_.push_back(std::move(params[i]));
+    tensors_.push_back(std::move(steps.at(i)));
+    for (py::object& state : states.at(i)) tensors_.push_back(std::move(state));
+    for (py::object& average : emas.at(i)) tensors_.push_back(std::move(average));
+  }
+  pointers_.resize(groups_.size() * stride_);
+  counters_.resize(groups_.size());
+  row_of_.resize(groups_.size());
+}
+
+bool Plan::prepare(const py::object& fold) {
+  const auto kappas = fold.attr("kappas").cast<std::vector<double>>();
+  rows_.clear();
+  copies_.clear();
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const at::Tensor& param = unpack(tensors_[i * stride_]);
+    const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+    double step = no_gradient;
+    counters_[i] = nullptr;
+    if (grad.defined()) {
+      if (frozen_) return false;
+      counters_[i] = static_cast<double*>(unpack(tensors_[i * stride_ + 1]).data_ptr());
+      step = *counters_[i] + kappas[groups_[i]];
+    }
+    read_pointers(i, param, grad);
+    row_of_[i] = find_row(groups_[i], step);
+  }
+  fold_rows(fold);
+  return true;
+}
+
+void Plan::read_pointers(size_t i, const at::Tensor& param, const at::Tensor& grad) {
+  const py::object* tensors = &tensors_[i * stride_];
+  void** pointers = &pointers_[i * stride_];
+  const int64_t numel = offsets_[i + 1] - offsets_[i];
+  const at::ScalarType stored = param.scalar_type();
+  const at::ScalarType average = at::toOpMathType(stored);
+  pointers[0] = state_pointer(param, stored, numel);
+  pointers[1] = grad.defined() ? grad_pointer(grad, param) : nullptr;
+  for (int k = 2; k < stride_; ++k)
+    pointers[k] = state_pointer(unpack(tensors[k]), k < 2 + num_states_ ? stored : average, numel);
+}
+
+int Plan::find_row(int group, double step) {
+  // the parameters of a group nearly always share a count, so the newest row is the likely one
+  for (size_t r = rows_.size(); r-- > 0;)
+    if (rows_[r].group == group && rows_[r].step == step) return static_cast<int>(r);
+  rows_.push_back({group, step});
+  return static_cast<int>(rows_.size()) - 1;
+}
+
+void Plan::fold_rows(const py::object& fold) {
+  table_.assign(rows_.size() * (row_size()), 0.0);
+  double* out = table_.data();
+  for (const Row& row : rows_) {
+    const bool active = row.step != no_gradient;
+    const py::object step = active ? py::object(py::float_(row.step)) : py::object(py::none());
+    const py::tuple folded = fold(row.group, step);
+    const py::tuple scalars = folded[0], weights = folded[1];
+    for (size_t k = 0; k < scalars.size(); ++k) out[k] = scalars[k].cast<double>();
+    for (int k = 0; k < num_emas_; ++k) out[kernel_.num_scalars + k] = weights[k].cast<double>();
+    out += row_size();
+  }
+}
+
+void* Plan::grad_pointer(const at::Tensor& grad, const at::Tensor& param) {
+  // equal dispatch keys: same kind of device and layout, no lazy negation, no subclass
+  if (grad.key_set() == param.key_set() && grad.scalar_type() == param.scalar_type() &&
+      grad.sizes() == param.sizes() && grad.strides() == param.strides())
+    return grad.data_ptr();
+  if (grad.layout() != at::kStrided)
+    throw std::runtime_error(
+        "sparse gradients are not supported (allowed: torch.strided); use sparse=False in the "
+        "embedding or torch.optim.SparseAdam");
+  if (grad.scalar_type() != param.scalar_type() || grad.device() != param.device() ||
+      grad.sizes() != param.sizes())
+    throw std::runtime_error("grad does not match its parameter: received " + grad.toString() +
+                             " of shape " + c10::str(grad.sizes()) + ", allowed " +
+                             param.toString() + " of shape " + c10::str(param.sizes()));
+  if (same_order(grad, param) && !grad.is_neg()) return grad.data_ptr();
+  const at::NoGradGuard no_grad;
+  copies_.push_back(at::empty_strided(param.sizes(), param.strides(), param.options()).copy_(grad));
+  return copies_.back().data_ptr();
+}
+
+void Plan::run() {
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const py::object* tensors = &tensors_[i * stride_];
+    if (counters_[i] != nullptr) {
+      *counters_[i] = rows_[row_of_[i]].step;
+      bump_version(tensors[0]);
+    }
+    for (int k = 2 + num_states_; k < stride_; ++k) bump_version(tensors[k]);
+  }
+  {
+    const py::gil_scoped_release released;
+    at::parallel_for(0, offsets_.back(), grain,
+                     [this](int64_t begin, int64_t end) { run_elements(begin, end); });
+  }
+  copies_.clear();
+}
+
+// Shares out elements, not tensors: threads get equal bytes however unequal the tensors are.
+void Plan::run_elements(int64_t begin, int64_t end) const {
+  size_t i = std::upper_bound(offsets_.begin(), offsets_.end(), begin) - offsets_.begin() - 1;
+  for (; begin < end; ++i) {
+    const int64_t stop = std::min(end, offsets_[i + 1]);
+    if (stop == begin) continue;
+    const double* row = &table_[row_of_[i] * (row_size())];
+    kernel_.kernel({&pointers_[i * stride_], begin - offsets_[i], stop - offsets_[i], row,
+                    num_emas_, counters_[i] != nullptr, ema_before_});
+    begin = stop;
+  }
+}
+
+}  // namespace fused_ema

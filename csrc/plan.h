@@ -1,0 +1,69 @@
+// A bucket of dense tensors, ready to step: tensors in, pointers and pieces out.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fused_ema {
+
+namespace py = pybind11;
+
+// Holds the Python tensors, never their addresses: those are read anew by every prepare(), so that
+// `p.data = ...`, a new gradient or a moved state is seen. The optimizer's Watch guards what a plan
+// takes for granted between steps: which tensors there are, their dtypes, shapes and strides.
+class Plan {
+ public:
+  Plan(std::string rule, std::vector<py::object> params, std::vector<py::object> steps,
+       std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
+       std::vector<int> groups, bool frozen, bool ema_before);
+
+  // Reads gradients and pointers and folds the scalars; writes nothing. False: a frozen parameter
+  // has a gradient now, and the bucket must be made anew.
+  bool prepare(const py::object& fold);
+
+  // Steps every parameter with a gradient and moves every average.
+  void run();
+
+  const std::string& target() const { return target_; }
+
+ private:
+  // Parameters of one group at one step count share a row of scalars.
+  struct Row {
+    int group;
+    double step;  // negative: no gradient, averages alone
+  };
+
+  int row_size() const { return kernel_.num_scalars + num_emas_; }
+  int find_row(int group, double step);
+  void fold_rows(const py::object& fold);
+  void read_pointers(size_t i, const at::Tensor& param, const at::Tensor& grad);
+  void* grad_pointer(const at::Tensor& grad, const at::Tensor& param);
+  void run_elements(int64_t begin, int64_t end) const;
+
+  std::string rule_;
+  std::string target_;
+  KernelInfo kernel_;
+  int num_states_;
+  int num_emas_;
+  int stride_;  // pointers per parameter
+  bool frozen_;
+  bool ema_before_;
+  std::vector<py::object> tensors_;  // per parameter: param, step, states, averages
+  std::vector<int> groups_;
+  std::vector<int64_t> offsets_;  // first element of each parameter in the bucket, and the total
+
+  // filled by prepare()
+  std::vector<void*> pointers_;
+  std::vector<double*> counters_;
+  std::vector<int> row_of_;
+  std::vector<Row> rows_;
+  std::vector<double> table_;
+  std::vector<at::Tensor> copies_;  // gradients that had to be laid out like their parameter
+};
+
+}  // namespace fused_ema

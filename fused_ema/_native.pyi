@@ -1,0 +1,43 @@
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .backends.plan import Fold
+
+class Plan:
+    """A bucket of dense CPU tensors, stepped by the C++ kernels."""
+
+    def __init__(
+        self,
+        rule: str,
+        params: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        states: Sequence[Sequence[Tensor]],
+        emas: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        frozen: bool,
+        ema_before: bool,
+    ) -> None: ...
+    @property
+    def target(self) -> str:
+        """The CPU loop in use: "baseline", "avx2" or "avx512"."""
+    def prepare(self, fold: Fold) -> bool: ...
+    def run(self) -> None: ...
+
+class Watch:
+    """Remembers which tensors an optimizer holds and how they lie in memory."""
+
+    def __init__(
+        self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]
+    ) -> None: ...
+    def unchanged(
+        self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]
+    ) -> bool:
+        """Whether the same tensors with the same dtype, device, shape and strides are there."""
+
+def cpu_targets() -> list[str]:
+    """CPU loops that this build has and this processor can run, the preferred one first."""
+
+def rule_scalars() -> dict[str, list[str]]:
+    """Names of the scalars that each C++ rule reads, in table order."""

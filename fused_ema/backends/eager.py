@@ -1,0 +1,95 @@
+"""What the torch-operation backends share: gradients to rows, a row to one update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..buckets import Bucket, Slot
+from ..rules import ema_update
+from .plan import Fold
+
+# Makes one operand of a row's tensors: a TensorList, or the only tensor itself.
+Wrap = Callable[[list[Tensor]], Any]
+
+
+class Row(NamedTuple):
+    """Slots that take the same scalars; ``scalars`` is empty where no gradient came."""
+
+    scalars: Any
+    weights: Sequence[float]
+    kappa: float
+    slots: list[Slot]
+
+
+class EagerPlan:
+    """A bucket stepped by torch operations; states are looked up anew at every step."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self.rows: list[Row] = []
+        self._dtype = bucket.compute_dtype
+        if self._dtype.is_complex:
+            self._dtype = self._dtype.to_real()
+
+    def prepare(self, fold: Fold) -> bool:
+        members: dict[tuple[int, float | None], list[Slot]] = {}
+        for slot in self.bucket.slots:
+            step = None
+            if slot.param.grad is not None:
+                if self.bucket.key.states is None:
+                    return False
+                check_grad(slot.param.grad, slot.param)
+                step = slot.state["step"].item() + fold.kappas[slot.group]
+            members.setdefault((slot.group, step), []).append(slot)
+        self.rows = [
+            Row(*fold(group, step), fold.kappas[group], slots)
+            for (group, step), slots in members.items()
+        ]
+        return True
+
+    def step_row(self, row: Row, wrap: Wrap) -> None:
+        """Rule and averages of one row, in place."""
+        if self.bucket.key.ema_order == "before":
+            self._move_averages(row, wrap)
+        if row.scalars:
+            self._apply_rule(row, wrap)
+        if self.bucket.key.ema_order == "after":
+            self._move_averages(row, wrap)
+
+    def _apply_rule(self, row: Row, wrap: Wrap) -> None:
+        grad = wrap([real(slot.param.grad) for slot in row.slots if slot.param.grad is not None])
+        states = [[real(slot.state[key]) for slot in row.slots] for key in self.bucket.state_keys]
+        stored = [wrap(tensors) for tensors in ([real(slot.param) for slot in row.slots], *states)]
+        working = [operand.to(self._dtype) for operand in stored]
+        self.bucket.rule.update(working[0], grad.to(self._dtype), working[1:], row.scalars)
+        for operand, value in zip(stored, working, strict=True):
+            if value is not operand:
+                operand.copy_(value)
+        for slot in row.slots:
+            slot.state["step"] += row.kappa
+
+    def _move_averages(self, row: Row, wrap: Wrap) -> None:
+        for key, weight in zip(self.bucket.key.emas, row.weights, strict=True):
+            ema = wrap([real(slot.state[key]) for slot in row.slots])
+            param = wrap([real(slot.param) for slot in row.slots])
+            ema_update(ema, param.to(self._dtype), weight)
+
+
+def check_grad(grad: Tensor, param: Tensor) -> None:
+    """Raise RuntimeError for a gradient that no update can take."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"sparse gradients are not supported (received layout {grad.layout}, allowed: "
+            "torch.strided); use sparse=False in the embedding or torch.optim.SparseAdam"
+        )
+    if grad.dtype != param.dtype:
+        raise RuntimeError(f"grad has dtype {grad.dtype}, allowed: its parameter's {param.dtype}")
+
+
+def real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, a real one as it is; shares memory."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

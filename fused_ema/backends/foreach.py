@@ -1,0 +1,26 @@
+"""The same formulas on lists of tensors through ``torch._foreach_*``; any device."""
+
+from __future__ import annotations
+
+import torch
+
+from ..buckets import Bucket
+from ..tensorlist import TensorList
+from .eager import EagerPlan
+
+NAME = "foreach"
+
+
+def unsupported(bucket: Bucket) -> str | None:
+    return "differentiable=True needs the reference backend" if bucket.key.differentiable else None
+
+
+class ForeachPlan(EagerPlan):
+    @torch.no_grad()
+    def run(self) -> None:
+        for row in self.rows:
+            self.step_row(row, TensorList)
+
+
+def plan(bucket: Bucket) -> ForeachPlan:
+    return ForeachPlan(bucket)

@@ -1,0 +1,34 @@
+"""The contract between the optimizer and a prepared bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
+
+# The rule's scalars (a NamedTuple, empty without a gradient) and the EMA weights.
+Scalars: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+class Fold(Protocol):
+    """Scalars of the step at hand, folded in float64 on demand."""
+
+    @property
+    def kappas(self) -> Sequence[float]:
+        """``kappa`` of every param group."""
+
+    def __call__(self, group: int, step: float | None) -> Scalars:
+        """A group's scalars after ``step`` base steps; None: no gradient, averages alone."""
+
+
+class Plan(Protocol):
+    """A bucket ready to step, in two halves so that an error leaves nothing half-updated."""
+
+    def prepare(self, fold: Fold) -> bool:
+        """Read gradients and fold scalars; write nothing. False: the bucket must be made anew.
+
+        Raises:
+            RuntimeError: a gradient that cannot be used.
+        """
+
+    def run(self) -> None:
+        """Step every parameter and move every average, in place."""

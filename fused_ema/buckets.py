@@ -1,0 +1,133 @@
+"""Sorts parameters into buckets: what one kernel launch can cover."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ema import decays, ema_keys
+from .rules import Rule
+
+# Arithmetic and averages of every parameter dtype; half precision is computed in float32.
+COMPUTE_DTYPE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.complex64: torch.complex64,
+    torch.complex128: torch.complex128,
+}
+
+
+class Slot(NamedTuple):
+    """One parameter of a bucket: the tensor, the index of its param group, its optimizer state."""
+
+    param: Tensor
+    group: int
+    state: dict[str, Any]
+
+
+class Key(NamedTuple):
+    """What all slots of a bucket share.
+
+    ``states`` are the rule's state tensors, None for frozen parameters, whose averages alone move.
+    ``layout`` is ``"dense"`` when parameter, states and averages lie in memory in the same order
+    without gaps, else ``"strided"``.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    layout: str
+    states: tuple[str, ...] | None
+    emas: tuple[str, ...]
+    ema_order: str
+    differentiable: bool
+    backend: str
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Slots that one plan steps together."""
+
+    rule: Rule
+    key: Key
+    slots: tuple[Slot, ...]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of arithmetic and averages."""
+        return COMPUTE_DTYPE[self.key.dtype]
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """Names of the rule's states, none for frozen parameters."""
+        return self.key.states or ()
+
+    def __str__(self) -> str:
+        key = self.key
+        return f"{len(self.slots)} {key.layout} {key.dtype} parameter(s) on {key.device}"
+
+
+def make_buckets(
+    rule: Rule,
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, dict[str, Any]],
+    requested: Sequence[str],
+) -> list[Bucket]:
+    """Group every parameter by what a launch can cover; states must exist already.
+
+    Args:
+        rule: the optimizer's rule.
+        groups: its param groups.
+        state: its state, complete for every parameter.
+        requested: the backend asked for, one a group.
+    """
+    members: dict[Key, list[Slot]] = {}
+    for index, (group, backend) in enumerate(zip(groups, requested, strict=True)):
+        for param in group["params"]:
+            slot = Slot(param, index, state[param])
+            members.setdefault(_key(rule, group, slot, backend), []).append(slot)
+    return [Bucket(rule, key, tuple(slots)) for key, slots in members.items()]
+
+
+def is_active(param: Tensor) -> bool:
+    """Whether the rule itself moves the parameter; a frozen one has averages only."""
+    return param.requires_grad or param.grad is not None
+
+
+def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str) -> Key:
+    states = rule.states(group) if is_active(slot.param) else None
+    emas = ema_keys(len(decays(group["ema_decay"])))
+    tensors = [slot.param, *(slot.state[key] for key in (*(states or ()), *emas))]
+    return Key(
+        slot.param.device,
+        slot.param.dtype,
+        "dense" if _same_dense_order(tensors) else "strided",
+        states,
+        emas,
+        group["ema_order"],
+        group["differentiable"],
+        backend,
+    )
+
+
+def _same_dense_order(tensors: Iterable[Tensor]) -> bool:
+    orders = {_dense_order(tensor) for tensor in tensors}
+    return len(orders) == 1 and None not in orders
+
+
+def _dense_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Strides of the dimensions longer than one, or None where memory has gaps or overlaps."""
+    if tensor.numel() == 0:
+        return ()
+    spans = [(s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1]
+    expected = 1
+    for stride, size in sorted(spans):
+        if stride != expected:
+            return None
+        expected *= size
+    return tuple(stride for stride, _ in spans)

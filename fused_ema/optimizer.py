@@ -1,0 +1,398 @@
+"""The base of the drop-in optimizers: torch's interface around plans that step whole buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, StateDict
+
+from . import averages
+from ._native import Watch
+from .backends import NAMES, requested_backend, select
+from .backends.plan import Plan
+from .buckets import make_buckets
+from .ema import EmaDecay, check_ema_decay, decays, ema_keys, is_constant
+from .ema_buffers import EmaBuffers, resolve
+from .folding import Folder
+from .rules import Rule, check_choice
+from .state import complete, loaded
+from .swap import swapped
+from .teacher import Teacher, pair
+
+
+class EmaOptions(TypedDict, total=False):
+    """Keyword arguments that every optimizer here takes beside its torch namesake's."""
+
+    ema_decay: EmaDecay
+    ema: Teacher | None
+    ema_order: str
+    kappa: float
+    model: nn.Module | None
+    ema_buffers: str | None
+    backend: str
+
+
+class FusedScaledOptimizer(Optimizer):
+    """Base of the optimizers: one fused pass a bucket for the step and every average.
+
+    Subclasses set :attr:`rule` and give the defaults of torch's namesake.
+
+    Args:
+        params: parameters, named parameters or param groups, as torch takes them. A group may set
+            any hyper-parameter for itself, and ``ema``: its own teacher tensors.
+        defaults: the rule's hyper-parameters at the base batch size.
+        ema_decay: ``rho`` at the base batch size, in ``[0, 1]``; or a schedule ``t -> rho`` of the
+            samples seen in base batches; or a tuple of those, one an average; None: no average.
+        ema: a teacher that is the (first) average: a module, or its parameters. It is modified in
+            place at every step and keeps its present values as the start. None: the optimizer
+            keeps the average, starting at the weights.
+        ema_order: ``"after"``: the average takes in the new weights (the paper's Algorithm 1);
+            ``"before"``: the old ones (its theory).
+        kappa: batch size / base batch size, ``> 0``. Scales learning rate, betas, eps, weight decay
+            and ``rho`` together, at every step, by :mod:`fused_ema.scaling`.
+        model: the student module: gives parameters their names, and buffers to the average.
+        ema_buffers: ``"copy"`` (default with ``model``), ``"average"`` or ``"leave"``; see
+            :class:`~fused_ema.ema_buffers.EmaBuffers`.
+        backend: ``"auto"`` or one of ``"native"``, ``"foreach"``, ``"reference"``.
+
+    Raises:
+        ValueError: a bad value; the message names the argument, the value and what is allowed.
+    """
+
+    rule: ClassVar[Rule]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        ema_decay: EmaDecay = None,
+        ema: Teacher | None = None,
+        ema_order: str = "after",
+        kappa: float = 1.0,
+        model: nn.Module | None = None,
+        ema_buffers: str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        check_choice("backend", backend, ("auto", *NAMES))
+        self.backend = backend
+        self._teachers: dict[Tensor, Tensor] = {}
+        self._names: dict[Tensor, str] = {}
+        self._buffers: EmaBuffers | None = None
+        self._swapped = False
+        self._forget_plans()
+        shared = {"ema_decay": ema_decay, "ema_order": ema_order, "kappa": kappa, "base_steps": 0.0}
+        self._check_group({**defaults, **shared})
+        if model is not None:
+            self._names = {param: name for name, param in model.named_parameters()}
+        super().__init__(params, {**defaults, **shared})
+        if ema is not None:
+            self._bind(ema, [g for g in self.param_groups if g["ema_decay"] is not None])
+        self._buffers = resolve(model, ema_buffers, self._num_emas(), ema)
+
+    @property
+    def kappa(self) -> float:
+        """Batch size / base batch size of all param groups; set it to change them all.
+
+        Raises:
+            ValueError: read while the groups differ, or set out of ``0 < kappa < inf``, or to a
+                value that the groups' scaling rules cannot follow. No group has changed then.
+        """
+        values = {float(group["kappa"]) for group in self.param_groups}
+        if len(values) > 1:
+            raise ValueError(f"kappa differs between param groups: {sorted(values)}")
+        return values.pop()
+
+    @kappa.setter
+    def kappa(self, value: float) -> None:
+        for group in self.param_groups:
+            self._check_group({**group, "kappa": value})
+        for group in self.param_groups:
+            group["kappa"] = float(value)
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Names of the backends in use, one a bucket; empty before the first step."""
+        return self._plan_names
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter and move every average, in place.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, None without one.
+
+        Raises:
+            RuntimeError: inside :meth:`ema_weights`, a sparse gradient, or a backend that cannot.
+            ValueError: a param group holds a bad value. Nothing has moved in either case.
+        """
+        self._check_not_swapped("step()")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        fold = self._folder
+        if fold.refresh(self.param_groups) or not self._plans_hold():
+            self._make_plans()
+        if not self._prepare():
+            self._make_plans()
+            self._prepare()
+        weights = self._buffer_weights()
+        for plan in self._plans:
+            plan.run()
+        if self._buffers is not None:
+            self._buffers.step(weights)
+        for group, kappa in zip(self.param_groups, fold.kappas, strict=True):
+            group["base_steps"] += kappa
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as torch does; ``ema`` in it binds its own teacher tensors.
+
+        Raises:
+            ValueError: a bad value, or a teacher that does not match; the group is not added.
+        """
+        teacher = param_group.pop("ema", None) if isinstance(param_group, dict) else None
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+        if teacher is not None:
+            try:
+                self._bind(teacher, [group])
+            except ValueError:
+                self.param_groups.pop()
+                raise
+        self._forget_plans()
+
+    @contextmanager
+    def ema_weights(self, index: int = 0) -> Iterator[None]:
+        """Hold an average in the parameters, in place, while the context is open.
+
+        ``with opt.ema_weights(): evaluate(model)``. On exit, also by an exception, weights and
+        averages are restored bit by bit. Averaged buffers trade places too.
+
+        Args:
+            index: which average, for a tuple ``ema_decay``.
+
+        Raises:
+            IndexError: there is no such average.
+            RuntimeError: already inside; ``step()``, ``state_dict()`` and ``load_state_dict()``
+                raise it inside.
+        """
+        pairs = list(self._averages(index, "ema_weights()").items())
+        if self._buffers is not None:
+            pairs += self._buffers.pairs(index)
+        with swapped(pairs):
+            self._swapped = True
+            try:
+                yield
+            finally:
+                self._swapped = False
+
+    def ema_state_dict(self, model: nn.Module, index: int = 0) -> dict[str, Tensor]:
+        """An average under the keys of ``model.state_dict()``.
+
+        Args:
+            model: the module whose parameters are optimized here. Entries that are not averaged
+                (parameters of no group, buffers unless ``ema_buffers`` holds them) are its own.
+            index: which average, for a tuple ``ema_decay``.
+
+        Returns:
+            Tensors that share memory with the optimizer's; averages keep their dtype.
+
+        Raises:
+            ValueError: ``model`` holds none of the averaged parameters.
+            IndexError: there is no such average.
+        """
+        held = self._buffers.values(index) if self._buffers is not None else {}
+        return averages.state_dict(model, self._averages(index, "ema_state_dict()"), held)
+
+    def copy_ema_to(self, model: nn.Module, index: int = 0) -> None:
+        """Copy an average into a module's parameters and held buffers, in place.
+
+        Args:
+            model: the optimized module itself, or another of the same shapes: paired by name where
+                names are known (``model=`` or ``named_parameters()``), else in order.
+            index: which average, for a tuple ``ema_decay``.
+
+        Raises:
+            ValueError: a name or shape does not match; the message names the first.
+            IndexError: there is no such average.
+        """
+        held = self._buffers.values(index) if self._buffers is not None else {}
+        by_param = self._averages(index, "copy_ema_to()")
+        averages.copy_to(model, by_param, held, self._names, len(self.param_groups) == 1)
+
+    def state_dict(self) -> StateDict:
+        """The state as torch lays it out, the averages under ``ema``, ``ema_1``, ...
+
+        A schedule is configuration and is left out; its position, ``base_steps``, is in. Held
+        buffers are under the key ``ema_buffers``.
+
+        Raises:
+            RuntimeError: inside :meth:`ema_weights`.
+        """
+        self._check_not_swapped("state_dict()")
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            if not is_constant(group["ema_decay"]):
+                del group["ema_decay"]
+        if self._buffers is not None:
+            state_dict["ema_buffers"] = self._buffers.state_dict()
+        return state_dict
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state of this class or of its torch namesake, in copies.
+
+        Averages keep their dtype; a teacher's tensors take the saved values in place. What the
+        state lacks (torch's has no averages, no ``kappa``) stays as it is here, and ``foreach`` and
+        ``fused``, which choose an implementation, stay too.
+
+        Raises:
+            ValueError: groups or shapes do not match, or a bad value. Nothing has changed then.
+            RuntimeError: inside :meth:`ema_weights`.
+        """
+        self._check_not_swapped("load_state_dict()")
+        state: dict[Any, Any] = {}
+
+        def read(_: Optimizer, given: StateDict) -> StateDict:
+            groups = [
+                self._merged(group, saved)
+                for group, saved in zip(self.param_groups, given["param_groups"], strict=False)
+            ]
+            state.update(self._loaded_state(given, groups))
+            return {**given, "param_groups": groups or given["param_groups"], "state": {}}
+
+        def install(_: Optimizer) -> None:
+            self.state.update(state)
+            if self._buffers is not None and "ema_buffers" in state_dict:
+                self._buffers.load_state_dict(state_dict["ema_buffers"])
+            with torch.no_grad():
+                for param, teacher in self._teachers.items():
+                    if "ema" in state.get(param, ()):
+                        teacher.copy_(state[param]["ema"])
+
+        # last to read and first to act, so that hooks of the user's see what they expect
+        hooks = [
+            self.register_load_state_dict_pre_hook(read),
+            self.register_load_state_dict_post_hook(install, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_not_swapped("copying or pickling the optimizer")
+        own = ("backend", "_teachers", "_names", "_buffers")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._swapped = False
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        self._folder = Folder(self.rule)
+        self._watch: Watch | None = None
+        self._plans: list[Plan] = []
+        self._plan_names: tuple[str, ...] = ()
+
+    def _plans_hold(self) -> bool:
+        return self._watch is not None and self._watch.unchanged(self.param_groups, self.state)
+
+    @torch.no_grad()
+    def _complete_state(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                complete(self.rule, group, param, self.state[param], self._teachers.get(param))
+
+    def _make_plans(self) -> None:
+        self._complete_state()
+        requested = [requested_backend(group, self.backend) for group in self.param_groups]
+        buckets = make_buckets(self.rule, self.param_groups, self.state, requested)
+        chosen = [(select(bucket), bucket) for bucket in buckets]
+        self._plan_names = tuple(backend.NAME for backend, _ in chosen)
+        self._plans = [backend.plan(bucket) for backend, bucket in chosen]
+        self._watch = Watch(self.param_groups, self.state)
+
+    def _prepare(self) -> bool:
+        return all([plan.prepare(self._folder) for plan in self._plans])
+
+    def _buffer_weights(self) -> tuple[float, ...]:
+        if self._buffers is None:
+            return ()
+        return self._folder(self._averaged_groups()[0], None)[1]
+
+    def _averaged_groups(self) -> list[int]:
+        return [i for i, group in enumerate(self.param_groups) if decays(group["ema_decay"])]
+
+    def _num_emas(self) -> int:
+        indices = self._averaged_groups()
+        return len(decays(self.param_groups[indices[0]]["ema_decay"])) if indices else 0
+
+    def _averages(self, index: int, what: str) -> dict[Tensor, Tensor]:
+        """The average ``index`` of every parameter that has it."""
+        self._check_not_swapped(what)
+        self._complete_state()
+        (key,) = ema_keys(index + 1)[index:] or (None,)
+        found = {
+            param: self.state[param][key]
+            for group in self.param_groups
+            if 0 <= index < len(decays(group["ema_decay"]))
+            for param in group["params"]
+        }
+        if not found:
+            raise IndexError(f"index={index}: no param group has that average; see ema_decay")
+        return found
+
+    def _bind(self, teacher: Teacher, groups: list[dict[str, Any]]) -> None:
+        params = [p for group in groups for p in group["params"] if p not in self._teachers]
+        if not params or any(group["ema_decay"] is None for group in groups):
+            raise ValueError("ema was given, but ema_decay=None; allowed: a decay for the teacher")
+        self._teachers.update(pair(teacher, params, self._names, len(self.param_groups) == 1))
+
+    def _merged(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {k: v for k, v in group.items() if k not in saved or k in ("foreach", "fused")}
+        kept.pop("params", None)
+        merged = {**saved, **kept}
+        self._check_group(merged)
+        return merged
+
+    def _loaded_state(self, given: StateDict, groups: list[dict[str, Any]]) -> dict[Any, Any]:
+        state = dict(given["state"])
+        result: dict[Any, Any] = {}
+        for group, saved in zip(self.param_groups, groups, strict=False):
+            keys, emas = self.rule.states(saved), ema_keys(len(decays(saved["ema_decay"])))
+            for param, key in zip(group["params"], saved["params"], strict=False):
+                if key in state:
+                    result[param] = loaded(state.pop(key), param, keys, emas)
+        return {**state, **result}
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        self.rule.check(group)
+        check_ema_decay(group["ema_decay"])
+        check_choice("ema_order", group["ema_order"], ("after", "before"))
+        if group.get("capturable"):
+            raise ValueError(
+                "capturable=True is not supported: no backend of this build folds the scalars on "
+                "the device; allowed: False"
+            )
+        self.rule.fold(self.rule.scale(group), float(group["kappa"]))
+        requested_backend(group, self.backend)
+
+    def _check_not_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise RuntimeError(
+                f"{what} inside ema_weights(): the parameters hold the average; leave the context "
+                "first"
+            )

@@ -1,0 +1,140 @@
+"""Optimizer state of one parameter: created, moved beside its parameter, loaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .buckets import COMPUTE_DTYPE, is_active
+from .ema import decays, ema_keys
+from .rules import Rule
+
+
+def complete(
+    rule: Rule,
+    group: Mapping[str, Any],
+    param: Tensor,
+    state: dict[str, Any],
+    teacher: Tensor | None = None,
+) -> None:
+    """Give ``state`` all that a step needs, in place: what is there already keeps its values.
+
+    Moments start at zero in the parameter's dtype, as in torch; averages start as a copy of the
+    weights in the compute dtype, the first one is ``teacher`` where there is one; ``step`` counts
+    base steps (``kappa`` a step) in float64. Tensors left behind by ``model.to(...)`` follow their
+    parameter, a teacher never does.
+
+    Raises:
+        TypeError: the parameter's dtype is not a floating one.
+        RuntimeError: a state has another shape than its parameter.
+        ValueError: the teacher does not fit the parameter.
+    """
+    if param.dtype not in COMPUTE_DTYPE:
+        allowed = ", ".join(map(str, COMPUTE_DTYPE))
+        raise TypeError(f"params: a parameter has dtype {param.dtype}; allowed: {allowed}")
+    if is_active(param):
+        _complete_rule_states(rule.states(group), param, state)
+    state["step"] = _step_counter(state.get("step", 0.0))
+    dtype = COMPUTE_DTYPE[param.dtype]
+    for key in ema_keys(len(decays(group["ema_decay"]))):
+        if key == "ema" and teacher is not None:
+            check_teacher(teacher, param, "the teacher's tensor")
+            state[key] = teacher
+        elif state.get(key) is None:
+            state[key] = param.detach().to(dtype, copy=True)
+        else:
+            state[key] = _beside(state[key], param, dtype, key)
+
+
+def _complete_rule_states(keys: tuple[str, ...], param: Tensor, state: dict[str, Any]) -> None:
+    fresh = all(state.get(key) is None for key in keys)
+    if keys and "step" not in state:
+        # torch's SGD keeps no count; a buffer that exists has seen at least one gradient
+        state["step"] = 0.0 if fresh else 1.0
+    elif keys and fresh:
+        state["step"] = 0.0
+    for key in keys:
+        if state.get(key) is None:
+            state[key] = torch.zeros_like(param, memory_format=torch.preserve_format).detach()
+        else:
+            state[key] = _beside(state[key], param, param.dtype, key)
+
+
+def _step_counter(step: Any) -> Tensor:
+    if isinstance(step, Tensor) and step.dtype == torch.float64 and step.device.type == "cpu":
+        return step
+    return torch.tensor(float(step), dtype=torch.float64)
+
+
+def _beside(value: Tensor, param: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    """``value`` on the parameter's device in ``dtype``; the same tensor where it fits already."""
+    if value.shape != param.shape:
+        raise RuntimeError(
+            f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
+        )
+    if value.device == param.device and value.dtype == dtype:
+        return value
+    return value.detach().to(param.device, dtype)
+
+
+def check_shape(teacher: Tensor, param: Tensor, name: str) -> None:
+    """Raise ValueError unless ``teacher`` has the parameter's shape."""
+    if teacher.shape != param.shape:
+        raise ValueError(
+            f"ema: {name} has shape {tuple(teacher.shape)}, its parameter {tuple(param.shape)}"
+        )
+
+
+def check_teacher(teacher: Tensor, param: Tensor, name: str) -> None:
+    """Raise ValueError unless ``teacher`` can hold the average of ``param``."""
+    check_shape(teacher, param, name)
+    dtype = COMPUTE_DTYPE[param.dtype]
+    if teacher.device != param.device:
+        raise ValueError(f"ema: {name} is on {teacher.device}, its parameter on {param.device}")
+    if teacher.dtype != dtype:
+        raise ValueError(
+            f"ema: {name} has dtype {teacher.dtype}; the average of a {param.dtype} parameter must "
+            f"be {dtype}: rounded to fewer bits it stops moving"
+        )
+    if teacher.numel() > 0 and teacher.data_ptr() == param.data_ptr():
+        raise ValueError(f"ema: {name} shares memory with its parameter; give the teacher a copy")
+
+
+def loaded(
+    saved: Mapping[str, Any], param: Tensor, keys: Iterable[str], averages: Iterable[str]
+) -> dict[str, Any]:
+    """A copy of one parameter's saved state, laid out like the parameter.
+
+    Args:
+        saved: the state as ``state_dict`` holds it; None values count as missing.
+        param: the parameter that it is for.
+        keys: names of states that must have the parameter's shape; they take its dtype.
+        averages: names of the averages; they take the compute dtype.
+
+    Raises:
+        ValueError: a state has another shape than the parameter.
+    """
+    state: dict[str, Any] = {}
+    dtypes = {
+        **dict.fromkeys(keys, param.dtype),
+        **dict.fromkeys(averages, COMPUTE_DTYPE.get(param.dtype, param.dtype)),
+    }
+    for key, value in saved.items():
+        if value is None:
+            continue
+        if key == "step":
+            state[key] = torch.tensor(float(value), dtype=torch.float64)
+        elif key not in dtypes:
+            state[key] = copy.deepcopy(value)
+        elif value.shape != param.shape:
+            raise ValueError(
+                f"state_dict: {key!r} has shape {tuple(value.shape)}, its parameter "
+                f"{tuple(param.shape)}"
+            )
+        else:
+            state[key] = torch.empty_like(param, dtype=dtypes[key]).detach().copy_(value)
+    return state

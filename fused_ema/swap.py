@@ -1,0 +1,55 @@
+"""Exchanges weights and averages in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+# Elements exchanged at a time: the scratch memory of a swap, 4 MiB of float32.
+BLOCK = 1 << 20
+
+
+@contextmanager
+def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Hold the second tensor's values in the first while the context is open.
+
+    Tensors of one dtype trade places block by block and trade back on exit: bit-exact, with
+    ``BLOCK`` elements of scratch memory. Where the average has more bits than the weight, the
+    weight's bits have no room in it: they are kept aside, and the average is rounded into place.
+
+    Args:
+        pairs: (weight, average) of equal shapes; weights are modified in place, averages too while
+            the context is open.
+    """
+    with ExitStack() as undo, torch.no_grad():
+        for weight, average in pairs:
+            if weight.dtype == average.dtype:
+                _exchange(weight, average)
+                undo.callback(_exchange, weight, average)
+            else:
+                undo.callback(_restore, weight, weight.detach().clone())
+                weight.copy_(average)
+        with torch.enable_grad():
+            yield
+
+
+@torch.no_grad()
+def _exchange(a: Tensor, b: Tensor) -> None:
+    for part_a, part_b in zip(_blocks(a, b), _blocks(b, a), strict=True):
+        kept = part_a.clone()
+        part_a.copy_(part_b)
+        part_b.copy_(kept)
+
+
+def _blocks(tensor: Tensor, other: Tensor) -> Iterable[Tensor]:
+    if tensor.is_contiguous() and other.is_contiguous():
+        return torch.split(tensor.detach().view(-1), BLOCK)
+    return [tensor.detach()]
+
+
+@torch.no_grad()
+def _restore(weight: Tensor, kept: Tensor) -> None:
+    weight.copy_(kept)
