@@ -42,13 +42,37 @@ bool same_order(const at::Tensor& a, const at::Tensor& b) {
 
 const at::Tensor& unpack(const py::object& tensor) { return THPVariable_Unpack(tensor.ptr()); }
 
-// Where a state or average lies; its dtype and size are what the kernel relies on.
-void* state_pointer(const at::Tensor& state, at::ScalarType dtype, int64_t numel) {
-  if (state.scalar_type() != dtype || state.numel() != numel)
-    throw std::runtime_error("a state tensor was changed to " + state.toString() + " with " +
-                             std::to_string(state.numel()) + " elements; its parameter has " +
-                             std::to_string(numel));
-  return state.data_ptr();
+// data_ptr() without the checks that a plain dense tensor passes by construction: it is the host's
+// largest cost where there are many small tensors. Copy-on-write storage is still made writable.
+char* address(const at::Tensor& tensor, int64_t itemsize) {
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  char* storage = static_cast<char*>(impl->unsafe_storage().mutable_data());
+  return storage + impl->storage_offset() * itemsize;
+}
+
+// Out of line, so that the checks themselves stay small.
+[[noreturn, gnu::cold, gnu::noinline]] void refuse_state(const at::Tensor& state, int64_t numel) {
+  throw std::runtime_error("a state tensor was changed to " + state.toString() + " with " +
+                           std::to_string(state.numel()) + " elements; its parameter has " +
+                           std::to_string(numel));
+}
+
+[[noreturn, gnu::cold, gnu::noinline]] void refuse_grad(const at::Tensor& grad,
+                                                        const at::Tensor& param) {
+  if (grad.layout() != at::kStrided)
+    throw std::runtime_error(
+        "sparse gradients are not supported (allowed: torch.strided); use sparse=False in the "
+        "embedding or torch.optim.SparseAdam");
+  throw std::runtime_error("grad does not match its parameter: received " + grad.toString() +
+                           " of shape " + c10::str(grad.sizes()) + ", allowed " + param.toString() +
+                           " of shape " + c10::str(param.sizes()));
+}
+
+// Where a parameter, state or average lies; its dtype and size are what the kernel relies on.
+char* checked_address(const at::Tensor& tensor, at::ScalarType dtype, int64_t itemsize,
+                      int64_t numel) {
+  if (tensor.scalar_type() != dtype || tensor.numel() != numel) refuse_state(tensor, numel);
+  return address(tensor, itemsize);
 }
 
 // Tells autograd about a write behind its back, as torch's own in-place operations do.
@@ -70,8 +94,11 @@ Plan::Plan(std::string rule, std::vector<py::object> params, std::vector<py::obj
       frozen_(frozen),
       ema_before_(ema_before),
       groups_(std::move(groups)) {
-  const StoredType stored = stored_type(unpack(params.at(0)).scalar_type());
-  kernel_ = cpu::find_kernel(target_, rule_, num_states_, stored);
+  stored_ = unpack(params.at(0)).scalar_type();
+  average_ = at::toOpMathType(stored_);
+  stored_size_ = static_cast<int64_t>(c10::elementSize(stored_));
+  average_size_ = static_cast<int64_t>(c10::elementSize(average_));
+  kernel_ = cpu::find_kernel(target_, rule_, num_states_, stored_type(stored_));
   if (kernel_.kernel == nullptr)
     throw std::invalid_argument("no kernel for rule " + rule_ + " with " +
                                 std::to_string(num_states_) + " states");
@@ -99,7 +126,8 @@ bool Plan::prepare(const py::object& fold) {
     counters_[i] = nullptr;
     if (grad.defined()) {
       if (frozen_) return false;
-      counters_[i] = static_cast<double*>(unpack(tensors_[i * stride_ + 1]).data_ptr());
+      counters_[i] =
+          reinterpret_cast<double*>(address(unpack(tensors_[i * stride_ + 1]), sizeof(double)));
       step = *counters_[i] + kappas[groups_[i]];
     }
     read_pointers(i, param, grad);
@@ -113,12 +141,13 @@ void Plan::read_pointers(size_t i, const at::Tensor& param, const at::Tensor& gr
   const py::object* tensors = &tensors_[i * stride_];
   void** pointers = &pointers_[i * stride_];
   const int64_t numel = offsets_[i + 1] - offsets_[i];
-  const at::ScalarType stored = param.scalar_type();
-  const at::ScalarType average = at::toOpMathType(stored);
-  pointers[0] = state_pointer(param, stored, numel);
+  pointers[0] = checked_address(param, stored_, stored_size_, numel);
   pointers[1] = grad.defined() ? grad_pointer(grad, param) : nullptr;
-  for (int k = 2; k < stride_; ++k)
-    pointers[k] = state_pointer(unpack(tensors[k]), k < 2 + num_states_ ? stored : average, numel);
+  int k = 2;
+  for (; k < 2 + num_states_; ++k)
+    pointers[k] = checked_address(unpack(tensors[k]), stored_, stored_size_, numel);
+  for (; k < stride_; ++k)
+    pointers[k] = checked_address(unpack(tensors[k]), average_, average_size_, numel);
 }
 
 int Plan::find_row(int group, double step) {
@@ -145,18 +174,12 @@ void Plan::fold_rows(const py::object& fold) {
 
 void* Plan::grad_pointer(const at::Tensor& grad, const at::Tensor& param) {
   // equal dispatch keys: same kind of device and layout, no lazy negation, no subclass
-  if (grad.key_set() == param.key_set() && grad.scalar_type() == param.scalar_type() &&
-      grad.sizes() == param.sizes() && grad.strides() == param.strides())
-    return grad.data_ptr();
-  if (grad.layout() != at::kStrided)
-    throw std::runtime_error(
-        "sparse gradients are not supported (allowed: torch.strided); use sparse=False in the "
-        "embedding or torch.optim.SparseAdam");
-  if (grad.scalar_type() != param.scalar_type() || grad.device() != param.device() ||
-      grad.sizes() != param.sizes())
-    throw std::runtime_error("grad does not match its parameter: received " + grad.toString() +
-                             " of shape " + c10::str(grad.sizes()) + ", allowed " +
-                             param.toString() + " of shape " + c10::str(param.sizes()));
+  if (grad.key_set() == param.key_set() && grad.scalar_type() == stored_ &&
+      grad.numel() == param.numel() && grad.strides().equals(param.strides()))
+    return address(grad, stored_size_);
+  if (grad.layout() != at::kStrided || grad.scalar_type() != stored_ ||
+      grad.device() != param.device() || grad.sizes() != param.sizes())
+    refuse_grad(grad, param);
   if (same_order(grad, param) && !grad.is_neg()) return grad.data_ptr();
   const at::NoGradGuard no_grad;
   copies_.push_back(at::empty_strided(param.sizes(), param.strides(), param.options()).copy_(grad));

@@ -48,6 +48,10 @@ class Plan {
   std::string rule_;
   std::string target_;
   KernelInfo kernel_;
+  at::ScalarType stored_;   // parameters, gradients, states
+  at::ScalarType average_;  // arithmetic and averages
+  int64_t stored_size_;
+  int64_t average_size_;
   int num_states_;
   int num_emas_;
   int stride_;  // pointers per parameter

@@ -29,6 +29,13 @@ bool walk(const py::list& param_groups, const py::dict& state, Visit visit) {
   return true;
 }
 
+// A loop, because a call of memcmp costs more than the few numbers it compares.
+bool same(at::IntArrayRef found, const int64_t* expected) {
+  bool equal = true;
+  for (size_t d = 0; d < found.size(); ++d) equal &= found[d] == expected[d];
+  return equal;
+}
+
 }  // namespace
 
 Watch::Watch(const py::list& param_groups, const py::dict& state) {
@@ -45,7 +52,7 @@ void Watch::remember(PyObject* object, bool has_layout) {
   if (!is_tensor) return;
   const at::Tensor& tensor = THPVariable_Unpack(object);
   const auto sizes = tensor.sizes(), strides = tensor.strides();
-  layouts_.push_back({tensor.scalar_type(), tensor.device(), tensor.requires_grad(), sizes.size()});
+  layouts_.push_back({tensor.scalar_type(), tensor.device(), sizes.size()});
   extents_.insert(extents_.end(), sizes.begin(), sizes.end());
   extents_.insert(extents_.end(), strides.begin(), strides.end());
 }
@@ -54,16 +61,15 @@ bool Watch::same_layout(const at::Tensor& tensor, const Layout& layout,
                         const int64_t* extents) const {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   return sizes.size() == layout.dim && tensor.scalar_type() == layout.dtype &&
-         tensor.device() == layout.device && tensor.requires_grad() == layout.requires_grad &&
-         std::equal(sizes.begin(), sizes.end(), extents) &&
-         std::equal(strides.begin(), strides.end(), extents + layout.dim);
+         tensor.device() == layout.device && same(sizes, extents) &&
+         same(strides, extents + layout.dim);
 }
 
 bool Watch::unchanged(const py::list& param_groups, const py::dict& state) const {
   auto object = objects_.begin();
   auto layout = layouts_.begin();
   const int64_t* extents = extents_.data();
-  const bool same = walk(param_groups, state, [&](PyObject* found, bool) {
+  const bool held = walk(param_groups, state, [&](PyObject* found, bool) {
     if (object == objects_.end() || object->held.ptr() != found) return false;
     if (!(object++)->is_tensor) return true;
     if (!same_layout(THPVariable_Unpack(found), *layout, extents)) return false;
@@ -71,7 +77,7 @@ bool Watch::unchanged(const py::list& param_groups, const py::dict& state) const
     ++layout;
     return true;
   });
-  return same && object == objects_.end();
+  return held && object == objects_.end();
 }
 
 }  // namespace fused_ema

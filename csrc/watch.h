@@ -17,7 +17,7 @@ class Watch {
  public:
   Watch(const py::list& param_groups, const py::dict& state);
 
-  // Whether the same tensors are there with the same dtype, device, sizes, strides, requires_grad.
+  // Whether the same tensors are there with the same dtype, device, sizes and strides.
   bool unchanged(const py::list& param_groups, const py::dict& state) const;
 
  private:
@@ -29,7 +29,6 @@ class Watch {
   struct Layout {
     at::ScalarType dtype;
     at::Device device;
-    bool requires_grad;
     size_t dim;
   };
 

@@ -4,9 +4,10 @@
 // Elements that are stepped before the averages follow: few enough to still be in the L1 cache.
 constexpr int64_t block = 1024;
 
+// Scalars by value: behind a reference the stores might change them, and nothing would vectorise.
 template <class Rule, class Stored>
 void rule_loop(void* const* pointers, int64_t begin, int64_t count,
-               const typename Rule::template Scalars<Compute<Stored>>& scalars) {
+               typename Rule::template Scalars<Compute<Stored>> scalars) {
   constexpr int num_states = Rule::num_states;
   Stored* param = static_cast<Stored*>(pointers[0]) + begin;
   const Stored* grad = static_cast<const Stored*>(pointers[1]) + begin;
