@@ -31,18 +31,19 @@ TORCH_INSTALLED := $(VENV)/.torch-installed
 PACKAGE_INSTALLED := $(VENV)/.package-installed
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-# Shows what is downloaded and compiled; everything else is in the log.
+# Shows what is downloaded and compiled, as it happens; everything else is in the log.
 define PROGRESS
-/^ *Downloading .*\.whl \(.* [MG]B\)/ { split($$2, name, "-"); print "      " name[1] " " name[2] " " $$3 " " $$4 }
-/^ *Installing collected packages:/   { print "      unpacking " NF - 3 " package(s)" }
-/^ *\[[0-9]+\/[0-9]+\] .* -c /        { sub(/^ */, ""); print "      " $$1 " compiling " source($$0) }
-/^ERROR|: (fatal )?(error|warning): / { print }
-function source(line) { sub(/.* -c /, "", line); sub(/ .*/, "", line); sub(/.*\/csrc\//, "csrc/", line); return line }
-{ fflush() }
+s/^ *Downloading ([^-]+)-([^-]+)-.*\.whl (\(.* [MG]B\)).*/      \1 \2 \3/p
+s/^ *Installing collected packages: .*/      unpacking (takes a while)/p
+s/^ *(\[[0-9]+\/[0-9]+\]) .* -c [^ ]*\/(csrc\/[^ ]+).*/      \1 compiled \2/p
+/^ERROR|: (fatal )?(error|warning): /p
 endef
 export PROGRESS
 
-logged = $(1) 2>&1 | tee $(LOG) | awk "$$PROGRESS" || { echo "failed; the end of $(LOG):"; tail -n 30 $(LOG); exit 1; }
+define logged
+$(1) 2>&1 | tee $(LOG) | sed -unE "$$PROGRESS" \
+	|| { echo "failed; the end of $(LOG):"; tail -n 30 $(LOG); exit 1; }
+endef
 
 stop_unless = @$(1) >/dev/null 2>&1 || { echo "fused_ema needs $(2)" >&2; exit 1; }
 NEWER_PYTHON := Python 3.10 or later: $(PYTHON) is none (choose one with PYTHON=...)
