@@ -106,7 +106,7 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str) -> Key:
     return Key(
         slot.param.device,
         slot.param.dtype,
-        "dense" if _same_dense_order(tensors) else "strided",
+        "dense" if _samedense_order(tensors) else "strided",
         states,
         emas,
         group["ema_order"],
@@ -115,12 +115,12 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str) -> Key:
     )
 
 
-def _same_dense_order(tensors: Iterable[Tensor]) -> bool:
-    orders = {_dense_order(tensor) for tensor in tensors}
+def _samedense_order(tensors: Iterable[Tensor]) -> bool:
+    orders = {dense_order(tensor) for tensor in tensors}
     return len(orders) == 1 and None not in orders
 
 
-def _dense_order(tensor: Tensor) -> tuple[int, ...] | None:
+def dense_order(tensor: Tensor) -> tuple[int, ...] | None:
     """Strides of the dimensions longer than one, or None where memory has gaps or overlaps."""
     if tensor.numel() == 0:
         return ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, StateDict
 from typing_extensions import Unpack
 
 from .optimizer import EmaOptions, FusedScaledOptimizer
@@ -66,3 +66,14 @@ class FusedScaledSGD(FusedScaledOptimizer):
             "momentum_scaling": momentum_scaling,
         }
         super().__init__(params, defaults, **options)
+
+    def state_dict(self) -> StateDict:
+        """The state as torch lays it out: a buffer that has seen no gradient yet is None.
+
+        torch starts such a buffer as the gradient itself; a buffer of zeros would be dampened.
+        """
+        state_dict = super().state_dict()
+        for key, entry in state_dict["state"].items():
+            if entry.get("momentum_buffer") is not None and entry["step"] == 0:
+                state_dict["state"][key] = {**entry, "momentum_buffer": None}
+        return state_dict

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buckets import COMPUTE_DTYPE, is_active
+from .buckets import COMPUTE_DTYPE, dense_order, is_active
 from .ema import decays, ema_keys
 from .rules import Rule
 
@@ -71,14 +71,15 @@ def _step_counter(step: Any) -> Tensor:
 
 
 def _beside(value: Tensor, param: Tensor, dtype: torch.dtype, key: str) -> Tensor:
-    """``value`` on the parameter's device in ``dtype``; the same tensor where it fits already."""
+    """``value`` where the kernels want it: on the parameter's device, in its memory order."""
     if value.shape != param.shape:
         raise RuntimeError(
             f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
         )
-    if value.device == param.device and value.dtype == dtype:
+    in_order = value.stride() == param.stride() or dense_order(param) is None
+    if in_order and value.device == param.device and value.dtype == dtype:
         return value
-    return value.detach().to(param.device, dtype)
+    return torch.empty_like(param, dtype=dtype).detach().copy_(value)
 
 
 def check_shape(teacher: Tensor, param: Tensor, name: str) -> None:

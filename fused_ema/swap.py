@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,16 +25,21 @@ def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
         pairs: (weight, average) of equal shapes; weights are modified in place, averages too while
             the context is open.
     """
-    with ExitStack() as undo, torch.no_grad():
+    with ExitStack() as undo:
         for weight, average in pairs:
-            if weight.dtype == average.dtype:
-                _exchange(weight, average)
-                undo.callback(_exchange, weight, average)
-            else:
-                undo.callback(_restore, weight, weight.detach().clone())
-                weight.copy_(average)
-        with torch.enable_grad():
-            yield
+            undo.callback(_hold(weight, average))
+        yield
+
+
+@torch.no_grad()
+def _hold(weight: Tensor, average: Tensor) -> Callable[[], None]:
+    """Put the average into the weight; returns what puts both back."""
+    if weight.dtype == average.dtype:
+        _exchange(weight, average)
+        return partial(_exchange, weight, average)
+    kept = weight.detach().clone()
+    weight.copy_(average)
+    return partial(_restore, weight, kept)
 
 
 @torch.no_grad()
