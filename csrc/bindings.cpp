@@ -22,9 +22,9 @@ PYBIND11_MODULE(_native, module) {
   py::class_<Plan>(module, "Plan")
       .def(py::init<std::string, std::vector<py::object>, std::vector<py::object>,
                     std::vector<std::vector<py::object>>, std::vector<std::vector<py::object>>,
-                    std::vector<int>, bool, bool>(),
+                    std::vector<int>, bool>(),
            arg("rule"), arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"),
-           arg("frozen"), arg("ema_before"))
+           arg("ema_before"))
       .def("prepare", &Plan::prepare)
       .def("run", &Plan::run)
       .def_property_readonly("target", &Plan::target);

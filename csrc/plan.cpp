@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "rules.h"
+
 namespace fused_ema {
 
 namespace {
@@ -85,13 +87,13 @@ void bump_version(const py::object& object) {
 
 Plan::Plan(std::string rule, std::vector<py::object> params, std::vector<py::object> steps,
            std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
-           std::vector<int> groups, bool frozen, bool ema_before)
+           std::vector<int> groups, bool ema_before)
     : rule_(std::move(rule)),
       target_(cpu::chosen_target()),
       num_states_(static_cast<int>(states.at(0).size())),
       num_emas_(static_cast<int>(emas.at(0).size())),
       stride_(2 + num_states_ + num_emas_),
-      frozen_(frozen),
+      frozen_(rule_ == Frozen::name),
       ema_before_(ema_before),
       groups_(std::move(groups)) {
   stored_ = unpack(params.at(0)).scalar_type();

@@ -20,7 +20,7 @@ class Plan {
  public:
   Plan(std::string rule, std::vector<py::object> params, std::vector<py::object> steps,
        std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
-       std::vector<int> groups, bool frozen, bool ema_before);
+       std::vector<int> groups, bool ema_before);
 
   // Reads gradients and pointers and folds the scalars; writes nothing. False: a frozen parameter
   // has a gradient now, and the bucket must be made anew.

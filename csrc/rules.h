@@ -107,10 +107,25 @@ struct Adam {
   }
 };
 
+// A parameter that no rule moves; its averages still follow it.
+struct Frozen {
+  static constexpr const char* name = "frozen";
+  static constexpr int num_states = 0;
+  static constexpr std::array<const char*, 0> scalars{};
+
+  template <class T>
+  struct Scalars {
+    explicit Scalars(const double*) {}
+  };
+
+  template <class T>
+  FUSED_EMA_INLINE static void update(T&, T, T*, const Scalars<T>&) {}
+};
+
 template <class... Rules>
 struct RuleList {};
 
 // Every rule that the backends compile; a new rule is named here.
-using AllRules = RuleList<Sgd<false>, Sgd<true>, Adam<false>, Adam<true>>;
+using AllRules = RuleList<Frozen, Sgd<false>, Sgd<true>, Adam<false>, Adam<true>>;
 
 }  // namespace fused_ema

@@ -16,7 +16,6 @@ class Plan:
         states: Sequence[Sequence[Tensor]],
         emas: Sequence[Sequence[Tensor]],
         groups: Sequence[int],
-        frozen: bool,
         ema_before: bool,
     ) -> None: ...
     @property

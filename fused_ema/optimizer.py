@@ -269,7 +269,9 @@ class FusedScaledOptimizer(Optimizer):
                 for group, saved in zip(self.param_groups, given["param_groups"], strict=False)
             ]
             state.update(self._loaded_state(given, groups))
-            return {**given, "param_groups": groups or given["param_groups"], "state": {}}
+            # groups that have no counterpart are left for torch to refuse
+            groups += given["param_groups"][len(groups) :]
+            return {**given, "param_groups": groups, "state": {}}
 
         def install(_: Optimizer) -> None:
             self.state.update(state)

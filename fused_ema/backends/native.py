@@ -27,12 +27,11 @@ def unsupported(bucket: Bucket) -> str | None:
 
 def plan(bucket: Bucket) -> _native.Plan:
     return _native.Plan(
-        rule=bucket.rule.name,
+        rule=bucket.rule.name if bucket.key.states is not None else "frozen",
         params=[slot.param for slot in bucket.slots],
         steps=[slot.state["step"] for slot in bucket.slots],
         states=[[slot.state[key] for key in bucket.state_keys] for slot in bucket.slots],
         emas=[[slot.state[key] for key in bucket.key.emas] for slot in bucket.slots],
         groups=[slot.group for slot in bucket.slots],
-        frozen=bucket.key.states is None,
         ema_before=bucket.key.ema_order == "before",
     )
