@@ -1,0 +1,203 @@
+"""Test cases as data; tests cross them with backend, dtype and shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+EXACT_DTYPES = (torch.float32, torch.float64)
+BACKENDS = ("reference", "foreach", "native")
+
+CHUNK = 32_768
+Shape = tuple[int, ...]
+VECTOR_EDGES: tuple[Shape, ...] = (
+    (0,), (1,), (), (3,), (7,), (8,), (9,), (15,), (16,), (17,), (31,), (33,), (3, 5), (7, 1, 11),
+)  # fmt: skip
+FEW: tuple[Shape, ...] = ((), (0,), (7,), (5, 3), (33,))
+CHANNELS_LAST: tuple[Shape, ...] = ((2, 5, 3, 3), (4, 3, 7, 1))
+LARGE: tuple[Shape, ...] = ((1000,), (CHUNK + 7_235,), (9,), CHANNELS_LAST[0])
+SHAPE_SETS = {"edges": VECTOR_EDGES, "channels_last": CHANNELS_LAST}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to use an optimizer.
+
+    torch: the torch.optim class that does the same, if there is one.
+    groups: hyper-parameters overridden per param group.
+    kappas: the kappa to set before a step, where it changes.
+    none_rate: the fraction of steps at which a parameter has no gradient.
+    tensor_lr: pass lr as a 0-dim float64 tensor.
+    """
+
+    name: str
+    optimizer: str
+    kwargs: Mapping[str, Any]
+    torch: str | None = None
+    groups: tuple[Mapping[str, Any], ...] = ({},)
+    kappas: Mapping[int, float] = field(default_factory=dict)
+    none_rate: float = 0.0
+    tensor_lr: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def warm_up(t: float) -> float:
+    return min(0.999, (1 + t) / (10 + t))
+
+
+def cosine(t: float) -> float:
+    return 1 - 0.04 * (1 + math.cos(math.pi * min(t, 60) / 60)) / 2
+
+
+def like_torch(rule: str, name: str, flags: Mapping[str, Any], **of_case: Any) -> Case:
+    """A case without EMA at kappa = 1, with its torch.optim counterpart."""
+    return Case(f"{rule}-{name}", f"FusedScaled{rule}", {"lr": 1e-2, **flags}, rule, **of_case)
+
+
+def flag_cases(rule: str, table: Mapping[str, Mapping[str, Any]]) -> tuple[Case, ...]:
+    return tuple(like_torch(rule, name, flags) for name, flags in table.items())
+
+
+SGD_FLAGS = {
+    "plain": {},
+    "decay": {"weight_decay": 0.1},
+    "maximize": {"maximize": True},
+    "momentum": {"momentum": 0.9},
+    "dampening": {"momentum": 0.9, "dampening": 0.4},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "nesterov-decay-maximize": {
+        "momentum": 0.8,
+        "nesterov": True,
+        "weight_decay": 0.05,
+        "maximize": True,
+    },
+    "dampening-decay-maximize": {
+        "momentum": 0.9,
+        "dampening": 0.2,
+        "weight_decay": 0.05,
+        "maximize": True,
+    },
+}
+ADAM_FLAGS = {
+    "default": {},
+    "eps": {"betas": (0.8, 0.95), "eps": 1e-2},
+    "zero-beta1": {"betas": (0.0, 0.99), "eps": 1e-4},
+    "amsgrad": {"amsgrad": True, "betas": (0.9, 0.9)},
+    "decay": {"weight_decay": 0.1},
+    "maximize": {"maximize": True},
+    "amsgrad-decay-maximize": {
+        "amsgrad": True,
+        "weight_decay": 0.1,
+        "maximize": True,
+        "betas": (0.7, 0.9),
+        "eps": 1e-3,
+    },
+}
+ADAMW_FLAGS = {name: kwargs for name, kwargs in ADAM_FLAGS.items() if name != "zero-beta1"} | {
+    "no-decay": {"weight_decay": 0.0},
+    "strong-decay": {"weight_decay": 2.0, "eps": 1e-3},
+}
+SGD_GROUPS = (
+    {"momentum": 0.9, "nesterov": True},
+    {"lr": 3e-2, "weight_decay": 0.1},
+    {"maximize": True},
+)
+ADAMW_GROUPS = (
+    {"betas": (0.5, 0.9)},
+    {"lr": 3e-3, "weight_decay": 0.3, "eps": 1e-2},
+    {"amsgrad": True},
+)
+FLAG_CASES = (
+    flag_cases("SGD", SGD_FLAGS)
+    + flag_cases("Adam", ADAM_FLAGS)
+    + flag_cases("AdamW", ADAMW_FLAGS)
+    + (
+        like_torch("SGD", "tensor-lr", {"momentum": 0.9}, tensor_lr=True),
+        like_torch("AdamW", "tensor-lr", {}, tensor_lr=True),
+        like_torch("SGD", "none-gradients", {"momentum": 0.9, "dampening": 0.3}, none_rate=0.3),
+        like_torch("AdamW", "none-gradients", {}, none_rate=0.3),
+        like_torch("SGD", "groups", {}, groups=SGD_GROUPS),
+        like_torch("AdamW", "groups", {}, groups=ADAMW_GROUPS),
+    )
+)
+
+SGD_BASE = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.05, "ema_decay": 0.99}
+ADAM_BASE = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-2, "ema_decay": 0.99}
+ADAMW_BASE = {"lr": 1e-2, "weight_decay": 0.5, "eps": 1e-2, "ema_decay": 0.99}
+THREE = (0.9, warm_up, 0.9999)
+
+
+def scaled(name: str, rule: str, base: Mapping[str, Any], **changes: Any) -> Case:
+    """A case with EMAs or kappa; `changes` that are fields of Case go there."""
+    of_case = {key: changes.pop(key) for key in ("groups", "kappas", "none_rate") if key in changes}
+    return Case(f"{rule}-{name}", f"FusedScaled{rule}", {**base, **changes}, **of_case)
+
+
+def per_rule(name: str, **changes: Any) -> tuple[Case, ...]:
+    bases = {"SGD": SGD_BASE, "Adam": ADAM_BASE, "AdamW": ADAMW_BASE}
+    return tuple(scaled(name, rule, base, **changes) for rule, base in bases.items())
+
+
+SCALED_SGD_GROUPS = (
+    {"kappa": 3.0, "nesterov": True},
+    {"ema_decay": None, "lr": 3e-2},
+    {"ema_decay": THREE, "momentum": 0.0},
+)
+SCALED_ADAMW_GROUPS = (
+    {"kappa": 3.0, "betas": (0.5, 0.9)},
+    {"ema_decay": None, "lr": 3e-3},
+    {"ema_decay": (0.5, cosine), "ema_order": "before", "amsgrad": True},
+)
+CHANGES = {5: 3.0, 17: 0.5, 18: 8.0, 40: 1.0}
+SKIPPING = {"ema_decay": (0.9, 0.99), "kappas": {3: 2.5, 25: 0.75}, "none_rate": 0.4}
+EXACT = {"momentum_scaling": "exact"}
+LINEAR = {"beta_scaling": "linear"}
+SCALED_CASES = (
+    per_rule("ema")
+    + per_rule("ema-before", ema_order="before", kappa=3.0)
+    + per_rule("half", kappa=0.5)
+    + per_rule("triple", kappa=3.0, ema_decay=THREE)
+    + per_rule("eightfold", kappa=8.0)
+    + per_rule("no-ema-eightfold", kappa=8.0, ema_decay=None)
+    + per_rule("kappa-changes", kappas=CHANGES, ema_decay=THREE)
+    + per_rule("schedule", kappa=3.0, ema_decay=cosine, none_rate=0.2)
+    + per_rule("ema-none-gradients", **SKIPPING)
+    + per_rule("extreme-decays", ema_decay=(0.0, 1.0, 1 - 1e-7), kappa=1.5)
+    + (
+        scaled("exact", "SGD", SGD_BASE, **EXACT, kappa=4.0),
+        scaled("exact-changes", "SGD", SGD_BASE, **EXACT, nesterov=True, kappas={4: 6.0, 20: 0.5}),
+        scaled("dampening-eightfold", "SGD", SGD_BASE, dampening=0.3, kappa=8.0),
+        scaled("linear", "Adam", ADAM_BASE, **LINEAR, kappa=8.0),
+        scaled("linear", "AdamW", ADAMW_BASE, **LINEAR, kappa=3.0),
+        scaled("unscaled-decay", "AdamW", ADAMW_BASE, weight_decay_scaling="none", kappa=8.0),
+        scaled("amsgrad-maximize", "AdamW", ADAMW_BASE, amsgrad=True, maximize=True, kappa=3.0),
+        scaled("scaled-groups", "SGD", SGD_BASE, groups=SCALED_SGD_GROUPS),
+        scaled("scaled-groups", "AdamW", ADAMW_BASE, groups=SCALED_ADAMW_GROUPS),
+    )
+)
+
+ALL_CASES = FLAG_CASES + SCALED_CASES
+
+
+def by_name(name: str) -> Case:
+    return next(case for case in ALL_CASES if case.name == name)
+
+
+LARGE_CASES = (
+    by_name("SGD-triple"),
+    by_name("Adam-amsgrad-decay-maximize"),
+    by_name("AdamW-triple"),
+)
+SHAPE_CASES = (
+    *LARGE_CASES,
+    by_name("SGD-nesterov-decay-maximize"),
+    by_name("Adam-ema-none-gradients"),
+    by_name("AdamW-default"),
+)
