@@ -1,0 +1,205 @@
+"""A teacher network as the average: pairing, aliasing, buffers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fused_ema import FusedScaledAdamW, FusedScaledSGD
+
+
+def student() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+
+def give_gradients(model: nn.Module) -> None:
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+
+
+def test_teacher_parameters_are_the_average(backend):
+    model = student()
+    teacher = copy.deepcopy(model)
+    expected = [p.detach().clone() for p in teacher.parameters()]
+    optimizer = FusedScaledSGD(
+        model.parameters(), lr=0.1, ema_decay=0.9, ema=teacher.parameters(), backend=backend
+    )
+    for _ in range(3):
+        give_gradients(model)
+        optimizer.step()
+        for average, param in zip(expected, model.parameters(), strict=True):
+            average.lerp_(param.detach(), 1 - 0.9)
+    for average, param in zip(expected, teacher.parameters(), strict=True):
+        torch.testing.assert_close(param.detach(), average, rtol=1e-6, atol=1e-7)
+    for p, t in zip(model.parameters(), teacher.parameters(), strict=True):
+        assert optimizer.state[p]["ema"] is t
+
+
+def test_teacher_keeps_its_own_start():
+    model, teacher = student(), student()
+    with torch.no_grad():
+        for param in teacher.parameters():
+            param.fill_(7.0)
+    optimizer = FusedScaledSGD(
+        model.parameters(), lr=0.0, ema_decay=1.0, ema=teacher.parameters(), backend="native"
+    )
+    give_gradients(model)
+    optimizer.step()
+    assert all(bool((param == 7.0).all()) for param in teacher.parameters())
+
+
+def test_count_and_shape_mismatches_name_the_first():
+    model = student()
+    with pytest.raises(ValueError, match="teacher has 5 tensors, the optimizer averages 6"):
+        FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=list(student().parameters())[:5])
+    other = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 5))
+    with pytest.raises(
+        ValueError, match=r"'2.weight'.* has shape \(5, 3\), its parameter \(2, 3\)"
+    ):
+        FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=other, ema_buffers="leave")
+    with pytest.raises(ValueError, match=r"no parameter '0\.weight'"):
+        FusedScaledSGD(
+            model.named_parameters(), ema_decay=0.9, ema=nn.Linear(4, 3), ema_buffers="leave"
+        )
+
+
+def test_rejects_a_teacher_that_cannot_hold_the_average():
+    model = student()
+    with pytest.raises(ValueError, match=r"bfloat16.*must be torch\.float32"):
+        FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=student().bfloat16().parameters())
+    with pytest.raises(ValueError, match="shares memory"):
+        FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=model.parameters())
+    with pytest.raises(ValueError, match="ema_decay=None"):
+        FusedScaledSGD(model.parameters(), ema=student().parameters())
+
+
+def test_several_groups_need_names():
+    model, teacher = student(), student()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 1.0}]
+    with pytest.raises(ValueError, match="pass model="):
+        FusedScaledSGD(groups, ema_decay=0.9, ema=teacher, ema_buffers="leave")
+    groups = [{"params": model[2].parameters()}, {"params": model[0].parameters(), "lr": 1.0}]
+    optimizer = FusedScaledSGD(groups, ema_decay=0.0, ema=teacher, model=model)
+    give_gradients(model)
+    optimizer.step()
+    torch.testing.assert_close(teacher[2].weight, model[2].weight, rtol=0, atol=0)
+    torch.testing.assert_close(teacher[0].bias, model[0].bias, rtol=0, atol=0)
+
+
+def test_a_predictor_without_an_average_as_in_byol():
+    online, target, predictor = student(), student(), nn.Linear(2, 2)
+    optimizer = FusedScaledSGD(
+        [
+            {"params": online.parameters(), "ema": target.parameters()},
+            {"params": predictor.parameters(), "ema_decay": None},
+        ],
+        lr=0.1,
+        ema_decay=0.0,
+    )
+    for param in [*online.parameters(), *predictor.parameters()]:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert torch.equal(target[0].weight, online[0].weight)
+    assert "ema" not in optimizer.state[predictor.weight]
+    assert "ema" not in optimizer.param_groups[0]
+
+
+def test_added_group_brings_its_teacher_or_is_not_added():
+    first, second, teacher = nn.Linear(2, 2), nn.Linear(3, 3), nn.Linear(3, 3)
+    optimizer = FusedScaledSGD(first.parameters(), lr=0.1, ema_decay=0.0)
+    with pytest.raises(ValueError, match="shape"):
+        optimizer.add_param_group({"params": second.parameters(), "ema": first.parameters()})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": second.parameters(), "ema": teacher.parameters()})
+    give_gradients(first)
+    give_gradients(second)
+    optimizer.step()
+    assert torch.equal(teacher.weight, second.weight)
+
+
+def test_teacher_stays_aliased_after_load_state_dict(backend):
+    model, teacher = student(), student()
+    kwargs = {"lr": 0.1, "ema_decay": 0.5, "backend": backend}
+    optimizer = FusedScaledAdamW(model.parameters(), ema=teacher.parameters(), **kwargs)
+    give_gradients(model)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    expected = [p.detach().clone() for p in teacher.parameters()]
+    give_gradients(model)
+    optimizer.step()
+    optimizer.load_state_dict(saved)
+    for param, tensor, value in zip(
+        model.parameters(), teacher.parameters(), expected, strict=True
+    ):
+        assert torch.equal(tensor, value)
+        optimizer.state[param]["exp_avg"].zero_()
+    give_gradients(model)
+    optimizer.step()
+    for param, tensor in zip(model.parameters(), teacher.parameters(), strict=True):
+        assert optimizer.state[param]["ema"] is tensor
+
+
+def test_teacher_elsewhere_is_an_error_at_the_step():
+    model, teacher = student(), student()
+    optimizer = FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=teacher.parameters())
+    model.double()
+    give_gradients(model)
+    with pytest.raises(ValueError, match=r"dtype torch\.float32"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["copy", "average", "leave"])
+def test_buffers(mode):
+    model, teacher = student(), student()
+    before = teacher[1].running_mean.clone()
+    optimizer = FusedScaledSGD(
+        model.parameters(), lr=0.1, ema_decay=0.75, ema=teacher, model=model, ema_buffers=mode
+    )
+    train(model, optimizer, steps=1)
+    mean = model[1].running_mean
+    expected = {"copy": mean, "average": before.lerp(mean, 0.25), "leave": before}[mode]
+    torch.testing.assert_close(teacher[1].running_mean, expected, rtol=1e-6, atol=1e-7)
+    assert teacher[1].num_batches_tracked.item() == (0 if mode == "leave" else 1)
+
+
+def test_buffers_are_never_forgotten_in_silence():
+    model, teacher = student(), student()
+    with pytest.raises(ValueError, match=r"teacher has buffers \(first: '1.running_mean'\)"):
+        FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=teacher)
+    with pytest.raises(ValueError, match="ema_buffers='sum' is not known"):
+        FusedScaledSGD(
+            model.parameters(), ema_decay=0.9, ema=teacher, model=model, ema_buffers="sum"
+        )
+    with pytest.raises(ValueError, match="needs model="):
+        FusedScaledSGD(model.parameters(), ema_decay=0.9, ema_buffers="average")
+
+
+def test_averaged_buffers_without_a_teacher_are_saved_and_swapped():
+    model = student()
+    optimizer = FusedScaledSGD(
+        model.parameters(), lr=0.1, ema_decay=(0.5, 0.9), model=model, ema_buffers="average"
+    )
+    train(model, optimizer)
+    averaged = optimizer.ema_state_dict(model, index=1)["1.running_mean"].clone()
+    own = model[1].running_mean.clone()
+    assert not torch.equal(averaged, own)
+    with optimizer.ema_weights(index=1):
+        assert torch.equal(model[1].running_mean, averaged)
+    assert torch.equal(model[1].running_mean, own)
+
+    resumed = FusedScaledSGD(
+        model.parameters(), lr=0.1, ema_decay=(0.5, 0.9), model=model, ema_buffers="average"
+    )
+    resumed.load_state_dict(optimizer.state_dict())
+    assert torch.equal(resumed.ema_state_dict(model, index=1)["1.running_mean"], averaged)
