@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from .backends.plan import Scalars
-from .ema import check_ema_decay, ema_weights, is_constant
+from .ema import check_ema_decay, decays, ema_weights, is_constant
 from .rules import Rule
 
-# Fields besides the rule's own that decide how a group is stepped.
-SHARED = ("ema_decay", "ema_order", "foreach", "fused", "differentiable")
+# Fields besides the rule's own that decide in which bucket a group's parameters are.
+PLACING = ("ema_order", "foreach", "fused", "differentiable")
 
 
 class Folder:
@@ -25,16 +25,17 @@ class Folder:
 
     def __init__(self, rule: Rule) -> None:
         self._rule = rule
-        self._fields = itemgetter(*rule.hyper, *SHARED)
+        self._fields = itemgetter(*rule.hyper, "ema_decay", *PLACING)
         self._groups: Sequence[Mapping[str, Any]] = ()
         self._seen: list[Any] = []
+        self._places: list[Any] = []
         self._scaled: list[Any] = []
         self._weights: list[tuple[float, ...] | None] = []
         self._rows: dict[tuple[int, float | None], Scalars] = {}
         self.kappas: list[float] = []
 
     def refresh(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Take in the groups' current fields; True if any changed since the last call.
+        """Take in the groups' current fields; True if a parameter may belong to another bucket.
 
         Raises:
             ValueError: a field holds a bad value.
@@ -43,17 +44,22 @@ class Folder:
         self._rows.clear()
         if len(groups) != len(self._seen):
             self._seen = [None] * len(groups)
+            self._places = [None] * len(groups)
             self._scaled = [None] * len(groups)
             self._weights = [None] * len(groups)
             self.kappas = [0.0] * len(groups)
-        changed = False
-        for i, group in enumerate(groups):
-            if self._fields(group) != self._seen[i]:
-                self._rescale(i, group)
-                changed = True
-        return changed
+        moved = False
+        try:
+            for i, group in enumerate(groups):
+                if self._fields(group) != self._seen[i]:
+                    moved |= self._rescale(i, group)
+        except Exception:
+            # the groups read so far would not be found changed again
+            self._seen = []
+            raise
+        return moved
 
-    def _rescale(self, i: int, group: Mapping[str, Any]) -> None:
+    def _rescale(self, i: int, group: Mapping[str, Any]) -> bool:
         self._rule.check(group)
         check_ema_decay(group["ema_decay"])
         kappa = float(group["kappa"])
@@ -64,6 +70,14 @@ class Folder:
         self.kappas[i] = kappa
         # a tensor is remembered by value: in-place changes of a tensor lr must be seen
         self._seen[i] = plain(self._fields(group))
+        place = (
+            self._rule.states(group),
+            len(decays(group["ema_decay"])),
+            *(group[field] for field in PLACING),
+        )
+        moved = place != self._places[i]
+        self._places[i] = place
+        return moved
 
     def __call__(self, group: int, step: float | None) -> Scalars:
         """The rule's scalars after ``step`` base steps, empty for None, and the EMA weights."""

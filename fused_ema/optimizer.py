@@ -159,8 +159,10 @@ class FusedScaledOptimizer(Optimizer):
         Raises:
             ValueError: a bad value, or a teacher that does not match; the group is not added.
         """
-        teacher = param_group.pop("ema", None) if isinstance(param_group, dict) else None
-        self._check_group({**self.defaults, **param_group})
+        teacher = None
+        if isinstance(param_group, dict):
+            teacher = param_group.pop("ema", None)
+            self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))

@@ -1,0 +1,159 @@
+"""What the C++ loops promise beyond parity: the same bits everywhere, no scalar loops."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from cases import CHUNK, DTYPES
+from torch import nn
+
+from fused_ema import FusedScaledAdam, FusedScaledAdamW, FusedScaledSGD, _native, rules
+
+TARGETS = _native.cpu_targets()
+OPTIMIZERS = {
+    "sgd": (FusedScaledSGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "adam": (FusedScaledAdam, {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1}),
+    "adamw": (FusedScaledAdamW, {"lr": 0.1, "weight_decay": 0.1}),
+}
+
+
+def trajectory(name: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Everything an optimizer holds after some steps over awkward sizes."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((0,), (1,), (15,), (16,), (17,), (3, 33), (2 * CHUNK + 5,))
+    params = [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+    cls, kwargs = OPTIMIZERS[name]
+    optimizer = cls(params, ema_decay=(0.9, 0.3), kappa=2.0, backend="native", **kwargs)
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+        optimizer.step()
+    return [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+
+
+def assert_same_bits(tensors, others) -> None:
+    for a, b in zip(tensors, others, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_cpu_target_gives_the_same_bits(name, dtype, monkeypatch):
+    results = []
+    for target in TARGETS:
+        monkeypatch.setenv("FUSED_EMA_CPU", target)
+        results.append(trajectory(name, dtype))
+    for result in results[1:]:
+        assert_same_bits(results[0], result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_thread_count_does_not_change_a_bit(name, dtype):
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(trajectory(name, dtype))
+    finally:
+        torch.set_num_threads(2)
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+def test_the_environment_chooses_the_target(monkeypatch):
+    def target() -> str:
+        optimizer = FusedScaledSGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        optimizer.step()
+        return optimizer._plans[0].target
+
+    monkeypatch.delenv("FUSED_EMA_CPU", raising=False)
+    assert target() == TARGETS[0]
+    monkeypatch.setenv("FUSED_EMA_CPU", "baseline")
+    assert target() == "baseline"
+    monkeypatch.setenv("FUSED_EMA_CPU", "avx1024")
+    with pytest.raises(ValueError, match=r"FUSED_EMA_CPU=avx1024 cannot run here; allowed: .*bas"):
+        target()
+
+
+def test_python_and_cpp_agree_on_the_table():
+    compiled = _native.rule_scalars()
+    for rule in (rules.SGD, rules.ADAM):
+        assert compiled[rule.name] == list(rule.scalars._fields)
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [
+        ("avx512", r"vsqrtp[sd]\s.*%zmm"),
+        ("avx2", r"vsqrtp[sd]\s.*%ymm"),
+        ("baseline", r"\ssqrtp[sd]\s"),
+    ],
+)
+def test_every_adam_loop_is_vectorised(target, instruction):
+    if shutil.which("objdump") is None or target not in TARGETS:
+        pytest.skip("needs objdump and an x86-64 build")
+    listing = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", _native.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    functions = re.split(r"\n(?=[0-9a-f]+ <)", listing)
+    for amsgrad in ("false", "true"):
+        for stored in ("float", "double", "fused_ema::BFloat16", "fused_ema::Half"):
+            name = f"cpu::{target}::step_piece<fused_ema::Adam<{amsgrad}>, {stored}>"
+            loop = f"cpu::{target}::rule_loop<fused_ema::Adam<{amsgrad}>, {stored}>"
+            bodies = [f for f in functions if name in f[:300] or loop in f[:300]]
+            assert bodies, name
+            assert any(re.search(instruction, body) for body in bodies), name
+
+
+def test_one_native_call_a_bucket_and_step(monkeypatch):
+    params = [nn.Parameter(torch.ones(3)) for _ in range(50)]
+    optimizer = FusedScaledAdamW([{"params": [p], "lr": 0.1} for p in params], ema_decay=0.9)
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    (plan,) = optimizer._plans
+    calls = []
+
+    class Counted:
+        def prepare(self, fold):
+            calls.append("prepare")
+            return plan.prepare(fold)
+
+        def run(self):
+            calls.append("run")
+            plan.run()
+
+    optimizer._plans = [Counted()]
+    optimizer.step()
+    assert calls == ["prepare", "run"]
+
+
+def test_plans_are_kept_while_nothing_changes():
+    params = [nn.Parameter(torch.ones(3))]
+    optimizer = FusedScaledAdamW(params, ema_decay=0.9)
+    params[0].grad = torch.ones(3)
+    optimizer.step()
+    plans = optimizer._plans
+    for field, value, kept in (
+        ("lr", 0.5, True),
+        ("kappa", 4.0, True),
+        ("ema_decay", 0.5, True),
+        ("ema_decay", (0.5, 0.6), False),
+        ("amsgrad", True, False),
+        ("ema_order", "before", False),
+    ):
+        optimizer.param_groups[0][field] = value
+        optimizer.zero_grad()
+        params[0].grad = torch.ones(3)
+        optimizer.step()
+        assert (optimizer._plans is plans) == kept, field
+        plans = optimizer._plans

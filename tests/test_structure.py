@@ -1,0 +1,88 @@
+"""The package's shape: imports run one way, and the library itself never prints."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import fused_ema
+
+PACKAGE = Path(fused_ema.__file__).parent
+# Each may import from itself and from what stands before it.
+LAYERS = (
+    ("scaling",),
+    ("ema", "tensorlist"),
+    ("rules",),
+    ("buckets",),
+    ("_native", "state", "swap", "ema_buffers"),
+    ("backends", "teacher"),
+    ("averages", "folding"),
+    ("optimizer",),
+    ("adam", "sgd"),
+    ("__init__",),
+    ("demo",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def top(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level modules of the package that a file imports."""
+    package = ["fused_ema", *path.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1] + (node.module or "").split(".")
+            names = [".".join([*filter(None, base), alias.name]) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "fused_ema" and len(parts) > 1:
+                found.add(parts[1] if parts[1] in LEVEL else "__init__")
+    return found
+
+
+def test_imports_run_one_way():
+    for path in sources():
+        for name in imported(path) - {top(path)}:
+            assert LEVEL[name] < LEVEL[top(path)], f"{path.name} imports {name}"
+
+
+def test_scaling_and_ema_import_only_math():
+    for module in ("scaling", "ema"):
+        tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+        names = {
+            (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        assert not names & {"torch", "numpy"}, module
+
+
+def test_the_library_never_prints():
+    for path in sources():
+        if top(path) == "demo":
+            continue
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"], path
+
+
+def test_update_maths_is_written_once_a_language():
+    csrc = PACKAGE.parent / "csrc"
+    users = [p.name for p in csrc.rglob("*") if p.is_file() and "sqrt(" in p.read_text()]
+    assert users == ["rules.h"]
+    users = [p.name for p in sources() if ".sqrt()" in p.read_text() and top(p) != "demo"]
+    assert users == ["rules.py"]
