@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,85 +16,88 @@ from .rules import Rule
 PLACING = ("ema_order", "foreach", "fused", "differentiable")
 
 
+class _Scaled(NamedTuple):
+    """A param group's scalars before the step is folded in, and the fields they came from."""
+
+    fields: tuple[Any, ...]
+    place: tuple[Any, ...]
+    kappa: float
+    hyper: Any
+    weights: tuple[float, ...] | None
+
+
 class Folder:
     """Scalars of every param group, at the step at hand.
 
     ``refresh`` reads the groups once a step; calling the folder then gives a group's scalars after
     ``step`` base steps. A group whose fields have not changed keeps its scaled hyper-parameters.
+
+    Attributes:
+        kappas: ``kappa`` of every param group.
     """
 
     def __init__(self, rule: Rule) -> None:
         self._rule = rule
         self._fields = itemgetter(*rule.hyper, "ema_decay", *PLACING)
         self._groups: Sequence[Mapping[str, Any]] = ()
-        self._seen: list[Any] = []
-        self._places: list[Any] = []
-        self._scaled: list[Any] = []
-        self._weights: list[tuple[float, ...] | None] = []
-        self._rows: dict[tuple[int, float | None], Scalars] = {}
+        self._seen: list[tuple[Any, ...]] = []
+        self._scaled: list[_Scaled] = []
         self.kappas: list[float] = []
+        self._rows: dict[tuple[int, float | None], Scalars] = {}
 
     def refresh(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Take in the groups' current fields; True if a parameter may belong to another bucket.
 
         Raises:
-            ValueError: a field holds a bad value.
+            ValueError: a field holds a bad value; nothing has been taken in.
         """
-        self._groups = groups
         self._rows.clear()
-        if len(groups) != len(self._seen):
-            self._seen = [None] * len(groups)
-            self._places = [None] * len(groups)
-            self._scaled = [None] * len(groups)
-            self._weights = [None] * len(groups)
-            self.kappas = [0.0] * len(groups)
-        moved = False
-        try:
-            for i, group in enumerate(groups):
-                if self._fields(group) != self._seen[i]:
-                    moved |= self._rescale(i, group)
-        except Exception:
-            # the groups read so far would not be found changed again
-            self._seen = []
-            raise
+        self._groups = groups
+        if list(map(self._fields, groups)) == self._seen:
+            return False
+        known = self._scaled if len(self._scaled) == len(groups) else [None] * len(groups)
+        scaled = [
+            old if old is not None and self._fields(group) == old.fields else self._scale(group)
+            for group, old in zip(groups, known, strict=True)
+        ]
+        moved = any(
+            old is not new and (old is None or old.place != new.place)
+            for old, new in zip(known, scaled, strict=True)
+        )
+        self._scaled = scaled
+        self._seen = [new.fields for new in scaled]
+        self.kappas = [new.kappa for new in scaled]
         return moved
 
-    def _rescale(self, i: int, group: Mapping[str, Any]) -> bool:
+    def _scale(self, group: Mapping[str, Any]) -> _Scaled:
         self._rule.check(group)
-        check_ema_decay(group["ema_decay"])
-        kappa = float(group["kappa"])
-        self._scaled[i] = self._rule.scale(group)
-        self._weights[i] = (
-            ema_weights(group["ema_decay"], 0.0, kappa) if is_constant(group["ema_decay"]) else None
+        ema_decay, kappa = group["ema_decay"], float(group["kappa"])
+        check_ema_decay(ema_decay)
+        return _Scaled(
+            # a tensor is remembered by value: in-place changes of a tensor lr must be seen
+            fields=plain(self._fields(group)),
+            place=(
+                self._rule.states(group),
+                len(decays(ema_decay)),
+                *(group[field] for field in PLACING),
+            ),
+            kappa=kappa,
+            hyper=self._rule.scale(group),
+            weights=ema_weights(ema_decay, 0.0, kappa) if is_constant(ema_decay) else None,
         )
-        self.kappas[i] = kappa
-        # a tensor is remembered by value: in-place changes of a tensor lr must be seen
-        self._seen[i] = plain(self._fields(group))
-        place = (
-            self._rule.states(group),
-            len(decays(group["ema_decay"])),
-            *(group[field] for field in PLACING),
-        )
-        moved = place != self._places[i]
-        self._places[i] = place
-        return moved
 
     def __call__(self, group: int, step: float | None) -> Scalars:
         """The rule's scalars after ``step`` base steps, empty for None, and the EMA weights."""
         row = self._rows.get((group, step))
         if row is None:
-            scalars: tuple[float, ...] = ()
-            if step is not None:
-                scalars = self._rule.fold(self._scaled[group], step)
-            row = self._rows[group, step] = (scalars, self._weights_now(group))
+            scaled = self._scaled[group]
+            scalars = () if step is None else self._rule.fold(scaled.hyper, step)
+            row = self._rows[group, step] = (scalars, scaled.weights or self._scheduled(group))
         return row
 
-    def _weights_now(self, group: int) -> tuple[float, ...]:
-        weights = self._weights[group]
-        if weights is None:
-            fields = self._groups[group]
-            weights = ema_weights(fields["ema_decay"], fields["base_steps"], self.kappas[group])
-        return weights
+    def _scheduled(self, group: int) -> tuple[float, ...]:
+        fields = self._groups[group]
+        return ema_weights(fields["ema_decay"], fields["base_steps"], self._scaled[group].kappa)
 
 
 def plain(value: Any) -> Any:

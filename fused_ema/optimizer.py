@@ -321,6 +321,7 @@ class FusedScaledOptimizer(Optimizer):
                 complete(self.rule, group, param, self.state[param], self._teachers.get(param))
 
     def _make_plans(self) -> None:
+        self._watch = None  # whatever fails below, the old plans are not to be used again
         self._complete_state()
         requested = [requested_backend(group, self.backend) for group in self.param_groups]
         buckets = make_buckets(self.rule, self.param_groups, self.state, requested)
