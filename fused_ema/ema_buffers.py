@@ -74,12 +74,20 @@ class EmaBuffers:
         """Held buffers, one dict an average."""
         return [dict(held) for held in self.held]
 
-    @torch.no_grad()
-    def load_state_dict(self, saved: Sequence[Mapping[str, Tensor]]) -> None:
-        """Copy saved buffers into the held ones, in place."""
-        for held, values in zip(self.held, saved, strict=True):
-            for name, tensor in held.items():
-                tensor.copy_(values[name])
+    def matching(self, saved: Sequence[Mapping[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """(held, saved) pairs of every buffer.
+
+        Raises:
+            ValueError: the saved ones are of another model, mode or number of averages.
+        """
+        names, found = ([sorted(held) for held in both] for both in (self.held, saved))
+        if names != found:
+            raise ValueError(f"state_dict: ema_buffers holds {found}, allowed: {names}")
+        return [
+            (tensor, values[name])
+            for held, values in zip(self.held, saved, strict=True)
+            for name, tensor in held.items()
+        ]
 
 
 def resolve(

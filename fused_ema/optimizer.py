@@ -255,8 +255,8 @@ class FusedScaledOptimizer(Optimizer):
         """Load a state of this class or of its torch namesake, in copies.
 
         Averages keep their dtype; a teacher's tensors take the saved values in place. What the
-        state lacks (torch's has no averages, no ``kappa``) stays as it is here, and ``foreach`` and
-        ``fused``, which choose an implementation, stay too.
+        state lacks (torch's has no averages, no ``kappa``) stays as it is here, and ``foreach``,
+        ``fused`` and ``capturable``, which choose an implementation, stay too.
 
         Raises:
             ValueError: groups or shapes do not match, or a bad value. Nothing has changed then.
@@ -264,6 +264,7 @@ class FusedScaledOptimizer(Optimizer):
         """
         self._check_not_swapped("load_state_dict()")
         state: dict[Any, Any] = {}
+        buffers: list[Any] = []
 
         def read(_: Optimizer, given: StateDict) -> StateDict:
             groups = [
@@ -271,18 +272,23 @@ class FusedScaledOptimizer(Optimizer):
                 for group, saved in zip(self.param_groups, given["param_groups"], strict=False)
             ]
             state.update(self._loaded_state(given, groups))
+            if self._buffers is not None and "ema_buffers" in given:
+                buffers.extend(self._buffers.matching(given["ema_buffers"]))
             # groups that have no counterpart are left for torch to refuse
             groups += given["param_groups"][len(groups) :]
             return {**given, "param_groups": groups, "state": {}}
 
         def install(_: Optimizer) -> None:
             self.state.update(state)
-            if self._buffers is not None and "ema_buffers" in state_dict:
-                self._buffers.load_state_dict(state_dict["ema_buffers"])
-            with torch.no_grad():
-                for param, teacher in self._teachers.items():
-                    if "ema" in state.get(param, ()):
-                        teacher.copy_(state[param]["ema"])
+            teachers = [
+                (teacher, state[param]["ema"])
+                for param, teacher in self._teachers.items()
+                if "ema" in state.get(param, ())
+            ]
+            for held, saved in (*teachers, *buffers):
+                held.detach().copy_(saved)
+            for param in self._teachers.keys() & state.keys():
+                self.state[param]["ema"] = self._teachers[param]
 
         # last to read and first to act, so that hooks of the user's see what they expect
         hooks = [
@@ -367,7 +373,8 @@ class FusedScaledOptimizer(Optimizer):
         self._teachers.update(pair(teacher, params, self._names, len(self.param_groups) == 1))
 
     def _merged(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {k: v for k, v in group.items() if k not in saved or k in ("foreach", "fused")}
+        implementation = ("foreach", "fused", "capturable")
+        kept = {k: v for k, v in group.items() if k not in saved or k in implementation}
         kept.pop("params", None)
         merged = {**saved, **kept}
         self._check_group(merged)
