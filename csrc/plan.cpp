@@ -55,12 +55,6 @@ char* address(const at::Tensor& tensor, int64_t itemsize) {
 }
 
 // Out of line, so that the checks themselves stay small.
-[[noreturn, gnu::cold, gnu::noinline]] void refuse_state(const at::Tensor& state, int64_t numel) {
-  throw std::runtime_error("a state tensor was changed to " + state.toString() + " with " +
-                           std::to_string(state.numel()) + " elements; its parameter has " +
-                           std::to_string(numel));
-}
-
 [[noreturn, gnu::cold, gnu::noinline]] void refuse_grad(const at::Tensor& grad,
                                                         const at::Tensor& param) {
   if (grad.layout() != at::kStrided)
@@ -70,13 +64,6 @@ char* address(const at::Tensor& tensor, int64_t itemsize) {
   throw std::runtime_error("grad does not match its parameter: received " + grad.toString() +
                            " of shape " + c10::str(grad.sizes()) + ", allowed " + param.toString() +
                            " of shape " + c10::str(param.sizes()));
-}
-
-// Where a parameter, state or average lies; its dtype and size are what the kernel relies on.
-char* checked_address(const at::Tensor& tensor, at::ScalarType dtype, int64_t itemsize,
-                      int64_t numel) {
-  if (tensor.scalar_type() != dtype || tensor.numel() != numel) refuse_state(tensor, numel);
-  return address(tensor, itemsize);
 }
 
 // Tells autograd about a write behind its back, as torch's own in-place operations do.
@@ -108,7 +95,10 @@ Plan::Plan(std::string rule, std::vector<py::object> params, std::vector<py::obj
                                 std::to_string(num_states_) + " states");
   offsets_.push_back(0);
   for (size_t i = 0; i < params.size(); ++i) {
-    offsets_.push_back(offsets_.back() + unpack(params[i]).numel());
+    const at::Tensor& param = unpack(params[i]);
+    offsets_.push_back(offsets_.back() + param.numel());
+    shapes_.push_back({param.key_set(), static_cast<size_t>(param.dim()), strides_.size()});
+    strides_.insert(strides_.end(), param.strides().begin(), param.strides().end());
     tensors_.push_back(std::move(params[i]));
     tensors_.push_back(std::move(steps.at(i)));
     for (py::object& state : states.at(i)) tensors_.push_back(std::move(state));
@@ -126,32 +116,47 @@ bool Plan::prepare(const py::object& fold) {
   for (size_t i = 0; i < groups_.size(); ++i) {
     const at::Tensor& param = unpack(tensors_[i * stride_]);
     const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+    if (!read_pointers(i, param) || (grad.defined() && frozen_)) return false;
     double step = no_gradient;
-    counters_[i] = nullptr;
     if (grad.defined()) {
-      if (frozen_) return false;
-      counters_[i] =
-          reinterpret_cast<double*>(address(unpack(tensors_[i * stride_ + 1]), sizeof(double)));
       step = *counters_[i] + kappas[groups_[i]];
+      pointers_[i * stride_ + 1] = grad_pointer(grad, param);
+    } else {
+      counters_[i] = nullptr;
     }
-    read_pointers(i, param, grad);
     row_of_[i] = find_row(groups_[i], step);
   }
   fold_rows(fold);
   return true;
 }
 
-void Plan::read_pointers(size_t i, const at::Tensor& param, const at::Tensor& grad) {
+// False where a tensor no longer lies as it did when the plan was made.
+bool Plan::read_pointers(size_t i, const at::Tensor& param) {
   const py::object* tensors = &tensors_[i * stride_];
   void** pointers = &pointers_[i * stride_];
-  const int64_t numel = offsets_[i + 1] - offsets_[i];
-  pointers[0] = checked_address(param, stored_, stored_size_, numel);
-  pointers[1] = grad.defined() ? grad_pointer(grad, param) : nullptr;
-  int k = 2;
-  for (; k < 2 + num_states_; ++k)
-    pointers[k] = checked_address(unpack(tensors[k]), stored_, stored_size_, numel);
-  for (; k < stride_; ++k)
-    pointers[k] = checked_address(unpack(tensors[k]), average_, average_size_, numel);
+  const Shape& shape = shapes_[i];
+  const bool contiguous = param.is_contiguous();
+  const auto lies_as_planned = [&](const at::Tensor& tensor, at::ScalarType dtype) {
+    return tensor.key_set() == shape.keys && tensor.scalar_type() == dtype &&
+           tensor.numel() == offsets_[i + 1] - offsets_[i] && tensor.is_contiguous() == contiguous;
+  };
+  if (!lies_as_planned(param, stored_) || !same(param.strides(), shape)) return false;
+  pointers[0] = address(param, stored_size_);
+  counters_[i] = reinterpret_cast<double*>(address(unpack(tensors[1]), sizeof(double)));
+  for (int k = 2; k < stride_; ++k) {
+    const at::Tensor& tensor = unpack(tensors[k]);
+    const bool is_state = k < 2 + num_states_;
+    if (!lies_as_planned(tensor, is_state ? stored_ : average_)) return false;
+    pointers[k] = address(tensor, is_state ? stored_size_ : average_size_);
+  }
+  return true;
+}
+
+bool Plan::same(at::IntArrayRef strides, const Shape& shape) const {
+  bool equal = strides.size() == shape.dim;
+  for (size_t d = 0; equal && d < strides.size(); ++d)
+    equal = strides[d] == strides_[shape.strides + d];
+  return equal;
 }
 
 int Plan::find_row(int group, double step) {

@@ -14,16 +14,16 @@ namespace fused_ema {
 namespace py = pybind11;
 
 // Holds the Python tensors, never their addresses: those are read anew by every prepare(), so that
-// `p.data = ...`, a new gradient or a moved state is seen. The optimizer's Watch guards what a plan
-// takes for granted between steps: which tensors there are, their dtypes, shapes and strides.
+// `p.data = ...`, a new gradient or a resized storage is seen. That the optimizer still holds these
+// tensors is for its Watch to say.
 class Plan {
  public:
   Plan(std::string rule, std::vector<py::object> params, std::vector<py::object> steps,
        std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
        std::vector<int> groups, bool ema_before);
 
-  // Reads gradients and pointers and folds the scalars; writes nothing. False: a frozen parameter
-  // has a gradient now, and the bucket must be made anew.
+  // Reads gradients and pointers and folds the scalars; writes nothing. False: a tensor lies
+  // differently now, or a frozen parameter has a gradient, and the bucket must be made anew.
   bool prepare(const py::object& fold);
 
   // Steps every parameter with a gradient and moves every average.
@@ -38,10 +38,18 @@ class Plan {
     double step;  // negative: no gradient, averages alone
   };
 
+  // How a parameter lay when the plan was made.
+  struct Shape {
+    c10::DispatchKeySet keys;  // device, layout, and whether it is a plain tensor
+    size_t dim;
+    size_t strides;  // where its strides begin in strides_
+  };
+
   int row_size() const { return kernel_.num_scalars + num_emas_; }
   int find_row(int group, double step);
   void fold_rows(const py::object& fold);
-  void read_pointers(size_t i, const at::Tensor& param, const at::Tensor& grad);
+  bool read_pointers(size_t i, const at::Tensor& param);
+  bool same(at::IntArrayRef strides, const Shape& shape) const;
   void* grad_pointer(const at::Tensor& grad, const at::Tensor& param);
   void run_elements(int64_t begin, int64_t end) const;
 
@@ -59,6 +67,8 @@ class Plan {
   bool ema_before_;
   std::vector<py::object> tensors_;  // per parameter: param, step, states, averages
   std::vector<int> groups_;
+  std::vector<Shape> shapes_;
+  std::vector<int64_t> strides_;  // of all parameters, in turn
   std::vector<int64_t> offsets_;  // first element of each parameter in the bucket, and the total
 
   // filled by prepare()

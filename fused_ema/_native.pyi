@@ -25,7 +25,7 @@ class Plan:
     def run(self) -> None: ...
 
 class Watch:
-    """Remembers which tensors an optimizer holds and how they lie in memory."""
+    """Remembers which objects an optimizer's param groups and state hold."""
 
     def __init__(
         self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]
@@ -33,7 +33,7 @@ class Watch:
     def unchanged(
         self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]
     ) -> bool:
-        """Whether the same tensors with the same dtype, device, shape and strides are there."""
+        """Whether the same objects are there, in the same places."""
 
 def cpu_targets() -> list[str]:
     """CPU loops that this build has and this processor can run, the preferred one first."""

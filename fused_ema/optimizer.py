@@ -143,7 +143,8 @@ class FusedScaledOptimizer(Optimizer):
             self._make_plans()
         if not self._prepare():
             self._make_plans()
-            self._prepare()
+            if not self._prepare():
+                raise RuntimeError("a parameter or its state changes while it is being stepped")
         weights = self._buffer_weights()
         for plan in self._plans:
             plan.run()

@@ -37,10 +37,13 @@ class EagerPlan:
 
     def prepare(self, fold: Fold) -> bool:
         members: dict[tuple[int, float | None], list[Slot]] = {}
+        key = self.bucket.key
         for slot in self.bucket.slots:
             step = None
+            if slot.param.dtype != key.dtype or slot.param.device != key.device:
+                return False
             if slot.param.grad is not None:
-                if self.bucket.key.states is None:
+                if key.states is None:
                     return False
                 check_grad(slot.param.grad, slot.param)
                 step = slot.state["step"].item() + fold.kappas[slot.group]

@@ -24,7 +24,9 @@ class Plan(Protocol):
     """A bucket ready to step, in two halves so that an error leaves nothing half-updated."""
 
     def prepare(self, fold: Fold) -> bool:
-        """Read gradients and fold scalars; write nothing. False: the bucket must be made anew.
+        """Read gradients and fold scalars; write nothing.
+
+        False: a tensor lies elsewhere or otherwise than planned, and the bucket must be made anew.
 
         Raises:
             RuntimeError: a gradient that cannot be used.
