@@ -54,6 +54,12 @@ char* address(const at::Tensor& tensor, int64_t itemsize) {
   return storage + impl->storage_offset() * itemsize;
 }
 
+bool lies(const at::Tensor& tensor, c10::DispatchKeySet keys, bool contiguous, int64_t numel,
+          at::ScalarType dtype) {
+  return tensor.key_set() == keys && tensor.is_contiguous() == contiguous &&
+         tensor.numel() == numel && tensor.scalar_type() == dtype;
+}
+
 // Out of line, so that the checks themselves stay small.
 [[noreturn, gnu::cold, gnu::noinline]] void refuse_grad(const at::Tensor& grad,
                                                         const at::Tensor& param) {
@@ -135,19 +141,22 @@ bool Plan::read_pointers(size_t i, const at::Tensor& param) {
   const py::object* tensors = &tensors_[i * stride_];
   void** pointers = &pointers_[i * stride_];
   const Shape& shape = shapes_[i];
+  const int64_t numel = offsets_[i + 1] - offsets_[i];
   const bool contiguous = param.is_contiguous();
-  const auto lies_as_planned = [&](const at::Tensor& tensor, at::ScalarType dtype) {
-    return tensor.key_set() == shape.keys && tensor.scalar_type() == dtype &&
-           tensor.numel() == offsets_[i + 1] - offsets_[i] && tensor.is_contiguous() == contiguous;
+  const auto as_planned = [&](const at::Tensor& tensor, at::ScalarType dtype) {
+    return lies(tensor, shape.keys, contiguous, numel, dtype);
   };
-  if (!lies_as_planned(param, stored_) || !same(param.strides(), shape)) return false;
+  if (!as_planned(param, stored_) || !same(param.strides(), shape)) return false;
   pointers[0] = address(param, stored_size_);
   counters_[i] = reinterpret_cast<double*>(address(unpack(tensors[1]), sizeof(double)));
-  for (int k = 2; k < stride_; ++k) {
-    const at::Tensor& tensor = unpack(tensors[k]);
-    const bool is_state = k < 2 + num_states_;
-    if (!lies_as_planned(tensor, is_state ? stored_ : average_)) return false;
-    pointers[k] = address(tensor, is_state ? stored_size_ : average_size_);
+  int k = 2;
+  for (; k < 2 + num_states_; ++k) {
+    if (!as_planned(unpack(tensors[k]), stored_)) return false;
+    pointers[k] = address(unpack(tensors[k]), stored_size_);
+  }
+  for (; k < stride_; ++k) {
+    if (!as_planned(unpack(tensors[k]), average_)) return false;
+    pointers[k] = address(unpack(tensors[k]), average_size_);
   }
   return true;
 }
