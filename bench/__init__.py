@@ -1,0 +1,1 @@
+"""Benchmarks: providers of a step with an EMA, timed in turns on the same data."""

@@ -1,0 +1,60 @@
+"""Random weights and gradients, drawn once a case and copied for every provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from .cases import Case
+from .providers import Provider, Spec
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where every provider starts, and the gradients that it gets, up to a factor a step."""
+
+    case: Case
+    weights: Tensor
+    grads: Tensor
+
+    @classmethod
+    def draw(cls, case: Case, seed: int) -> Data:
+        generator = torch.Generator().manual_seed(seed)
+        weights, grads = (
+            torch.randn(case.numel, generator=generator, dtype=case.dtype) for _ in range(2)
+        )
+        return cls(case, weights, grads)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """``flat`` cut into the case's tensors."""
+        sizes = [prod(shape) for shape in self.case.shapes]
+        parts = zip(flat.split(sizes), self.case.shapes, strict=True)
+        return [part.view(shape) for part, shape in parts]
+
+
+class Running:
+    """A provider at work on its own copy of the parameters."""
+
+    def __init__(self, provider: Provider, spec: Spec, data: Data) -> None:
+        self.provider = provider
+        weights, self._grads = [data.weights], [data.grads]
+        if not provider.is_bound:
+            weights, self._grads = data.views(data.weights), data.views(data.grads)
+        self.params = [nn.Parameter(weight.clone()) for weight in weights]
+        stepper = provider.make(self.params, spec)
+        self.step: Callable[[], object] = stepper.step
+        self.emas = stepper.emas
+
+    def backward(self, factor: float) -> None:
+        """New gradients in new memory, as after zero_grad(set_to_none=True) and a backward pass."""
+        self.zero_grad()
+        for param, grad in zip(self.params, torch._foreach_mul(self._grads, factor), strict=True):
+            param.grad = grad
+
+    def zero_grad(self) -> None:
+        for param in self.params:
+            param.grad = None
