@@ -31,6 +31,7 @@ PYBIND11_MODULE(_native, module) {
   py::class_<Watch>(module, "Watch")
       .def(py::init<const py::list&, const py::dict&>())
       .def("unchanged", &Watch::unchanged);
+  module.def("is_plain", &is_plain);
   module.def("cpu_targets", &cpu::targets);
   module.def("rule_scalars", [] { return scalar_names(AllRules{}); });
 }

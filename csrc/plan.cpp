@@ -18,8 +18,6 @@ namespace {
 // Elements below which a second thread costs more than it brings.
 constexpr int64_t grain = 32768;
 
-constexpr double no_gradient = -1.0;
-
 StoredType stored_type(at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat:
@@ -52,12 +50,6 @@ char* address(const at::Tensor& tensor, int64_t itemsize) {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   char* storage = static_cast<char*>(impl->unsafe_storage().mutable_data());
   return storage + impl->storage_offset() * itemsize;
-}
-
-bool lies(const at::Tensor& tensor, c10::DispatchKeySet keys, bool contiguous, int64_t numel,
-          at::ScalarType dtype) {
-  return tensor.key_set() == keys && tensor.is_contiguous() == contiguous &&
-         tensor.numel() == numel && tensor.scalar_type() == dtype;
 }
 
 // Out of line, so that the checks themselves stay small.
@@ -103,7 +95,7 @@ Plan::Plan(std::string rule, std::vector<py::object> params, std::vector<py::obj
   for (size_t i = 0; i < params.size(); ++i) {
     const at::Tensor& param = unpack(params[i]);
     offsets_.push_back(offsets_.back() + param.numel());
-    shapes_.push_back({param.key_set(), static_cast<size_t>(param.dim()), strides_.size()});
+    shapes_.push_back({param.key_set(), param.is_contiguous(), param.dim(), strides_.size()});
     strides_.insert(strides_.end(), param.strides().begin(), param.strides().end());
     tensors_.push_back(std::move(params[i]));
     tensors_.push_back(std::move(steps.at(i)));
@@ -123,14 +115,12 @@ bool Plan::prepare(const py::object& fold) {
     const at::Tensor& param = unpack(tensors_[i * stride_]);
     const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
     if (!read_pointers(i, param) || (grad.defined() && frozen_)) return false;
-    double step = no_gradient;
-    if (grad.defined()) {
-      step = *counters_[i] + kappas[groups_[i]];
+    Row row{groups_[i], grad.defined(), 0.0};
+    if (row.active) {
+      row.step = *counters_[i] + kappas[groups_[i]];
       pointers_[i * stride_ + 1] = grad_pointer(grad, param);
-    } else {
-      counters_[i] = nullptr;
     }
-    row_of_[i] = find_row(groups_[i], step);
+    row_of_[i] = find_row(row);
   }
   fold_rows(fold);
   return true;
@@ -140,50 +130,61 @@ bool Plan::prepare(const py::object& fold) {
 bool Plan::read_pointers(size_t i, const at::Tensor& param) {
   const py::object* tensors = &tensors_[i * stride_];
   void** pointers = &pointers_[i * stride_];
-  const Shape& shape = shapes_[i];
-  const int64_t numel = offsets_[i + 1] - offsets_[i];
-  const bool contiguous = param.is_contiguous();
-  const auto as_planned = [&](const at::Tensor& tensor, at::ScalarType dtype) {
-    return lies(tensor, shape.keys, contiguous, numel, dtype);
-  };
-  if (!as_planned(param, stored_) || !same(param.strides(), shape)) return false;
+  const at::Tensor& step = unpack(tensors[1]);
+  if (!as_planned(param, i, stored_) || param.dim() != shapes_[i].dim ||
+      step.scalar_type() != at::kDouble || step.numel() != 1 || !step.is_cpu())
+    return false;
   pointers[0] = address(param, stored_size_);
-  counters_[i] = reinterpret_cast<double*>(address(unpack(tensors[1]), sizeof(double)));
+  counters_[i] = reinterpret_cast<double*>(address(step, sizeof(double)));
   int k = 2;
   for (; k < 2 + num_states_; ++k) {
-    if (!as_planned(unpack(tensors[k]), stored_)) return false;
+    if (!as_planned(unpack(tensors[k]), i, stored_)) return false;
     pointers[k] = address(unpack(tensors[k]), stored_size_);
   }
   for (; k < stride_; ++k) {
-    if (!as_planned(unpack(tensors[k]), average_)) return false;
+    if (!as_planned(unpack(tensors[k]), i, average_)) return false;
     pointers[k] = address(unpack(tensors[k]), average_size_);
   }
   return true;
 }
 
-bool Plan::same(at::IntArrayRef strides, const Shape& shape) const {
-  bool equal = strides.size() == shape.dim;
-  for (size_t d = 0; equal && d < strides.size(); ++d)
-    equal = strides[d] == strides_[shape.strides + d];
+bool Plan::as_planned(const at::Tensor& tensor, size_t i, at::ScalarType dtype) const {
+  const Shape& shape = shapes_[i];
+  return tensor.key_set() == shape.keys && tensor.scalar_type() == dtype &&
+         tensor.numel() == offsets_[i + 1] - offsets_[i] &&
+         tensor.is_contiguous() == shape.contiguous &&
+         (shape.contiguous || same_strides(tensor, shape));
+}
+
+// Strides of dimensions of size one do not matter.
+bool Plan::same_strides(const at::Tensor& tensor, const Shape& shape) const {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  bool equal = tensor.dim() == shape.dim;
+  for (size_t d = 0; equal && d < sizes.size(); ++d)
+    equal = sizes[d] == 1 || strides[d] == strides_[shape.strides + d];
   return equal;
 }
 
-int Plan::find_row(int group, double step) {
+int Plan::find_row(const Row& row) {
   // the parameters of a group nearly always share a count, so the newest row is the likely one
   for (size_t r = rows_.size(); r-- > 0;)
-    if (rows_[r].group == group && rows_[r].step == step) return static_cast<int>(r);
-  rows_.push_back({group, step});
+    if (rows_[r].group == row.group && rows_[r].active == row.active && rows_[r].step == row.step)
+      return static_cast<int>(r);
+  rows_.push_back(row);
   return static_cast<int>(rows_.size()) - 1;
 }
 
 void Plan::fold_rows(const py::object& fold) {
-  table_.assign(rows_.size() * (row_size()), 0.0);
+  table_.assign(rows_.size() * row_size(), 0.0);
   double* out = table_.data();
   for (const Row& row : rows_) {
-    const bool active = row.step != no_gradient;
-    const py::object step = active ? py::object(py::float_(row.step)) : py::object(py::none());
+    const py::object step = row.active ? py::object(py::float_(row.step)) : py::object(py::none());
     const py::tuple folded = fold(row.group, step);
     const py::tuple scalars = folded[0], weights = folded[1];
+    if (py::ssize_t(scalars.size()) != (row.active ? kernel_.num_scalars : 0) ||
+        py::ssize_t(weights.size()) != num_emas_)
+      throw std::runtime_error("rule " + rule_ + " folds " + std::to_string(scalars.size()) +
+                               " scalars, its kernel takes " + std::to_string(kernel_.num_scalars));
     for (size_t k = 0; k < scalars.size(); ++k) out[k] = scalars[k].cast<double>();
     for (int k = 0; k < num_emas_; ++k) out[kernel_.num_scalars + k] = weights[k].cast<double>();
     out += row_size();
@@ -207,18 +208,33 @@ void* Plan::grad_pointer(const at::Tensor& grad, const at::Tensor& param) {
 void Plan::run() {
   for (size_t i = 0; i < groups_.size(); ++i) {
     const py::object* tensors = &tensors_[i * stride_];
-    if (counters_[i] != nullptr) {
+    if (is_active(i)) {
       *counters_[i] = rows_[row_of_[i]].step;
       bump_version(tensors[0]);
     }
     for (int k = 2 + num_states_; k < stride_; ++k) bump_version(tensors[k]);
   }
-  {
+  if (offsets_.back() < grain) {
+    run_elements(0, offsets_.back());
+  } else {
+    const std::vector<c10::Storage> held = storages();
     const py::gil_scoped_release released;
     at::parallel_for(0, offsets_.back(), grain,
                      [this](int64_t begin, int64_t end) { run_elements(begin, end); });
   }
   copies_.clear();
+}
+
+// Without the GIL another thread may replace a gradient or `.data`; what it drops must outlive
+// run().
+std::vector<c10::Storage> Plan::storages() const {
+  std::vector<c10::Storage> held;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    for (int k = 0; k < stride_; ++k) held.push_back(unpack(tensors_[i * stride_ + k]).storage());
+    const at::Tensor& grad = unpack(tensors_[i * stride_]).unsafeGetTensorImpl()->grad();
+    if (grad.defined()) held.push_back(grad.storage());
+  }
+  return held;
 }
 
 // Shares out elements, not tensors: threads get equal bytes however unequal the tensors are.
@@ -229,9 +245,15 @@ void Plan::run_elements(int64_t begin, int64_t end) const {
     if (stop == begin) continue;
     const double* row = &table_[row_of_[i] * (row_size())];
     kernel_.kernel({&pointers_[i * stride_], begin - offsets_[i], stop - offsets_[i], row,
-                    num_emas_, counters_[i] != nullptr, ema_before_});
+                    num_emas_, is_active(i), ema_before_});
     begin = stop;
   }
+}
+
+bool is_plain(const at::Tensor& tensor) {
+  const c10::DispatchKeySet keys = tensor.key_set();
+  return !keys.has(c10::DispatchKey::Python) && tensor.has_storage() && !tensor.is_neg() &&
+         !tensor.is_conj() && !tensor.is_inference();
 }
 
 }  // namespace fused_ema

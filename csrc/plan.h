@@ -35,21 +35,26 @@ class Plan {
   // Parameters of one group at one step count share a row of scalars.
   struct Row {
     int group;
-    double step;  // negative: no gradient, averages alone
+    bool active;  // has a gradient; else the averages alone move
+    double step;
   };
 
   // How a parameter lay when the plan was made.
   struct Shape {
-    c10::DispatchKeySet keys;  // device, layout, and whether it is a plain tensor
-    size_t dim;
+    c10::DispatchKeySet keys;  // device and layout
+    bool contiguous;
+    int64_t dim;
     size_t strides;  // where its strides begin in strides_
   };
 
   int row_size() const { return kernel_.num_scalars + num_emas_; }
-  int find_row(int group, double step);
+  int find_row(const Row& row);
   void fold_rows(const py::object& fold);
   bool read_pointers(size_t i, const at::Tensor& param);
-  bool same(at::IntArrayRef strides, const Shape& shape) const;
+  bool as_planned(const at::Tensor& tensor, size_t i, at::ScalarType dtype) const;
+  bool same_strides(const at::Tensor& tensor, const Shape& shape) const;
+  bool is_active(size_t i) const { return rows_[row_of_[i]].active; }
+  std::vector<c10::Storage> storages() const;
   void* grad_pointer(const at::Tensor& grad, const at::Tensor& param);
   void run_elements(int64_t begin, int64_t end) const;
 
@@ -79,5 +84,8 @@ class Plan {
   std::vector<double> table_;
   std::vector<at::Tensor> copies_;  // gradients that had to be laid out like their parameter
 };
+
+// Whether a tensor is nothing but memory of its own: no subclass, no lazy negation or conjugation.
+bool is_plain(const at::Tensor& tensor);
 
 }  // namespace fused_ema

@@ -11,7 +11,7 @@
 
 namespace fused_ema {
 
-// Exact at both ends: weight 0 leaves `from`, weight 1 gives `to`.
+// For finite values exact at both ends: weight 0 leaves `from`, weight 1 gives `to`.
 template <class T>
 FUSED_EMA_INLINE T lerp(T from, T to, T weight) {
   return weight < T(0.5) ? from + weight * (to - from) : to - (to - from) * (T(1) - weight);
@@ -102,7 +102,7 @@ struct Adam {
       largest = second <= largest ? largest : second;  // a NaN wins, as in torch.maximum
       second = largest;
     }
-    const T change = exp_avg / (std::sqrt(second) + c.eps) * c.step_size;
+    const T change = c.step_size * exp_avg / (std::sqrt(second) + c.eps);
     param = param - (c.decay != T(0) ? change + c.decay * param : change);
   }
 };

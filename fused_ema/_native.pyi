@@ -35,6 +35,9 @@ class Watch:
     ) -> bool:
         """Whether the same objects are there, in the same places."""
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is plain memory: no subclass, lazy negation, conjugation, inference."""
+
 def cpu_targets() -> list[str]:
     """CPU loops that this build has and this processor can run, the preferred one first."""
 

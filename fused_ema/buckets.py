@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._native import is_plain
 from .ema import decays, ema_keys
 from .rules import Rule
 
@@ -35,8 +36,8 @@ class Key(NamedTuple):
     """What all slots of a bucket share.
 
     ``states`` are the rule's state tensors, None for frozen parameters, whose averages alone move.
-    ``layout`` is ``"dense"`` when parameter, states and averages lie in memory in the same order
-    without gaps, else ``"strided"``.
+    ``layout`` is ``"dense"`` when parameter, states and averages are plain memory in the same order
+    without gaps, else ``"strided"``: views with gaps, and tensor subclasses.
     """
 
     device: torch.device
@@ -89,6 +90,8 @@ def make_buckets(
     members: dict[Key, list[Slot]] = {}
     for index, (group, backend) in enumerate(zip(groups, requested, strict=True)):
         for param in group["params"]:
+            if param.dtype not in COMPUTE_DTYPE:
+                continue
             slot = Slot(param, index, state[param])
             members.setdefault(_key(rule, group, slot, backend), []).append(slot)
     return [Bucket(rule, key, tuple(slots)) for key, slots in members.items()]
@@ -106,7 +109,7 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str) -> Key:
     return Key(
         slot.param.device,
         slot.param.dtype,
-        "dense" if _samedense_order(tensors) else "strided",
+        "dense" if all(map(is_plain, tensors)) and _same_order(tensors) else "strided",
         states,
         emas,
         group["ema_order"],
@@ -115,7 +118,7 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str) -> Key:
     )
 
 
-def _samedense_order(tensors: Iterable[Tensor]) -> bool:
+def _same_order(tensors: Iterable[Tensor]) -> bool:
     orders = {dense_order(tensor) for tensor in tensors}
     return len(orders) == 1 and None not in orders
 

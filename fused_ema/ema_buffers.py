@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .buckets import COMPUTE_DTYPE
 from .rules import check_choice, ema_update
-from .tensorlist import TensorList
 
 MODES = ("copy", "average", "leave")
+
+
+class Move(NamedTuple):
+    """``held <- held + weight*(source - held)`` for one buffer; a weight of 1 copies."""
+
+    held: Tensor
+    source: Tensor
+    weight: float
 
 
 class EmaBuffers:
     """Keeps averaged buffers beside ``num_emas`` averages of a model's parameters.
 
-    ``"copy"``: the averaged model takes the model's buffers as they are; ``"average"``: floating
+    ``"copy"``: the averaged model has the model's buffers as they are; ``"average"``: floating
     buffers move like the parameters, others are copied; ``"leave"``: untouched. Buffers are looked
     up in the model by name at every step, so replaced ones are seen.
 
@@ -46,29 +53,40 @@ class EmaBuffers:
         if teacher is not None:
             self.held[0] = _paired(dict(teacher.named_buffers()), source)
 
-    @torch.no_grad()
-    def step(self, weights: Sequence[float]) -> None:
-        """Move the held buffers, in place: ``weights`` are ``1 - rho**kappa`` of each average."""
-        if self.mode == "leave":
-            return
-        source = dict(self.model.named_buffers())
-        for held, weight in zip(self.held, weights, strict=True):
-            moving = [n for n in held if self.mode == "average" and held[n].is_floating_point()]
-            copied = [name for name in held if name not in moving]
-            if moving:
-                values = [source[name].to(held[name].dtype) for name in moving]
-                ema_update(TensorList([held[n] for n in moving]), TensorList(values), weight)
-            for name in copied:
-                held[name].copy_(source[name])
+    def moves(self, weights: Sequence[float]) -> list[Move]:
+        """What a step does to the held buffers, checked: ``weights`` are ``1 - rho**kappa``.
 
-    def values(self, index: int) -> Mapping[str, Tensor]:
-        """Held buffers of one average by name; a name that is missing is the model's own."""
-        return self.held[index]
+        Raises:
+            ValueError: there are not as many averages as at construction, or a buffer has another
+                shape.
+        """
+        if len(weights) != len(self.held):
+            raise ValueError(
+                f"ema_decay gives {len(weights)} averages, but buffers are held for "
+                f"{len(self.held)}; make a new optimizer to change their number"
+            )
+        source = dict(self.model.named_buffers())
+        return [
+            Move(held, _matching(name, source, held), self._weight(held, weight))
+            for average, weight in zip(self.held, weights, strict=True)
+            for name, held in (average.items() if self.mode != "leave" else ())
+        ]
+
+    def _weight(self, held: Tensor, weight: float) -> float:
+        return weight if self.mode == "average" and held.is_floating_point() else 1.0
+
+    def values(self, index: int) -> dict[Tensor, Tensor]:
+        """What the average has in the place of each of the model's buffers, by that buffer."""
+        held = self.held[index] if index < len(self.held) else {}
+        return {buffer: held.get(name, buffer) for name, buffer in self.model.named_buffers()}
 
     def pairs(self, index: int) -> list[tuple[Tensor, Tensor]]:
         """(model's buffer, held buffer) of one average, for swapping."""
-        source = dict(self.model.named_buffers())
-        return [(source[name], held) for name, held in self.held[index].items()]
+        return [(mine, held) for mine, held in self.values(index).items() if mine is not held]
+
+    def names(self) -> dict[Tensor, str]:
+        """Names of the model's buffers."""
+        return {buffer: name for name, buffer in self.model.named_buffers()}
 
     def state_dict(self) -> list[dict[str, Tensor]]:
         """Held buffers, one dict an average."""
@@ -84,7 +102,7 @@ class EmaBuffers:
         if names != found:
             raise ValueError(f"state_dict: ema_buffers holds {found}, allowed: {names}")
         return [
-            (tensor, values[name])
+            (tensor, _matching(name, values, tensor))
             for held, values in zip(self.held, saved, strict=True)
             for name, tensor in held.items()
         ]
@@ -112,16 +130,31 @@ def resolve(
     return None
 
 
+@torch.no_grad()
+def apply(moves: Sequence[Move]) -> None:
+    """Carry out the moves, in place."""
+    for held, source, weight in moves:
+        if weight == 1.0:
+            held.copy_(source)
+        else:
+            ema_update(held, source.to(held.dtype), weight)
+
+
 def _paired(teacher: dict[str, Tensor], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in teacher.items():
-        if name not in source:
-            raise ValueError(f"ema: the teacher's buffer {name!r} is not in the model")
-        if value.shape != source[name].shape:
-            raise ValueError(
-                f"ema: buffer {name!r} has shape {tuple(value.shape)}, the model's "
-                f"{tuple(source[name].shape)}"
-            )
+        _matching(name, source, value)
     return teacher
+
+
+def _matching(name: str, tensors: Mapping[str, Tensor], held: Tensor) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"ema_buffers: {name!r} is missing; allowed: every buffer of the average")
+    if tensors[name].shape != held.shape:
+        raise ValueError(
+            f"ema_buffers: {name!r} has shape {tuple(tensors[name].shape)}, allowed: the "
+            f"average's {tuple(held.shape)}"
+        )
+    return tensors[name]
 
 
 def _held(buffer: Tensor) -> Tensor:

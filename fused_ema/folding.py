@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .backends.plan import Scalars
-from .ema import check_ema_decay, decays, ema_weights, is_constant
+from .ema import decays, ema_weights, is_constant
 from .rules import Rule
 
 # Fields besides the rule's own that decide in which bucket a group's parameters are.
@@ -36,14 +36,16 @@ class Folder:
         kappas: ``kappa`` of every param group.
     """
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rule, check: Callable[[Mapping[str, Any]], None]) -> None:
         self._rule = rule
+        self._check = check
         self._fields = itemgetter(*rule.hyper, "ema_decay", *PLACING)
         self._groups: Sequence[Mapping[str, Any]] = ()
         self._seen: list[tuple[Any, ...]] = []
         self._scaled: list[_Scaled] = []
         self.kappas: list[float] = []
         self._rows: dict[tuple[int, float | None], Scalars] = {}
+        self._scheduled: dict[int, tuple[float, ...]] = {}
 
     def refresh(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Take in the groups' current fields; True if a parameter may belong to another bucket.
@@ -52,6 +54,7 @@ class Folder:
             ValueError: a field holds a bad value; nothing has been taken in.
         """
         self._rows.clear()
+        self._scheduled.clear()
         self._groups = groups
         if list(map(self._fields, groups)) == self._seen:
             return False
@@ -70,9 +73,8 @@ class Folder:
         return moved
 
     def _scale(self, group: Mapping[str, Any]) -> _Scaled:
-        self._rule.check(group)
+        self._check(group)
         ema_decay, kappa = group["ema_decay"], float(group["kappa"])
-        check_ema_decay(ema_decay)
         return _Scaled(
             # a tensor is remembered by value: in-place changes of a tensor lr must be seen
             fields=plain(self._fields(group)),
@@ -92,16 +94,24 @@ class Folder:
         if row is None:
             scaled = self._scaled[group]
             scalars = () if step is None else self._rule.fold(scaled.hyper, step)
-            row = self._rows[group, step] = (scalars, scaled.weights or self._scheduled(group))
+            row = self._rows[group, step] = (scalars, self.weights(group))
         return row
 
-    def _scheduled(self, group: int) -> tuple[float, ...]:
-        fields = self._groups[group]
-        return ema_weights(fields["ema_decay"], fields["base_steps"], self._scaled[group].kappa)
+    def weights(self, group: int) -> tuple[float, ...]:
+        """The EMA weights of a group at this step; a schedule is asked once."""
+        scaled = self._scaled[group]
+        if scaled.weights is not None:
+            return scaled.weights
+        if group not in self._scheduled:
+            fields = self._groups[group]
+            self._scheduled[group] = ema_weights(
+                fields["ema_decay"], fields["base_steps"], scaled.kappa
+            )
+        return self._scheduled[group]
 
 
 def plain(value: Any) -> Any:
-    """``value`` with every tensor replaced by its number, also inside tuples."""
+    """``value`` with tensors as numbers and lists as tuples: nothing that may change."""
     if isinstance(value, Tensor):
         return value.item()
-    return tuple(map(plain, value)) if isinstance(value, tuple) else value
+    return tuple(map(plain, value)) if isinstance(value, tuple | list) else value

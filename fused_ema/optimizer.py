@@ -11,18 +11,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import averages
-from ._native import Watch
-from .backends import NAMES, requested_backend, select
-from .backends.plan import Plan
-from .buckets import make_buckets
-from .ema import EmaDecay, check_ema_decay, decays, ema_keys, is_constant
-from .ema_buffers import EmaBuffers, resolve
-from .folding import Folder
+from . import averages, checkpoint
+from .backends import NAMES, requested_backend
+from .ema import EmaDecay, check_ema_decay, decays, ema_keys
+from .ema_buffers import EmaBuffers, apply, resolve
 from .rules import Rule, check_choice
-from .state import complete, loaded
+from .state import complete
+from .stepper import Stepper
 from .swap import swapped
-from .teacher import Teacher, pair
+from .teacher import Teacher, check_disjoint, pair
 
 
 class EmaOptions(TypedDict, total=False):
@@ -92,7 +89,7 @@ class FusedScaledOptimizer(Optimizer):
             self._names = {param: name for name, param in model.named_parameters()}
         super().__init__(params, {**defaults, **shared})
         if ema is not None:
-            self._bind(ema, [g for g in self.param_groups if g["ema_decay"] is not None])
+            self._bind(ema, [self.param_groups[i] for i in self._averaged_groups()])
         self._buffers = resolve(model, ema_buffers, self._num_emas(), ema)
 
     @property
@@ -112,13 +109,13 @@ class FusedScaledOptimizer(Optimizer):
     def kappa(self, value: float) -> None:
         for group in self.param_groups:
             self._check_group({**group, "kappa": value})
-        for group in self.param_groups:
-            group["kappa"] = float(value)
+        for fields in (self.defaults, *self.param_groups):
+            fields["kappa"] = float(value)
 
     @property
     def backends(self) -> tuple[str, ...]:
         """Names of the backends in use, one a bucket; empty before the first step."""
-        return self._plan_names
+        return self._stepper.backends
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter and move every average, in place.
@@ -138,41 +135,44 @@ class FusedScaledOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        fold = self._folder
-        if fold.refresh(self.param_groups) or not self._plans_hold():
-            self._make_plans()
-        if not self._prepare():
-            self._make_plans()
-            if not self._prepare():
-                raise RuntimeError("a parameter or its state changes while it is being stepped")
-        weights = self._buffer_weights()
-        for plan in self._plans:
-            plan.run()
-        if self._buffers is not None:
-            self._buffers.step(weights)
-        for group, kappa in zip(self.param_groups, fold.kappas, strict=True):
+            self._check_not_swapped("step()")
+        self._stepper.prepare(self.param_groups, self.state)
+        moves = [] if self._buffers is None else self._buffers.moves(self._buffer_weights())
+        self._stepper.run()
+        if moves:
+            apply(moves)
+        for group, kappa in zip(self.param_groups, self._stepper.folder.kappas, strict=True):
             group["base_steps"] += kappa
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as torch does; ``ema`` in it binds its own teacher tensors.
 
+        Without ``ema`` the group's averages are the optimizer's own. A schedule of ``rho`` goes on
+        where the first group's is.
+
         Raises:
-            ValueError: a bad value, or a teacher that does not match; the group is not added.
+            ValueError: a bad value, a parameter given twice, or a teacher that does not match; the
+                group is not added.
         """
         teacher = None
         if isinstance(param_group, dict):
+            param_group = dict(param_group)  # the caller's may be used again
             teacher = param_group.pop("ema", None)
+            if self.param_groups:
+                param_group.setdefault("base_steps", self.param_groups[0]["base_steps"])
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
-        if teacher is not None:
-            try:
+        try:
+            if len(set(group["params"])) != len(group["params"]):
+                raise ValueError("params: a parameter appears twice in a param group")
+            self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+            if teacher is not None:
                 self._bind(teacher, [group])
-            except ValueError:
-                self.param_groups.pop()
-                raise
+        except Exception:
+            self.param_groups.pop()
+            raise
         self._forget_plans()
 
     @contextmanager
@@ -215,42 +215,52 @@ class FusedScaledOptimizer(Optimizer):
             ValueError: ``model`` holds none of the averaged parameters.
             IndexError: there is no such average.
         """
-        held = self._buffers.values(index) if self._buffers is not None else {}
-        return averages.state_dict(model, self._averages(index, "ema_state_dict()"), held)
+        by_param = self._averages(index, "ema_state_dict()")
+        return averages.state_dict(model, by_param, self._held_buffers(index))
 
     def copy_ema_to(self, model: nn.Module, index: int = 0) -> None:
-        """Copy an average into a module's parameters and held buffers, in place.
+        """Copy an average into a module's parameters and buffers, in place.
+
+        Buffers are copied where ``model=`` made the student's known; parameters that have no
+        average are left as they are.
 
         Args:
-            model: the optimized module itself, or another of the same shapes: paired by name where
-                names are known (``model=`` or ``named_parameters()``), else in order.
+            model: the optimized module itself, a part of it, or another of the same shapes: paired
+                by name where names are known (``model=`` or ``named_parameters()``), else in order.
             index: which average, for a tuple ``ema_decay``.
 
         Raises:
             ValueError: a name or shape does not match; the message names the first.
             IndexError: there is no such average.
         """
-        held = self._buffers.values(index) if self._buffers is not None else {}
         by_param = self._averages(index, "copy_ema_to()")
-        averages.copy_to(model, by_param, held, self._names, len(self.param_groups) == 1)
+        names = {**self._names, **(self._buffers.names() if self._buffers is not None else {})}
+        in_order = len(self._averaged_groups()) == 1
+        averages.copy_to(model, by_param, self._held_buffers(index), names, in_order)
 
     def state_dict(self) -> StateDict:
         """The state as torch lays it out, the averages under ``ema``, ``ema_1``, ...
 
-        A schedule is configuration and is left out; its position, ``base_steps``, is in. Held
-        buffers are under the key ``ema_buffers``.
+        A schedule is configuration: ``"schedule"`` stands in its place, and its position,
+        ``base_steps``, is saved. Held buffers are under the key ``ema_buffers``.
 
         Raises:
             RuntimeError: inside :meth:`ema_weights`.
         """
         self._check_not_swapped("state_dict()")
-        state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            if not is_constant(group["ema_decay"]):
-                del group["ema_decay"]
-        if self._buffers is not None:
-            state_dict["ema_buffers"] = self._buffers.state_dict()
-        return state_dict
+
+        def write(_: Optimizer, state_dict: StateDict) -> StateDict:
+            saved = checkpoint.to_save(state_dict)
+            if self._buffers is not None:
+                saved["ema_buffers"] = self._buffers.state_dict()
+            return saved
+
+        # first, so that hooks of the user's see what is saved
+        hook = self.register_state_dict_post_hook(write, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state of this class or of its torch namesake, in copies.
@@ -268,11 +278,11 @@ class FusedScaledOptimizer(Optimizer):
         buffers: list[Any] = []
 
         def read(_: Optimizer, given: StateDict) -> StateDict:
-            groups = [
-                self._merged(group, saved)
-                for group, saved in zip(self.param_groups, given["param_groups"], strict=False)
-            ]
-            state.update(self._loaded_state(given, groups))
+            present = self.param_groups
+            groups = list(map(checkpoint.merged, present, given["param_groups"]))
+            for group in groups:
+                self._check_group(group)
+            state.update(checkpoint.to_load(self.rule, present, groups, given["state"]))
             if self._buffers is not None and "ema_buffers" in given:
                 buffers.extend(self._buffers.matching(given["ema_buffers"]))
             # groups that have no counterpart are left for torch to refuse
@@ -313,52 +323,35 @@ class FusedScaledOptimizer(Optimizer):
         self._forget_plans()
 
     def _forget_plans(self) -> None:
-        self._folder = Folder(self.rule)
-        self._watch: Watch | None = None
-        self._plans: list[Plan] = []
-        self._plan_names: tuple[str, ...] = ()
+        self._stepper = Stepper(self.rule, self.backend, self._check_group, self._complete_state)
 
-    def _plans_hold(self) -> bool:
-        return self._watch is not None and self._watch.unchanged(self.param_groups, self.state)
-
-    @torch.no_grad()
     def _complete_state(self) -> None:
-        for group in self.param_groups:
-            for param in group["params"]:
-                complete(self.rule, group, param, self.state[param], self._teachers.get(param))
+        # an average made under the user's inference_mode could never be stepped
+        with torch.inference_mode(False), torch.no_grad():
+            for group in self.param_groups:
+                for param in group["params"]:
+                    complete(self.rule, group, param, self.state[param], self._teachers.get(param))
 
-    def _make_plans(self) -> None:
-        self._watch = None  # whatever fails below, the old plans are not to be used again
-        self._complete_state()
-        requested = [requested_backend(group, self.backend) for group in self.param_groups]
-        buckets = make_buckets(self.rule, self.param_groups, self.state, requested)
-        chosen = [(select(bucket), bucket) for bucket in buckets]
-        self._plan_names = tuple(backend.NAME for backend, _ in chosen)
-        self._plans = [backend.plan(bucket) for backend, bucket in chosen]
-        self._watch = Watch(self.param_groups, self.state)
-
-    def _prepare(self) -> bool:
-        return all([plan.prepare(self._folder) for plan in self._plans])
+    def _held_buffers(self, index: int) -> dict[Tensor, Tensor]:
+        return self._buffers.values(index) if self._buffers is not None else {}
 
     def _buffer_weights(self) -> tuple[float, ...]:
-        if self._buffers is None:
-            return ()
-        return self._folder(self._averaged_groups()[0], None)[1]
+        """The weights of the group with the most averages: buffers belong to no group."""
+        weights = [self._stepper.folder.weights(i) for i in range(len(self.param_groups))]
+        return max(weights, key=len)
 
     def _averaged_groups(self) -> list[int]:
         return [i for i, group in enumerate(self.param_groups) if decays(group["ema_decay"])]
 
     def _num_emas(self) -> int:
-        indices = self._averaged_groups()
-        return len(decays(self.param_groups[indices[0]]["ema_decay"])) if indices else 0
+        return max(len(decays(group["ema_decay"])) for group in self.param_groups)
 
     def _averages(self, index: int, what: str) -> dict[Tensor, Tensor]:
         """The average ``index`` of every parameter that has it."""
         self._check_not_swapped(what)
         self._complete_state()
-        (key,) = ema_keys(index + 1)[index:] or (None,)
         found = {
-            param: self.state[param][key]
+            param: self.state[param][ema_keys(index + 1)[index]]
             for group in self.param_groups
             if 0 <= index < len(decays(group["ema_decay"]))
             for param in group["params"]
@@ -369,27 +362,12 @@ class FusedScaledOptimizer(Optimizer):
 
     def _bind(self, teacher: Teacher, groups: list[dict[str, Any]]) -> None:
         params = [p for group in groups for p in group["params"] if p not in self._teachers]
-        if not params or any(group["ema_decay"] is None for group in groups):
+        if not params or not all(decays(group["ema_decay"]) for group in groups):
             raise ValueError("ema was given, but ema_decay=None; allowed: a decay for the teacher")
-        self._teachers.update(pair(teacher, params, self._names, len(self.param_groups) == 1))
-
-    def _merged(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-        implementation = ("foreach", "fused", "capturable")
-        kept = {k: v for k, v in group.items() if k not in saved or k in implementation}
-        kept.pop("params", None)
-        merged = {**saved, **kept}
-        self._check_group(merged)
-        return merged
-
-    def _loaded_state(self, given: StateDict, groups: list[dict[str, Any]]) -> dict[Any, Any]:
-        state = dict(given["state"])
-        result: dict[Any, Any] = {}
-        for group, saved in zip(self.param_groups, groups, strict=False):
-            keys, emas = self.rule.states(saved), ema_keys(len(decays(saved["ema_decay"])))
-            for param, key in zip(group["params"], saved["params"], strict=False):
-                if key in state:
-                    result[param] = loaded(state.pop(key), param, keys, emas)
-        return {**state, **result}
+        pairs = pair(teacher, params, self._names, len(groups) == 1)
+        every = [param for group in self.param_groups for param in group["params"]]
+        check_disjoint([*self._teachers.values(), *pairs.values()], every)
+        self._teachers.update(pairs)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         self.rule.check(group)

@@ -181,7 +181,10 @@ def check_adam(group: Group) -> None:
     check_choice("beta_scaling", group["beta_scaling"], ("exponential", "linear"))
     check_choice("weight_decay_scaling", group["weight_decay_scaling"], ("exact", "none"))
     scaling.check_range("eps", group["eps"], 0.0, math.inf)
+    if not isinstance(group["betas"], tuple | list) or len(group["betas"]) != 2:
+        raise ValueError(f"betas={group['betas']!r} is not known; allowed: two numbers")
     for i, beta in enumerate(group["betas"]):
+        scaling.check_range(f"betas[{i}]", beta, 0.0, 1.0)
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"betas[{i}]={beta!r} is out of range; allowed: 0 <= betas[{i}] < 1")
 
@@ -241,7 +244,7 @@ def update_adam(param: Values, grad: Values, states: Sequence[Values], c: AdamSc
     exp_avg_sq.lerp_(grad.mul(grad), c.weight2)
     if len(states) == 3:
         exp_avg_sq = states[2].clamp_min_(exp_avg_sq)
-    change = exp_avg.div(exp_avg_sq.sqrt().add(c.eps)).mul_(c.step_size)
+    change = exp_avg.mul(c.step_size).div(exp_avg_sq.sqrt().add(c.eps))
     if c.decay != 0.0:
         change = change.add_(param, alpha=c.decay)
     param.sub_(change)
@@ -263,6 +266,12 @@ ADAM = Rule(
 
 
 def check_shared(group: Group) -> None:
+    for name in ("lr", "weight_decay"):
+        if isinstance(group[name], Tensor) and group[name].requires_grad:
+            raise ValueError(
+                f"{name} requires grad, but is folded into float64 numbers; allowed: a float, or a "
+                "tensor of one element that does not require grad"
+            )
     scaling.check_kappa(group["kappa"])
     scaling.check_range("lr", group["lr"], 0.0, math.inf)
     scaling.check_range("weight_decay", group["weight_decay"], 0.0, math.inf)

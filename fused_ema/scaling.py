@@ -126,11 +126,16 @@ def decoupled_decay(
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raise ValueError unless ``low <= value <= high``; a NaN never passes."""
-    if not low <= value <= high:
+    try:
+        inside = bool(low <= value <= high)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"{name}={value!r} is not a number; allowed: {low} to {high}") from None
+    if not inside:
         raise ValueError(f"{name}={value!r} is out of range; allowed: {low} <= {name} <= {high}")
 
 
 def check_kappa(kappa: float) -> None:
     """Raise ValueError unless ``kappa`` is finite and positive."""
+    check_range("kappa", kappa, 0.0, math.inf)
     if not 0.0 < kappa < math.inf:
         raise ValueError(f"kappa={kappa!r} is out of range; allowed: 0 < kappa < inf")

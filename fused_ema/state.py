@@ -33,14 +33,19 @@ def complete(
         RuntimeError: a state has another shape than its parameter.
         ValueError: the teacher does not fit the parameter.
     """
+    emas = ema_keys(len(decays(group["ema_decay"])))
     if param.dtype not in COMPUTE_DTYPE:
+        if not is_active(param) and not emas:
+            return  # quantized weights among the frozen ones: nothing is asked of them
         allowed = ", ".join(map(str, COMPUTE_DTYPE))
         raise TypeError(f"params: a parameter has dtype {param.dtype}; allowed: {allowed}")
+    if param.is_conj() or param.is_neg():
+        raise TypeError("params: a parameter is a lazily conjugated or negated view; resolve it")
     if is_active(param):
         _complete_rule_states(rule.states(group), param, state)
     state["step"] = _step_counter(state.get("step", 0.0))
     dtype = COMPUTE_DTYPE[param.dtype]
-    for key in ema_keys(len(decays(group["ema_decay"]))):
+    for key in emas:
         if key == "ema" and teacher is not None:
             check_teacher(teacher, param, "the teacher's tensor")
             state[key] = teacher
@@ -65,9 +70,11 @@ def _complete_rule_states(keys: tuple[str, ...], param: Tensor, state: dict[str,
 
 
 def _step_counter(step: Any) -> Tensor:
+    if isinstance(step, Tensor) and step.numel() != 1:
+        raise RuntimeError(f"state 'step' has shape {tuple(step.shape)}; allowed: one element")
     if isinstance(step, Tensor) and step.dtype == torch.float64 and step.device.type == "cpu":
         return step
-    return torch.tensor(float(step), dtype=torch.float64)
+    return torch.tensor(float(step), dtype=torch.float64, device="cpu")
 
 
 def _beside(value: Tensor, param: Tensor, dtype: torch.dtype, key: str) -> Tensor:
@@ -93,7 +100,7 @@ def check_shape(teacher: Tensor, param: Tensor, name: str) -> None:
 def check_teacher(teacher: Tensor, param: Tensor, name: str) -> None:
     """Raise ValueError unless ``teacher`` can hold the average of ``param``."""
     check_shape(teacher, param, name)
-    dtype = COMPUTE_DTYPE[param.dtype]
+    dtype = COMPUTE_DTYPE.get(param.dtype)
     if teacher.device != param.device:
         raise ValueError(f"ema: {name} is on {teacher.device}, its parameter on {param.device}")
     if teacher.dtype != dtype:
@@ -101,8 +108,6 @@ def check_teacher(teacher: Tensor, param: Tensor, name: str) -> None:
             f"ema: {name} has dtype {teacher.dtype}; the average of a {param.dtype} parameter must "
             f"be {dtype}: rounded to fewer bits it stops moving"
         )
-    if teacher.numel() > 0 and teacher.data_ptr() == param.data_ptr():
-        raise ValueError(f"ema: {name} shares memory with its parameter; give the teacher a copy")
 
 
 def loaded(
@@ -128,9 +133,13 @@ def loaded(
         if value is None:
             continue
         if key == "step":
-            state[key] = torch.tensor(float(value), dtype=torch.float64)
+            if not float(value) >= 0.0:
+                raise ValueError(f"state_dict: 'step' is {float(value)}; allowed: 'step' >= 0")
+            state[key] = torch.tensor(float(value), dtype=torch.float64, device="cpu")
         elif key not in dtypes:
             state[key] = copy.deepcopy(value)
+        elif not isinstance(value, Tensor):
+            raise ValueError(f"state_dict: {key!r} is a {type(value).__name__}; allowed: a tensor")
         elif value.shape != param.shape:
             raise ValueError(
                 f"state_dict: {key!r} has shape {tuple(value.shape)}, its parameter "

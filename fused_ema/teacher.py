@@ -38,17 +38,19 @@ def pair(
     named, tensors = _entries(teacher)
     if named and all(param in names for param in params):
         return _by_name(dict(named), params, names, check)
-    if isinstance(teacher, nn.Module) and not in_order:
+    if not in_order:
         raise ValueError(
-            "ema: a teacher module cannot be paired by order with several param groups; pass "
-            "model=<the student module> or named_parameters(), so that names are known"
+            "ema: several param groups cannot be paired by order; pass model=<the student module> "
+            "and the teacher as a module, so that names are known, or give each group its own 'ema'"
         )
     return _by_order(tensors, params, {tensor: name for name, tensor in named}, check)
 
 
 def _entries(teacher: Teacher) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
-    if isinstance(teacher, Tensor):
-        raise ValueError("ema: received one tensor; allowed: a module or an iterable of tensors")
+    if isinstance(teacher, Tensor) or not isinstance(teacher, nn.Module | Iterable):
+        raise ValueError(
+            f"ema: received a {type(teacher).__name__}; allowed: a module or an iterable of tensors"
+        )
     items: list[Any] = list(
         teacher.named_parameters() if isinstance(teacher, nn.Module) else teacher
     )
@@ -66,6 +68,10 @@ def _by_name(
     names: Mapping[Tensor, str],
     check: Check,
 ) -> dict[Tensor, Tensor]:
+    known = set(names.values())
+    for name in teacher:
+        if name not in known:
+            raise ValueError(f"ema: the teacher's parameter {name!r} is not in the student")
     pairs = {}
     for param in params:
         name = names[param]
@@ -94,3 +100,26 @@ def _by_order(
             "they must pair one to one (a group without an average takes ema_decay=None)"
         )
     return dict(zip(params, teacher, strict=True))
+
+
+def check_disjoint(teachers: Iterable[Tensor], params: Iterable[Tensor]) -> None:
+    """Raise ValueError if a teacher tensor shares memory with another one or with a parameter."""
+    spans = sorted(
+        (*_span(tensor), is_teacher)
+        for tensors, is_teacher in ((teachers, True), (params, False))
+        for tensor in tensors
+        if tensor.numel() > 0
+    )
+    end = {True: 0, False: 0}  # of the teachers' and of the parameters' memory so far
+    for start, stop, is_teacher in spans:
+        if start < end[True] or (is_teacher and start < end[False]):
+            raise ValueError(
+                "ema: a teacher's tensor shares memory with another one or with a parameter; each "
+                "average needs memory of its own"
+            )
+        end[is_teacher] = max(end[is_teacher], stop)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

@@ -61,10 +61,9 @@ class TensorList:
         return self
 
     def to(self, dtype: torch.dtype) -> TensorList:
+        if all(tensor.dtype == dtype for tensor in self.tensors):
+            return self
         return TensorList([tensor.to(dtype) for tensor in self.tensors])
-
-    def detach(self) -> TensorList:
-        return TensorList([tensor.detach() for tensor in self.tensors])
 
 
 def _operand(other: TensorList | float) -> list[Tensor] | float:

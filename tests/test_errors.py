@@ -32,6 +32,13 @@ def weights() -> list[nn.Parameter]:
         (FusedScaledAdam, {"eps": -1e-8}, "eps=-1e-08 is out of range"),
         (FusedScaledAdam, {"betas": (1.0, 0.9)}, r"betas\[0\]=1\.0 is out of range; allowed: 0 <="),
         (FusedScaledAdam, {"betas": (0.9, -0.1)}, r"betas\[1\]=-0\.1 is out of range"),
+        (FusedScaledAdam, {"betas": (0.9,)}, r"betas=\(0\.9,\) is not known; allowed: two numbers"),
+        (FusedScaledAdam, {"betas": 0.9}, r"betas=0\.9 is not known; allowed: two numbers"),
+        (FusedScaledSGD, {"lr": torch.ones(2)}, r"lr=tensor\(\[1\., 1\.\]\) is not a number"),
+        (FusedScaledSGD, {"lr": torch.ones((), requires_grad=True)}, "lr requires grad"),
+        (FusedScaledSGD, {"kappa": "8"}, "kappa='8' is not a number"),
+        (FusedScaledSGD, {"ema_decay": "0.9"}, r"ema_decay='0\.9' is not a number"),
+        (FusedScaledSGD, {"ema_decay": 0.9, "ema": 5}, "ema: received a int; allowed: a module"),
         (FusedScaledAdam, {"capturable": True}, "capturable=True is not supported"),
         (FusedScaledAdamW, {"ema_decay": 1.5}, r"ema_decay=1\.5 is out of range"),
         (FusedScaledAdamW, {"ema_decay": (0.9, -0.1)}, r"ema_decay=-0\.1 is out of range"),
@@ -60,7 +67,7 @@ def weights() -> list[nn.Parameter]:
 def test_bad_arguments(cls, kwargs, message):
     with pytest.raises(ValueError, match=message):
         cls(weights(), **kwargs)
-    if "backend" not in kwargs:
+    if "backend" not in kwargs and "ema" not in kwargs:
         with pytest.raises(ValueError, match=message):
             cls([{"params": weights(), **kwargs}])
 
@@ -116,8 +123,10 @@ def test_an_explicit_backend_that_cannot_says_why(name):
             optimizer.step()
 
 
-def test_integer_parameters_are_refused():
-    optimizer = FusedScaledSGD([torch.ones(2, dtype=torch.int64)], lr=0.1)
+def test_integer_parameters_are_refused_where_anything_is_asked_of_them():
+    params = [*weights(), torch.ones(2, dtype=torch.int64)]
+    FusedScaledSGD(params, lr=0.1).step()
+    optimizer = FusedScaledSGD(params, lr=0.1, ema_decay=0.9)
     with pytest.raises(TypeError, match=r"dtype torch\.int64; allowed: torch\.float32"):
         optimizer.step()
 
@@ -131,12 +140,25 @@ def test_kappa_is_set_for_all_groups_or_none():
     with pytest.raises(ValueError, match="beta_scaling='linear'"):
         optimizer.kappa = 100.0
     assert [group["kappa"] for group in optimizer.param_groups] == [4.0, 4.0]
+    optimizer.add_param_group({"params": weights()})
+    assert optimizer.param_groups.pop()["kappa"] == 4.0
     optimizer.param_groups[0]["kappa"] = 2.0
     with pytest.raises(ValueError, match=r"kappa differs between param groups: \[2\.0, 4\.0\]"):
         _ = optimizer.kappa
 
 
-@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"ema_decay": lambda t: 1.5}])
+def test_a_parameter_given_twice_is_refused():
+    (weight,) = weights()
+    with (
+        pytest.warns(UserWarning, match="duplicate parameters"),
+        pytest.raises(ValueError, match="appears twice"),
+    ):
+        FusedScaledSGD([weight, weight], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"lr": -1.0}, {"ema_decay": lambda t: 1.5}, {"ema_order": "befor"}]
+)
 def test_a_bad_group_leaves_every_group_untouched(bad, backend):
     first, second = weights(), [nn.Parameter(torch.ones(2, dtype=torch.float64))]
     optimizer = FusedScaledAdamW(
@@ -148,7 +170,7 @@ def test_a_bad_group_leaves_every_group_untouched(bad, backend):
     kept = {key: optimizer.param_groups[1][key] for key in bad}
     optimizer.param_groups[1].update(bad)
     for _ in range(2):
-        with pytest.raises(ValueError, match="out of range"):
+        with pytest.raises(ValueError, match=r"out of range|not known"):
             optimizer.step()
     assert all(bool((p == 1.0).all()) for p in (*first, *second))
     assert optimizer.param_groups[0]["base_steps"] == 0.0

@@ -71,7 +71,7 @@ def test_the_environment_chooses_the_target(monkeypatch):
     def target() -> str:
         optimizer = FusedScaledSGD([nn.Parameter(torch.ones(1))], lr=0.1)
         optimizer.step()
-        return optimizer._plans[0].target
+        return optimizer._stepper.plans[0].target
 
     monkeypatch.delenv("FUSED_EMA_CPU", raising=False)
     assert target() == TARGETS[0]
@@ -123,7 +123,7 @@ def test_one_native_call_a_bucket_and_step(monkeypatch):
     for p in params:
         p.grad = torch.ones(3)
     optimizer.step()
-    (plan,) = optimizer._plans
+    (plan,) = optimizer._stepper.plans
     calls = []
 
     class Counted:
@@ -135,7 +135,7 @@ def test_one_native_call_a_bucket_and_step(monkeypatch):
             calls.append("run")
             plan.run()
 
-    optimizer._plans = [Counted()]
+    optimizer._stepper.plans = [Counted()]
     optimizer.step()
     assert calls == ["prepare", "run"]
 
@@ -145,7 +145,7 @@ def test_plans_are_kept_while_nothing_changes():
     optimizer = FusedScaledAdamW(params, ema_decay=0.9)
     params[0].grad = torch.ones(3)
     optimizer.step()
-    plans = optimizer._plans
+    plans = optimizer._stepper.plans
     for field, value, kept in (
         ("lr", 0.5, True),
         ("kappa", 4.0, True),
@@ -158,5 +158,5 @@ def test_plans_are_kept_while_nothing_changes():
         optimizer.zero_grad()
         params[0].grad = torch.ones(3)
         optimizer.step()
-        assert (optimizer._plans is plans) == kept, field
-        plans = optimizer._plans
+        assert (optimizer._stepper.plans is plans) == kept, field
+        plans = optimizer._stepper.plans

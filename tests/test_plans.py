@@ -125,6 +125,97 @@ def test_a_shrunken_state_is_refused():
     assert all(torch.equal(p, value) for p, value in zip(params, before, strict=True))
 
 
+@pytest.mark.parametrize("replacement", [torch.zeros(0, dtype=torch.float64), torch.zeros(3)])
+def test_a_step_counter_of_the_wrong_size_is_refused(replacement, backend):
+    params = parameters()
+    optimizer = make(params, backend)
+    give_gradients(params)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    optimizer.state[params[1]]["step"] = replacement
+    with pytest.raises(RuntimeError, match="'step' has shape"):
+        optimizer.step()
+    assert all(torch.equal(p, value) for p, value in zip(params, before, strict=True))
+
+
+def test_a_step_counters_data_is_replaced(backend):
+    def replace(params, optimizer):
+        for p in params:
+            optimizer.state[p]["step"].data = optimizer.state[p]["step"].data.float()
+
+    run_with(backend, replace)
+
+
+@pytest.mark.parametrize("key", STATES)
+def test_a_channels_last_states_data_is_laid_out_otherwise(key, backend):
+    shape = (2, 3, 4, 5)
+
+    def prepare(params):
+        params[0].data = params[0].data.to(memory_format=torch.channels_last)
+
+    def replace(params, optimizer):
+        state = optimizer.state[params[0]][key]
+        state.data = state.data.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)
+        assert not state.is_contiguous()
+
+    run_with(backend, replace, shapes=(shape,), prepare=prepare)
+
+
+def test_a_state_that_repeats_itself_is_never_overrun():
+    weight = nn.Parameter(torch.ones(2, 8, 4, 4).to(memory_format=torch.channels_last))
+    optimizer = make([weight], "native")
+    give_gradients([weight])
+    optimizer.step()
+    optimizer.state[weight]["ema"].data = torch.zeros(1).expand(2, 8, 4, 4)
+    give_gradients([weight])
+    optimizer.step()
+    assert optimizer.state[weight]["ema"].stride() == weight.stride()
+
+
+def test_state_is_made_under_inference_mode_and_other_default_devices(backend):
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = make([weight], backend)
+    with torch.inference_mode(), optimizer.ema_weights():
+        pass
+    weight.grad = torch.ones(3)
+    with torch.device("meta"):
+        optimizer.step()
+    assert optimizer.state[weight]["step"].item() == 1.0
+    assert not optimizer.state[weight]["ema"].is_inference()
+
+
+def test_lazily_negated_and_conjugated_parameters_are_refused(backend):
+    conjugated = torch.randn(3, dtype=torch.complex64).conj()
+    for tensor in (conjugated, conjugated.imag):
+        optimizer = make([tensor], "auto" if backend == "native" else backend)
+        with pytest.raises(TypeError, match="lazily conjugated or negated view"):
+            optimizer.step()
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_tensor_subclasses_do_not_reach_the_native_loop(mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    plain = nn.Parameter(torch.ones(4))
+    params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)])), plain]
+    optimizer = make(params, "auto")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert sorted(optimizer.backends) == ["foreach", "native"]
+    torch.testing.assert_close(params[0].full_tensor(), plain)
+    with pytest.raises(RuntimeError, match=r"native: .*tensor subclasses"):
+        make(params, "native").step()
+
+
 def test_storage_is_replaced_under_the_same_tensor(backend):
     def replace(params, _):
         for p in params:

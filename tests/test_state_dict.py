@@ -139,7 +139,7 @@ def test_a_schedule_is_not_saved_but_its_position_is():
     optimizer.kappa = 3.0
     advance(params, optimizer, 2, seed=1)
     (saved,) = optimizer.state_dict()["param_groups"]
-    assert "ema_decay" not in saved
+    assert saved["ema_decay"] == "schedule"
     assert saved["base_steps"] == 6.0
     optimizer.load_state_dict(through_file(optimizer.state_dict()))
     assert isinstance(optimizer.param_groups[0]["ema_decay"][0], CosineDecay)
@@ -167,6 +167,8 @@ def test_adamw_keeps_its_decay_when_loading_adam():
     [
         (lambda sd: sd["state"][0].update(ema=torch.zeros(2)), r"'ema' has shape \(2,\)"),
         (lambda sd: sd["state"][0].update(exp_avg=torch.zeros(2)), r"'exp_avg' has shape \(2,\)"),
+        (lambda sd: sd["state"][0].update(exp_avg=[1.0]), "'exp_avg' is a list; allowed: a tensor"),
+        (lambda sd: sd["state"][0].update(step=torch.tensor(-2.0)), r"'step' is -2\.0; allowed"),
         (lambda sd: sd["param_groups"][0].update(kappa=-1.0), "kappa=-1.0 is out of range"),
         (lambda sd: sd["param_groups"].append(sd["param_groups"][0]), "number of parameter groups"),
         (lambda sd: sd["param_groups"][0]["params"].pop(), "size of optimizer's group"),
@@ -228,3 +230,32 @@ def test_an_empty_state_loads():
     fresh.load_state_dict(FusedScaledAdam(parameters(), ema_decay=0.9).state_dict())
     plain = FusedScaledSGD(parameters(), lr=0.1)
     plain.load_state_dict(torch.optim.SGD(parameters(), lr=0.1).state_dict())
+
+
+def test_state_dict_hooks_see_what_is_saved():
+    optimizer = FusedScaledAdamW(parameters(), ema_decay=CosineDecay(0.9, 10.0))
+    optimizer.register_state_dict_post_hook(lambda _, sd: {"inner": sd})
+    saved = optimizer.state_dict()["inner"]
+    assert saved["param_groups"][0]["ema_decay"] == "schedule"
+
+
+def test_a_checkpoint_without_averages_does_not_turn_them_off():
+    params = parameters()
+    plain = FusedScaledAdamW(params)
+    advance(params, plain, 2, seed=1)
+    averaged = FusedScaledAdamW(params, ema_decay=0.9)
+    averaged.load_state_dict(plain.state_dict())
+    assert averaged.param_groups[0]["ema_decay"] == 0.9
+
+
+def test_frozen_parameters_without_averages_have_no_saved_state():
+    params = parameters()
+    params[0].requires_grad_(False)
+    optimizer = FusedScaledAdamW(params)
+    advance(params[1:], optimizer, 2, seed=1)
+    saved = optimizer.state_dict()
+    assert 0 not in saved["state"]
+    theirs = torch.optim.AdamW(params)
+    theirs.load_state_dict(saved)
+    params[0].requires_grad_(True)
+    advance(params, theirs, 1, seed=2)

@@ -10,13 +10,14 @@ import fused_ema
 PACKAGE = Path(fused_ema.__file__).parent
 # Each may import from itself and from what stands before it.
 LAYERS = (
-    ("scaling",),
+    ("scaling", "_native"),
     ("ema", "tensorlist"),
     ("rules",),
     ("buckets",),
-    ("_native", "state", "swap", "ema_buffers"),
-    ("backends", "teacher"),
+    ("state", "swap", "ema_buffers"),
+    ("backends", "teacher", "checkpoint"),
     ("averages", "folding"),
+    ("stepper",),
     ("optimizer",),
     ("adam", "sgd"),
     ("__init__",),

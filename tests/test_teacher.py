@@ -68,10 +68,10 @@ def test_count_and_shape_mismatches_name_the_first():
         ValueError, match=r"'2.weight'.* has shape \(5, 3\), its parameter \(2, 3\)"
     ):
         FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=other, ema_buffers="leave")
-    with pytest.raises(ValueError, match=r"no parameter '0\.weight'"):
-        FusedScaledSGD(
-            model.named_parameters(), ema_decay=0.9, ema=nn.Linear(4, 3), ema_buffers="leave"
-        )
+    with pytest.raises(ValueError, match=r"no parameter '1\.weight'"):
+        FusedScaledSGD(model.named_parameters(), ema_decay=0.9, ema=nn.Sequential(nn.Linear(4, 3)))
+    with pytest.raises(ValueError, match="teacher's parameter 'weight' is not in the student"):
+        FusedScaledSGD(model.named_parameters(), ema_decay=0.9, ema=nn.Linear(4, 3))
 
 
 def test_rejects_a_teacher_that_cannot_hold_the_average():
@@ -80,15 +80,21 @@ def test_rejects_a_teacher_that_cannot_hold_the_average():
         FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=student().bfloat16().parameters())
     with pytest.raises(ValueError, match="shares memory"):
         FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=model.parameters())
-    with pytest.raises(ValueError, match="ema_decay=None"):
-        FusedScaledSGD(model.parameters(), ema=student().parameters())
+    shared = torch.zeros(10)
+    pair = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))]
+    with pytest.raises(ValueError, match="shares memory"):
+        FusedScaledSGD(pair, ema_decay=0.9, ema=[shared[:4], shared[3:7]])
+    for decay in (None, ()):
+        with pytest.raises(ValueError, match="ema_decay=None"):
+            FusedScaledSGD(model.parameters(), ema=student().parameters(), ema_decay=decay)
 
 
 def test_several_groups_need_names():
     model, teacher = student(), student()
-    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 1.0}]
-    with pytest.raises(ValueError, match="pass model="):
-        FusedScaledSGD(groups, ema_decay=0.9, ema=teacher, ema_buffers="leave")
+    groups = [{"params": list(model[i].parameters())} for i in (0, 2)]
+    for given in (teacher, list(teacher.parameters())):
+        with pytest.raises(ValueError, match="pass model="):
+            FusedScaledSGD(groups, ema_decay=0.9, ema=given, ema_buffers="leave")
     groups = [{"params": model[2].parameters()}, {"params": model[0].parameters(), "lr": 1.0}]
     optimizer = FusedScaledSGD(groups, ema_decay=0.0, ema=teacher, model=model)
     give_gradients(model)
@@ -113,6 +119,61 @@ def test_a_predictor_without_an_average_as_in_byol():
     assert torch.equal(target[0].weight, online[0].weight)
     assert "ema" not in optimizer.state[predictor.weight]
     assert "ema" not in optimizer.param_groups[0]
+
+
+def test_group_dicts_can_be_used_again():
+    model = student()
+    group = {"params": list(model.parameters()), "ema": list(student().parameters())}
+    for _ in range(2):
+        optimizer = FusedScaledSGD([group], lr=0.1, ema_decay=0.0)
+        give_gradients(model)
+        optimizer.step()
+        assert optimizer.state[model[0].weight]["ema"] is group["ema"][0]
+
+
+def test_a_bad_step_with_buffers_moves_nothing():
+    model = student()
+    optimizer = FusedScaledSGD(
+        model.parameters(), lr=0.1, ema_decay=0.9, model=model, ema_buffers="average"
+    )
+    train(model, optimizer, 1)
+    weight = model[0].weight.detach().clone()
+    for decay in (None, (0.9, 0.99)):
+        optimizer.param_groups[0]["ema_decay"] = decay
+        with pytest.raises(ValueError, match="but buffers are held for 1"):
+            optimizer.step()
+    optimizer.param_groups[0]["ema_decay"] = 0.9
+    model[1].running_mean = torch.zeros(7)
+    with pytest.raises(ValueError, match=r"'1\.running_mean' has shape \(7,\), allowed"):
+        optimizer.step()
+    assert torch.equal(model[0].weight, weight)
+
+
+@pytest.mark.parametrize("mode", ["copy", "average"])
+def test_buffers_follow_into_other_modules(mode):
+    model, other = student(), student()
+    optimizer = FusedScaledSGD(
+        model.parameters(), lr=0.1, ema_decay=0.9, model=model, ema_buffers=mode
+    )
+    train(model, optimizer)
+    expected = optimizer.ema_state_dict(model)
+    optimizer.copy_ema_to(other)
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    wrapped = optimizer.ema_state_dict(nn.DataParallel(model))
+    assert torch.equal(wrapped["module.1.running_mean"], expected["1.running_mean"])
+    part = optimizer.ema_state_dict(model[1])
+    assert torch.equal(part["running_mean"], expected["1.running_mean"])
+
+
+def test_copying_to_a_part_touches_that_part_alone():
+    model = student()
+    optimizer = FusedScaledSGD(model.parameters(), lr=0.1, ema_decay=0.9)
+    train(model, optimizer)
+    outside = model[0].weight.detach().clone()
+    optimizer.copy_ema_to(model[2])
+    assert torch.equal(model[0].weight, outside)
+    assert torch.equal(model[2].weight, optimizer.state[model[2].weight]["ema"])
 
 
 def test_added_group_brings_its_teacher_or_is_not_added():

@@ -40,7 +40,7 @@ class EagerPlan:
         key = self.bucket.key
         for slot in self.bucket.slots:
             step = None
-            if slot.param.dtype != key.dtype or slot.param.device != key.device:
+            if not self._as_planned(slot):
                 return False
             if slot.param.grad is not None:
                 if key.states is None:
@@ -53,6 +53,14 @@ class EagerPlan:
             for (group, step), slots in members.items()
         ]
         return True
+
+    def _as_planned(self, slot: Slot) -> bool:
+        param, key = slot.param, self.bucket.key
+        return (
+            param.dtype == key.dtype
+            and param.device == key.device
+            and all(slot.state[k].shape == param.shape for k in (*(key.states or ()), *key.emas))
+        )
 
     def step_row(self, row: Row, wrap: Wrap) -> None:
         """Rule and averages of one row, in place."""
@@ -75,6 +83,7 @@ class EagerPlan:
         for slot in row.slots:
             slot.state["step"] += row.kappa
 
+    @torch.no_grad()
     def _move_averages(self, row: Row, wrap: Wrap) -> None:
         for key, weight in zip(self.bucket.key.emas, row.weights, strict=True):
             ema = wrap([real(slot.state[key]) for slot in row.slots])
@@ -89,8 +98,12 @@ def check_grad(grad: Tensor, param: Tensor) -> None:
             f"sparse gradients are not supported (received layout {grad.layout}, allowed: "
             "torch.strided); use sparse=False in the embedding or torch.optim.SparseAdam"
         )
-    if grad.dtype != param.dtype:
-        raise RuntimeError(f"grad has dtype {grad.dtype}, allowed: its parameter's {param.dtype}")
+    if grad.dtype != param.dtype or grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"grad does not match its parameter: received {grad.dtype} of shape "
+            f"{tuple(grad.shape)} on {grad.device}, allowed {param.dtype} of shape "
+            f"{tuple(param.shape)} on {param.device}"
+        )
 
 
 def real(tensor: Tensor) -> Tensor:

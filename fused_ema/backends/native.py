@@ -14,12 +14,14 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def unsupported(bucket: Bucket) -> str | None:
     key = bucket.key
+    if bucket.rule.name not in _native.rule_scalars():
+        return f"no kernel for rule {bucket.rule.name!r}"
     if key.device.type != "cpu":
         return f"device {key.device} (supported: cpu)"
     if key.dtype not in DTYPES:
         return f"dtype {key.dtype} (supported: {', '.join(map(str, DTYPES))})"
     if key.layout != "dense":
-        return "memory with gaps, overlaps or differing strides (supported: dense)"
+        return "memory with gaps, overlaps or differing strides, or tensor subclasses"
     if key.differentiable:
         return "differentiable=True needs the reference backend"
     return None

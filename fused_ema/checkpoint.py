@@ -1,0 +1,58 @@
+"""What a state dict holds beside torch's, and how it is read back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .ema import decays, ema_keys, is_constant
+from .rules import Rule
+from .state import loaded
+
+# What stands for a schedule in a state dict: a callable does not pass torch's safe unpickler.
+SCHEDULE = "schedule"
+
+# Fields that choose an implementation: the loading optimizer's own stay.
+IMPLEMENTATION = ("foreach", "fused", "capturable")
+
+
+def to_save(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of torch's without its unpickler or optimizers would trip over."""
+    groups = [
+        group if is_constant(group["ema_decay"]) else {**group, "ema_decay": SCHEDULE}
+        for group in state_dict["param_groups"]
+    ]
+    # a frozen parameter without averages has no state in torch
+    entries = state_dict["state"].items()
+    state = {key: value for key, value in entries if set(value) != {"step"}}
+    return {**state_dict, "param_groups": groups, "state": state}
+
+
+def merged(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved param group with what it lacks, or does not decide, from the present one."""
+    kept = {k: v for k, v in group.items() if k not in saved or k in IMPLEMENTATION}
+    kept.pop("params", None)
+    if saved.get("ema_decay") in (None, SCHEDULE):
+        kept["ema_decay"] = group["ema_decay"]
+    return {**saved, **kept}
+
+
+def to_load(
+    rule: Rule,
+    groups: Sequence[Mapping[str, Any]],
+    saved_groups: Sequence[Mapping[str, Any]],
+    saved_state: Mapping[Any, Any],
+) -> dict[Any, Any]:
+    """The saved state in copies, under the present parameters.
+
+    Raises:
+        ValueError: a state does not fit its parameter.
+    """
+    rest = dict(saved_state)
+    state: dict[Any, Any] = {}
+    for group, saved in zip(groups, saved_groups, strict=False):
+        keys, emas = rule.states(saved), ema_keys(len(decays(saved["ema_decay"])))
+        for param, key in zip(group["params"], saved["params"], strict=False):
+            if key in rest:
+                state[param] = loaded(rest.pop(key), param, keys, emas)
+    return {**rest, **state}

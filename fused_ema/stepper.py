@@ -1,0 +1,83 @@
+"""Holds the plans of an optimizer's buckets and makes them anew when what they rest on changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ._native import Watch
+from .backends import requested_backend, select
+from .backends.plan import Plan
+from .buckets import make_buckets
+from .folding import Folder
+from .rules import Rule
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+class Stepper:
+    """Steps all parameters of an optimizer, one plan a bucket.
+
+    Args:
+        rule: the optimizer's rule.
+        backend: ``"auto"`` or a backend's name.
+        check: raises ValueError for a param group that holds a bad value.
+        complete: gives every parameter the state that its group needs.
+
+    Attributes:
+        folder: the scalars of the step at hand.
+        plans: the buckets' plans, none before the first step.
+        backends: their backends' names.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        backend: str,
+        check: Callable[[Mapping[str, Any]], None],
+        complete: Callable[[], None],
+    ) -> None:
+        self._rule = rule
+        self._backend = backend
+        self._complete = complete
+        self._watch: Watch | None = None
+        self.folder = Folder(rule, check)
+        self.plans: list[Plan] = []
+        self.backends: tuple[str, ...] = ()
+
+    def prepare(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Read gradients and fold scalars; no parameter, state or average is written.
+
+        Raises:
+            ValueError: a param group holds a bad value.
+            RuntimeError: a sparse gradient, a state of the wrong shape, or no backend that can.
+        """
+        moved = self.folder.refresh(groups)
+        if moved or self._watch is None or not self._watch.unchanged(groups, state):
+            self._make_plans(groups, state)
+        if not self._prepare_plans():
+            self._make_plans(groups, state)
+            if not self._prepare_plans():
+                raise RuntimeError("a parameter or its state changes while it is being stepped")
+
+    def run(self) -> None:
+        """Step every parameter and move every average, in place, as prepared."""
+        for plan in self.plans:
+            plan.run()
+
+    def _prepare_plans(self) -> bool:
+        return all([plan.prepare(self.folder) for plan in self.plans])
+
+    def _make_plans(
+        self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]
+    ) -> None:
+        self._watch = None  # whatever fails below, the old plans are not to be used again
+        self._complete()
+        requested = [requested_backend(group, self._backend) for group in groups]
+        buckets = make_buckets(self._rule, groups, state, requested)
+        chosen = [(select(bucket), bucket) for bucket in buckets]
+        self.backends = tuple(backend.NAME for backend, _ in chosen)
+        self.plans = [backend.plan(bucket) for backend, bucket in chosen]
+        self._watch = Watch(groups, state)
