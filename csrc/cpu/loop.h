@@ -2,7 +2,7 @@
 // and inside the region that enables that set; hence neither an include guard nor includes.
 
 // Elements that are stepped before the averages follow: few enough to still be in the L1 cache.
-constexpr int64_t block = 1024;
+constexpr int64_t block = 256;
 
 // Scalars by value: behind a reference the stores might change them, and nothing would vectorise.
 template <class Rule, class Stored>
