@@ -243,7 +243,7 @@ void Plan::run_elements(int64_t begin, int64_t end) const {
   for (; begin < end; ++i) {
     const int64_t stop = std::min(end, offsets_[i + 1]);
     if (stop == begin) continue;
-    const double* row = &table_[row_of_[i] * (row_size())];
+    const double* row = table_.data() + row_of_[i] * row_size();
     kernel_.kernel({&pointers_[i * stride_], begin - offsets_[i], stop - offsets_[i], row,
                     num_emas_, is_active(i), ema_before_});
     begin = stop;
