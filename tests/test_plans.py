@@ -451,3 +451,25 @@ def test_a_tensor_lr_changed_in_place_is_seen(backend):
         weight.grad = torch.ones(1)
         optimizer.step()
     assert weight.item() == -1.75
+
+
+def test_hyper_parameters_in_lists_changed_in_place_are_seen(backend):
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = FusedScaledSGD([weight], lr=1.0, ema_decay=[1.0], backend=backend)
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert optimizer.state[weight]["ema"].item() == 1.0
+    optimizer.param_groups[0]["ema_decay"][0] = 0.0
+    optimizer.step()
+    assert optimizer.state[weight]["ema"].item() == weight.item()
+
+
+def test_a_closure_cannot_leave_the_average_in_the_weights():
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = make([weight], "native")
+    context = optimizer.ema_weights()
+    weight.grad = torch.ones(1)
+    with pytest.raises(RuntimeError, match=r"inside ema_weights\(\)"):
+        optimizer.step(context.__enter__)
+    context.__exit__(None, None, None)
+    assert weight.item() == 1.0
