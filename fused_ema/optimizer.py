@@ -378,7 +378,7 @@ class FusedScaledOptimizer(Optimizer):
                 "capturable=True is not supported: no backend of this build folds the scalars on "
                 "the device; allowed: False"
             )
-        self.rule.fold(self.rule.scale(group), float(group["kappa"]))
+        self.rule.scale(group)  # refuses what the scaling rules cannot follow
         requested_backend(group, self.backend)
 
     def _check_not_swapped(self, what: str) -> None:

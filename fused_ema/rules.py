@@ -184,9 +184,7 @@ def check_adam(group: Group) -> None:
     if not isinstance(group["betas"], tuple | list) or len(group["betas"]) != 2:
         raise ValueError(f"betas={group['betas']!r} is not known; allowed: two numbers")
     for i, beta in enumerate(group["betas"]):
-        scaling.check_range(f"betas[{i}]", beta, 0.0, 1.0)
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"betas[{i}]={beta!r} is out of range; allowed: 0 <= betas[{i}] < 1")
+        scaling.check_range(f"betas[{i}]", beta, 0, 1, ends=("<=", "<"))
 
 
 def adam_states(group: Group) -> tuple[str, ...]:

@@ -124,18 +124,23 @@ def decoupled_decay(
     return -math.expm1(kappa * math.log1p(-lr * weight_decay))
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError unless ``low <= value <= high``; a NaN never passes."""
+def check_range(
+    name: str, value: float, low: float, high: float, *, ends: tuple[str, str] = ("<=", "<=")
+) -> None:
+    """Raise ValueError unless ``low <= value <= high``, ``<`` for an end where ``ends`` has it.
+
+    A NaN, or what is no number, never passes.
+    """
+    allowed = f"{low} {ends[0]} {name} {ends[1]} {high}"
     try:
-        inside = bool(low <= value <= high)
+        outside = (value == low and ends[0] == "<") or (value == high and ends[1] == "<")
+        inside = bool(low <= value <= high) and not outside
     except (TypeError, RuntimeError):
-        raise ValueError(f"{name}={value!r} is not a number; allowed: {low} to {high}") from None
+        raise ValueError(f"{name}={value!r} is not a number; allowed: {allowed}") from None
     if not inside:
-        raise ValueError(f"{name}={value!r} is out of range; allowed: {low} <= {name} <= {high}")
+        raise ValueError(f"{name}={value!r} is out of range; allowed: {allowed}")
 
 
 def check_kappa(kappa: float) -> None:
     """Raise ValueError unless ``kappa`` is finite and positive."""
-    check_range("kappa", kappa, 0.0, math.inf)
-    if not 0.0 < kappa < math.inf:
-        raise ValueError(f"kappa={kappa!r} is out of range; allowed: 0 < kappa < inf")
+    check_range("kappa", kappa, 0, math.inf, ends=("<", "<"))
