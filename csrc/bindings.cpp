@@ -2,13 +2,25 @@
 
 #include <map>
 
-#include "plan.h"
+#include "cpu/plan.h"
 #include "rules.h"
+#include "slots.h"
 #include "watch.h"
 
 namespace fused_ema {
 
 namespace {
+
+using Objects = std::vector<py::object>;
+using ObjectLists = std::vector<Objects>;
+
+// Fills a one-dimensional int64 tensor of the CPU, pinned or not.
+void pack(Slots& slots, const at::Tensor& words) {
+  if (words.scalar_type() != at::kLong || !words.is_cpu() || !words.is_contiguous())
+    throw std::invalid_argument("words: received " + words.toString() +
+                                ", allowed contiguous int64 words on the CPU");
+  slots.pack(words.data_ptr<int64_t>(), words.numel());
+}
 
 template <class... Rules>
 std::map<std::string, std::vector<std::string>> scalar_names(RuleList<Rules...>) {
@@ -19,15 +31,26 @@ std::map<std::string, std::vector<std::string>> scalar_names(RuleList<Rules...>)
 
 PYBIND11_MODULE(_native, module) {
   using py::arg;
-  py::class_<Plan>(module, "Plan")
-      .def(py::init<std::string, std::vector<py::object>, std::vector<py::object>,
-                    std::vector<std::vector<py::object>>, std::vector<std::vector<py::object>>,
-                    std::vector<int>, bool>(),
+  py::class_<Slots>(module, "Slots")
+      .def(
+          py::init<int, bool, bool, Objects, Objects, ObjectLists, ObjectLists, std::vector<int>>(),
+          arg("num_scalars"), arg("frozen"), arg("capturable"), arg("params"), arg("steps"),
+          arg("states"), arg("emas"), arg("groups"))
+      .def("prepare", &Slots::prepare)
+      .def("advance", &Slots::advance)
+      .def_property_readonly("num_words", &Slots::num_words)
+      .def_property_readonly("num_changed", &Slots::num_changed)
+      .def_property_readonly("num_rows", &Slots::num_rows)
+      .def("pack", &pack)
+      .def("chunks", &Slots::chunks);
+  py::class_<cpu::Plan>(module, "Plan")
+      .def(py::init<std::string, Objects, Objects, ObjectLists, ObjectLists, std::vector<int>,
+                    bool>(),
            arg("rule"), arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"),
            arg("ema_before"))
-      .def("prepare", &Plan::prepare)
-      .def("run", &Plan::run)
-      .def_property_readonly("target", &Plan::target);
+      .def("prepare", &cpu::Plan::prepare)
+      .def("run", &cpu::Plan::run)
+      .def_property_readonly("target", &cpu::Plan::target);
   py::class_<Watch>(module, "Watch")
       .def(py::init<const py::list&, const py::dict&>())
       .def("unchanged", &Watch::unchanged);

@@ -10,15 +10,16 @@ namespace fused_ema {
 enum class StoredType { float32, float64, bfloat16, float16 };
 
 // Elements [begin, end) of one parameter.
-//   pointers: param, grad, the rule's states, the averages; grad is null when `active` is false
+//   pointers: param, the rule's states, the averages
+//   grad: null where the averages alone move
 //   row: the rule's scalars, then a weight per average
 struct Piece {
   void* const* pointers;
+  const void* grad;
   int64_t begin;
   int64_t end;
   const double* row;
   int num_emas;
-  bool active;
   bool ema_before;
 };
 

@@ -5,6 +5,39 @@ from torch import Tensor
 
 from .backends.plan import Fold
 
+class Slots:
+    """A bucket's tensors as the words that a device kernel reads.
+
+    ``[scalars: rows x W float64 | row of each slot | gradients | slots]``; a slot is its number of
+    elements, then addresses: parameter, states, averages.
+    """
+
+    def __init__(
+        self,
+        num_scalars: int,
+        frozen: bool,
+        capturable: bool,
+        params: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        states: Sequence[Sequence[Tensor]],
+        emas: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+    ) -> None: ...
+    def prepare(self, fold: Fold) -> bool: ...
+    def advance(self) -> None:
+        """Count the prepared step, tell autograd of the writes, drop copies of gradients."""
+    @property
+    def num_words(self) -> int: ...
+    @property
+    def num_changed(self) -> int:
+        """Leading words that differ from those last packed."""
+    @property
+    def num_rows(self) -> int: ...
+    def pack(self, words: Tensor) -> None:
+        """Fill an int64 tensor of the CPU with the leading words."""
+    def chunks(self, elements: int) -> Tensor:
+        """``(slot, index)`` of each run of ``elements`` elements: int32 ``[n, 2]``."""
+
 class Plan:
     """A bucket of dense CPU tensors, stepped by the C++ kernels."""
 

@@ -6,13 +6,13 @@ constexpr int64_t block = 256;
 
 // Scalars by value: behind a reference the stores might change them, and nothing would vectorise.
 template <class Rule, class Stored>
-void rule_loop(void* const* pointers, int64_t begin, int64_t count,
+void rule_loop(void* const* pointers, const void* grads, int64_t begin, int64_t count,
                typename Rule::template Scalars<Compute<Stored>> scalars) {
   constexpr int num_states = Rule::num_states;
   Stored* param = static_cast<Stored*>(pointers[0]) + begin;
-  const Stored* grad = static_cast<const Stored*>(pointers[1]) + begin;
+  const Stored* grad = static_cast<const Stored*>(grads) + begin;
   Stored* state[num_states + 1] = {};
-  for (int k = 0; k < num_states; ++k) state[k] = static_cast<Stored*>(pointers[2 + k]) + begin;
+  for (int k = 0; k < num_states; ++k) state[k] = static_cast<Stored*>(pointers[1 + k]) + begin;
   FUSED_EMA_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
     Compute<Stored> states[num_states + 1];
@@ -45,11 +45,12 @@ template <class Rule, class Stored>
 void step_piece(const Piece& piece) {
   const typename Rule::template Scalars<Compute<Stored>> scalars(piece.row);
   const double* weights = piece.row + Rule::scalars.size();
-  void* const* emas = piece.pointers + 2 + Rule::num_states;
+  void* const* emas = piece.pointers + 1 + Rule::num_states;
   for (int64_t begin = piece.begin; begin < piece.end; begin += block) {
     const int64_t count = piece.end - begin < block ? piece.end - begin : block;
     if (piece.ema_before) ema_loops<Stored>(piece, emas, weights, begin, count);
-    if (piece.active) rule_loop<Rule, Stored>(piece.pointers, begin, count, scalars);
+    if (piece.grad != nullptr)
+      rule_loop<Rule, Stored>(piece.pointers, piece.grad, begin, count, scalars);
     if (!piece.ema_before) ema_loops<Stored>(piece, emas, weights, begin, count);
   }
 }

@@ -1,0 +1,65 @@
+#include "cpu/plan.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "rules.h"
+
+namespace fused_ema::cpu {
+
+namespace {
+
+// Elements below which a second thread costs more than it brings.
+constexpr int64_t grain = 32768;
+
+KernelInfo kernel_for(const std::string& target, const std::string& rule,
+                      const std::vector<py::object>& params,
+                      const std::vector<std::vector<py::object>>& states) {
+  const int num_states = static_cast<int>(states.at(0).size());
+  const KernelInfo found = find_kernel(target, rule, num_states, stored_type(params.at(0)));
+  if (found.kernel == nullptr)
+    throw std::invalid_argument("no kernel for rule " + rule + " with " +
+                                std::to_string(num_states) + " states");
+  return found;
+}
+
+}  // namespace
+
+Plan::Plan(const std::string& rule, std::vector<py::object> params, std::vector<py::object> steps,
+           std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
+           std::vector<int> groups, bool ema_before)
+    : target_(chosen_target()),
+      kernel_(kernel_for(target_, rule, params, states)),
+      ema_before_(ema_before),
+      slots_(kernel_.num_scalars, rule == Frozen::name, false, std::move(params), std::move(steps),
+             std::move(states), std::move(emas), std::move(groups)) {}
+
+void Plan::run() {
+  const int64_t total = slots_.offsets().back();
+  if (total < grain) {
+    run_elements(0, total);
+  } else {
+    const std::vector<c10::Storage> held = slots_.storages();
+    const py::gil_scoped_release released;
+    at::parallel_for(0, total, grain,
+                     [this](int64_t begin, int64_t end) { run_elements(begin, end); });
+  }
+  slots_.advance();
+}
+
+// Shares out elements, not tensors: threads get equal bytes however unequal the tensors are.
+void Plan::run_elements(int64_t begin, int64_t end) const {
+  const std::vector<int64_t>& offsets = slots_.offsets();
+  size_t i = std::upper_bound(offsets.begin(), offsets.end(), begin) - offsets.begin() - 1;
+  for (; begin < end; ++i) {
+    const int64_t stop = std::min(end, offsets[i + 1]);
+    if (stop == begin) continue;
+    kernel_.kernel({slots_.pointers(i), slots_.grad(i), begin - offsets[i], stop - offsets[i],
+                    slots_.row(i), slots_.num_emas(), ema_before_});
+    begin = stop;
+  }
+}
+
+}  // namespace fused_ema::cpu

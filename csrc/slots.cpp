@@ -1,0 +1,282 @@
+#include "slots.h"
+
+#include <ATen/OpMathType.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_strided.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace fused_ema {
+
+namespace {
+
+// Whether both tensors put their elements in the same places; the strides of dimensions of size one
+// do not matter.
+bool same_order(const at::Tensor& a, const at::Tensor& b) {
+  const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1 && a_strides[d] != b_strides[d]) return false;
+  return true;
+}
+
+const at::Tensor& unpack(const py::object& tensor) { return THPVariable_Unpack(tensor.ptr()); }
+
+// data_ptr() without the checks that a plain dense tensor passes by construction: it is the host's
+// largest cost where there are many small tensors. Copy-on-write storage is still made writable.
+char* address(const at::Tensor& tensor, int64_t itemsize) {
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  char* storage = static_cast<char*>(impl->unsafe_storage().mutable_data());
+  return storage + impl->storage_offset() * itemsize;
+}
+
+// Out of line, so that the checks themselves stay small.
+[[noreturn, gnu::cold, gnu::noinline]] void refuse_grad(const at::Tensor& grad,
+                                                        const at::Tensor& param) {
+  if (grad.layout() != at::kStrided)
+    throw std::runtime_error(
+        "sparse gradients are not supported (allowed: torch.strided); use sparse=False in the "
+        "embedding or torch.optim.SparseAdam");
+  throw std::runtime_error("grad does not match its parameter: received " + grad.toString() +
+                           " of shape " + c10::str(grad.sizes()) + ", allowed " + param.toString() +
+                           " of shape " + c10::str(param.sizes()));
+}
+
+// Tells autograd about a write behind its back, as torch's own in-place operations do.
+void bump_version(const py::object& object) {
+  const at::Tensor& tensor = unpack(object);
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+Slots::Slots(int num_scalars, bool frozen, bool capturable, std::vector<py::object> params,
+             std::vector<py::object> steps, std::vector<std::vector<py::object>> states,
+             std::vector<std::vector<py::object>> emas, std::vector<int> groups)
+    : num_scalars_(num_scalars),
+      frozen_(frozen),
+      capturable_(capturable),
+      stored_(unpack(params.at(0)).scalar_type()),
+      average_(at::toOpMathType(stored_)),
+      device_(unpack(params.at(0)).device()),
+      stored_size_(static_cast<int64_t>(c10::elementSize(stored_))),
+      average_size_(static_cast<int64_t>(c10::elementSize(average_))),
+      num_states_(static_cast<int>(states.at(0).size())),
+      num_emas_(static_cast<int>(emas.at(0).size())),
+      groups_(std::move(groups)) {
+  offsets_.push_back(0);
+  for (size_t i = 0; i < params.size(); ++i) {
+    const at::Tensor& param = unpack(params[i]);
+    offsets_.push_back(offsets_.back() + param.numel());
+    shapes_.push_back({param.key_set(), param.is_contiguous(), param.dim(), strides_.size()});
+    strides_.insert(strides_.end(), param.strides().begin(), param.strides().end());
+    tensors_.push_back(std::move(params[i]));
+    tensors_.push_back(std::move(steps.at(i)));
+    for (py::object& state : states.at(i)) tensors_.push_back(std::move(state));
+    for (py::object& average : emas.at(i)) tensors_.push_back(std::move(average));
+  }
+  slots_.resize(size() * slot_size());
+  grads_.resize(size());
+  row_of_.resize(size());
+  counters_.resize(size());
+}
+
+bool Slots::prepare(const py::object& fold) {
+  const auto kappas = fold.attr("kappas").cast<std::vector<double>>();
+  rows_.clear();
+  copies_.clear();
+  for (size_t i = 0; i < size(); ++i) {
+    const at::Tensor& param = unpack(tensors(i)[0]);
+    const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+    if (!read_pointers(i, param) || (grad.defined() && frozen_)) return false;
+    Row row{groups_[i], grad.defined(), 0.0};
+    if (row.active && !capturable_) row.step = *counters_[i] + kappas[groups_[i]];
+    const auto address =
+        reinterpret_cast<int64_t>(row.active ? grad_pointer(grad, param) : nullptr);
+    const int64_t index = find_row(row);
+    new_rows_ |= grads_[i] != address || row_of_[i] != index;
+    grads_[i] = address;
+    row_of_[i] = index;
+  }
+  if (!capturable_) fold_rows(fold);
+  return true;
+}
+
+// False where a tensor no longer lies as it did when the slots were made.
+bool Slots::read_pointers(size_t i, const at::Tensor& param) {
+  const py::object* tensor = tensors(i);
+  int64_t* words = &slots_[i * slot_size()];
+  const auto put = [this](int64_t& word, int64_t value) {
+    new_slots_ |= word != value;
+    word = value;
+  };
+  if (!as_planned(param, i, stored_) || param.dim() != shapes_[i].dim ||
+      !read_counter(i, unpack(tensor[1])))
+    return false;
+  put(words[0], param.numel());
+  put(words[1], reinterpret_cast<int64_t>(address(param, stored_size_)));
+  for (size_t k = 2; k < slot_size(); ++k) {
+    const bool is_state = k < size_t(2 + num_states_);
+    const at::Tensor& held = unpack(tensor[k]);
+    if (!as_planned(held, i, is_state ? stored_ : average_)) return false;
+    const int64_t itemsize = is_state ? stored_size_ : average_size_;
+    put(words[k], reinterpret_cast<int64_t>(address(held, itemsize)));
+  }
+  return true;
+}
+
+bool Slots::read_counter(size_t i, const at::Tensor& step) {
+  if (step.scalar_type() != at::kDouble || step.numel() != 1) return false;
+  if (capturable_) return step.device() == device_;
+  if (!step.is_cpu()) return false;
+  counters_[i] = reinterpret_cast<double*>(address(step, sizeof(double)));
+  return true;
+}
+
+bool Slots::as_planned(const at::Tensor& tensor, size_t i, at::ScalarType dtype) const {
+  const Shape& shape = shapes_[i];
+  return tensor.key_set() == shape.keys && tensor.scalar_type() == dtype &&
+         tensor.numel() == offsets_[i + 1] - offsets_[i] &&
+         (device_.is_cpu() || tensor.device() == device_) &&
+         tensor.is_contiguous() == shape.contiguous &&
+         (shape.contiguous || same_strides(tensor, shape));
+}
+
+// Strides of dimensions of size one do not matter.
+bool Slots::same_strides(const at::Tensor& tensor, const Shape& shape) const {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  bool equal = tensor.dim() == shape.dim;
+  for (size_t d = 0; equal && d < sizes.size(); ++d)
+    equal = sizes[d] == 1 || strides[d] == strides_[shape.strides + d];
+  return equal;
+}
+
+int64_t Slots::find_row(const Row& row) {
+  // the parameters of a group nearly always share a count, so the newest row is the likely one
+  for (size_t r = capturable_ ? 0 : rows_.size(); r-- > 0;)
+    if (rows_[r].group == row.group && rows_[r].active == row.active && rows_[r].step == row.step)
+      return static_cast<int64_t>(r);
+  rows_.push_back(row);
+  return static_cast<int64_t>(rows_.size()) - 1;
+}
+
+void Slots::fold_rows(const py::object& fold) {
+  std::vector<double> table(rows_.size() * row_size(), 0.0);
+  double* out = table.data();
+  for (const Row& row : rows_) {
+    const py::object step = row.active ? py::object(py::float_(row.step)) : py::object(py::none());
+    const py::tuple folded = fold(row.group, step);
+    const py::tuple scalars = folded[0], weights = folded[1];
+    if (py::ssize_t(scalars.size()) != (row.active ? num_scalars_ : 0) ||
+        py::ssize_t(weights.size()) != num_emas_)
+      throw std::runtime_error("a rule folds " + std::to_string(scalars.size()) +
+                               " scalars, its kernel takes " + std::to_string(num_scalars_));
+    for (size_t k = 0; k < scalars.size(); ++k) out[k] = scalars[k].cast<double>();
+    for (int k = 0; k < num_emas_; ++k) out[num_scalars_ + k] = weights[k].cast<double>();
+    out += row_size();
+  }
+  new_slots_ |= table.size() != table_.size();  // what follows the table has moved
+  new_table_ |= table != table_;
+  table_ = std::move(table);
+}
+
+void* Slots::grad_pointer(const at::Tensor& grad, const at::Tensor& param) {
+  // equal dispatch keys: same kind of device and layout, no lazy negation, no subclass
+  if (grad.key_set() == param.key_set() && grad.scalar_type() == stored_ &&
+      grad.numel() == param.numel() && grad.strides().equals(param.strides()) &&
+      (device_.is_cpu() || grad.device() == device_))
+    return address(grad, stored_size_);
+  if (grad.layout() != at::kStrided || grad.scalar_type() != stored_ ||
+      grad.device() != param.device() || grad.sizes() != param.sizes())
+    refuse_grad(grad, param);
+  if (same_order(grad, param) && !grad.is_neg()) return grad.data_ptr();
+  const at::NoGradGuard no_grad;
+  copies_.push_back(at::empty_strided(param.sizes(), param.strides(), param.options()).copy_(grad));
+  return copies_.back().data_ptr();
+}
+
+void Slots::advance() {
+  for (size_t i = 0; i < size(); ++i) {
+    const py::object* tensor = tensors(i);
+    const Row& row = rows_[row_of_[i]];
+    if (row.active) {
+      if (!capturable_) *counters_[i] = row.step;
+      bump_version(tensor[0]);
+    }
+    for (size_t k = 2 + num_states_; k < slot_size(); ++k) bump_version(tensor[k]);
+  }
+  copies_.clear();
+}
+
+int64_t Slots::num_words() const {
+  return static_cast<int64_t>(table_.size() + row_of_.size() + grads_.size() + slots_.size());
+}
+
+int64_t Slots::num_changed() const {
+  if (new_slots_) return num_words();
+  if (new_rows_) return num_words() - static_cast<int64_t>(slots_.size());
+  return new_table_ ? static_cast<int64_t>(table_.size()) : 0;
+}
+
+void Slots::pack(int64_t* words, int64_t count) {
+  const auto append = [&](const auto& values) {
+    static_assert(sizeof values[0] == sizeof *words);
+    const int64_t taken = std::min(count, static_cast<int64_t>(values.size()));
+    if (taken > 0) std::memcpy(words, values.data(), taken * sizeof *words);
+    words += taken;
+    count -= taken;
+  };
+  append(table_);
+  append(row_of_);
+  append(grads_);
+  append(slots_);
+  new_table_ = new_rows_ = new_slots_ = false;
+}
+
+at::Tensor Slots::chunks(int64_t elements) const {
+  std::vector<int32_t> table;
+  for (size_t i = 0; i < size(); ++i)
+    for (int64_t k = 0; k * elements < offsets_[i + 1] - offsets_[i]; ++k) {
+      table.push_back(static_cast<int32_t>(i));
+      table.push_back(static_cast<int32_t>(k));
+    }
+  const auto count = static_cast<int64_t>(table.size());
+  at::Tensor result = at::empty({count / 2, 2}, at::kInt);
+  if (count > 0) std::memcpy(result.data_ptr(), table.data(), count * sizeof(int32_t));
+  return result;
+}
+
+std::vector<c10::Storage> Slots::storages() const {
+  std::vector<c10::Storage> held;
+  for (size_t i = 0; i < size(); ++i) {
+    for (size_t k = 0; k < slot_size(); ++k) held.push_back(unpack(tensors(i)[k]).storage());
+    const at::Tensor& grad = unpack(tensors(i)[0]).unsafeGetTensorImpl()->grad();
+    if (grad.defined()) held.push_back(grad.storage());
+  }
+  return held;
+}
+
+StoredType stored_type(const py::object& tensor) {
+  switch (const at::ScalarType dtype = unpack(tensor).scalar_type()) {
+    case at::kFloat:
+      return StoredType::float32;
+    case at::kDouble:
+      return StoredType::float64;
+    case at::kBFloat16:
+      return StoredType::bfloat16;
+    case at::kHalf:
+      return StoredType::float16;
+    default:
+      throw std::invalid_argument(std::string("no kernel for dtype ") + at::toString(dtype));
+  }
+}
+
+bool is_plain(const at::Tensor& tensor) {
+  const c10::DispatchKeySet keys = tensor.key_set();
+  return !keys.has(c10::DispatchKey::Python) && tensor.has_storage() && !tensor.is_neg() &&
+         !tensor.is_conj() && !tensor.is_inference();
+}
+
+}  // namespace fused_ema

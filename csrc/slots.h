@@ -1,0 +1,132 @@
+// The slots of a bucket: tensors in, pointers and rows of scalars out.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fused_ema {
+
+namespace py = pybind11;
+
+// Holds the Python tensors, never their addresses: those are read anew by every prepare(), so that
+// `p.data = ...`, a new gradient or a resized storage is seen. That the optimizer still holds these
+// tensors is for its Watch to say.
+//
+// What a kernel reads lies in one sequence of words, those that change most often first:
+//   scalars  a row of doubles: the rule's scalars, then a weight per average
+//   rows     the row of each slot
+//   grads    each slot's gradient, null without one: the averages alone move
+//   slots    numel, param, the rule's states, the averages
+class Slots {
+ public:
+  Slots(int num_scalars, bool frozen, bool capturable, std::vector<py::object> params,
+        std::vector<py::object> steps, std::vector<std::vector<py::object>> states,
+        std::vector<std::vector<py::object>> emas, std::vector<int> groups);
+
+  // Reads gradients and pointers and folds the scalars; writes nothing. False: a tensor lies
+  // differently now, or a frozen parameter has a gradient, and the bucket must be made anew.
+  // Capturable slots have a row each, without scalars: those are folded on the device.
+  bool prepare(const py::object& fold);
+
+  // Counts the step that was prepared, tells autograd of it and drops copies of gradients.
+  void advance();
+
+  int64_t num_words() const;
+
+  // How many leading words differ from those that were last packed.
+  int64_t num_changed() const;
+
+  // Writes the first `count` words, or as many as there are.
+  void pack(int64_t* words, int64_t count);
+
+  // (slot, index) of each run of `elements` elements, the last of a slot shorter: int32 [n, 2].
+  at::Tensor chunks(int64_t elements) const;
+
+  // What the tensors own: whatever another thread drops must outlive a step without the GIL.
+  std::vector<c10::Storage> storages() const;
+
+  size_t size() const { return groups_.size(); }
+  at::ScalarType stored() const { return stored_; }
+  c10::Device device() const { return device_; }
+  int num_emas() const { return num_emas_; }
+  int num_rows() const { return static_cast<int>(rows_.size()); }
+  int num_states() const { return num_states_; }
+  const std::vector<int64_t>& offsets() const { return offsets_; }
+  const double* row(size_t i) const { return table_.data() + row_of_[i] * row_size(); }
+  const void* grad(size_t i) const { return reinterpret_cast<const void*>(grads_[i]); }
+  // param, the rule's states, the averages
+  void* const* pointers(size_t i) const {
+    return reinterpret_cast<void* const*>(&slots_[i * slot_size() + 1]);
+  }
+
+ private:
+  // Parameters of one group at one step count share a row of scalars.
+  struct Row {
+    int group;
+    bool active;  // has a gradient; else the averages alone move
+    double step;
+  };
+
+  // How a parameter lay when the slots were made.
+  struct Shape {
+    c10::DispatchKeySet keys;  // kind of device and layout
+    bool contiguous;
+    int64_t dim;
+    size_t strides;  // where its strides begin in strides_
+  };
+
+  size_t row_size() const { return num_scalars_ + num_emas_; }
+  size_t slot_size() const { return 2 + num_states_ + num_emas_; }
+  bool is_active(size_t i) const { return grads_[i] != 0; }
+  const py::object* tensors(size_t i) const { return &tensors_[i * slot_size()]; }
+  int64_t find_row(const Row& row);
+  void fold_rows(const py::object& fold);
+  bool read_counter(size_t i, const at::Tensor& step);
+  bool read_pointers(size_t i, const at::Tensor& param);
+  bool as_planned(const at::Tensor& tensor, size_t i, at::ScalarType dtype) const;
+  bool same_strides(const at::Tensor& tensor, const Shape& shape) const;
+  void* grad_pointer(const at::Tensor& grad, const at::Tensor& param);
+
+  int num_scalars_;
+  bool frozen_;
+  bool capturable_;
+  at::ScalarType stored_;   // parameters, gradients, states
+  at::ScalarType average_;  // arithmetic and averages
+  c10::Device device_;
+  int64_t stored_size_;
+  int64_t average_size_;
+  int num_states_;
+  int num_emas_;
+  std::vector<py::object> tensors_;  // per slot: param, step, states, averages
+  std::vector<int> groups_;
+  std::vector<Shape> shapes_;
+  std::vector<int64_t> strides_;  // of all parameters, in turn
+  std::vector<int64_t> offsets_;  // first element of each slot in the bucket, and the total
+
+  // filled by prepare()
+  std::vector<double> table_;
+  std::vector<int64_t> row_of_;
+  std::vector<int64_t> grads_;
+  std::vector<int64_t> slots_;
+  std::vector<double*> counters_;
+  std::vector<Row> rows_;
+  std::vector<at::Tensor> copies_;  // gradients that had to be laid out like their parameter
+
+  // since the last pack()
+  bool new_table_ = true;
+  bool new_rows_ = true;  // or gradients
+  bool new_slots_ = true;
+};
+
+// Throws std::invalid_argument where the kernels do not know the tensor's dtype.
+StoredType stored_type(const py::object& tensor);
+
+// Whether a tensor is nothing but memory of its own: no subclass, no lazy negation or conjugation.
+bool is_plain(const at::Tensor& tensor);
+
+}  // namespace fused_ema
