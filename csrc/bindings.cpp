@@ -7,6 +7,10 @@
 #include "slots.h"
 #include "watch.h"
 
+#ifdef FUSED_EMA_CUDA
+#include "cuda/plan.h"
+#endif
+
 namespace fused_ema {
 
 namespace {
@@ -29,6 +33,24 @@ std::map<std::string, std::vector<std::string>> scalar_names(RuleList<Rules...>)
 
 }  // namespace
 
+void define_cuda(py::module_& module) {
+#ifdef FUSED_EMA_CUDA
+  using py::arg;
+  py::class_<cuda::Plan>(module, "CudaPlan")
+      .def(py::init<std::string, bool, Objects, Objects, ObjectLists, ObjectLists, std::vector<int>,
+                    bool>(),
+           arg("rule"), arg("capturable"), arg("params"), arg("steps"), arg("states"), arg("emas"),
+           arg("groups"), arg("ema_before"))
+      .def("prepare", &cuda::Plan::prepare)
+      .def("run", &cuda::Plan::run, arg("scalars") = py::none(), arg("found_inf") = py::none())
+      .def_property_readonly("active", &cuda::Plan::active)
+      .def_property_readonly("captured", &cuda::Plan::captured);
+  module.attr("HAS_CUDA") = true;
+#else
+  module.attr("HAS_CUDA") = false;
+#endif
+}
+
 PYBIND11_MODULE(_native, module) {
   using py::arg;
   py::class_<Slots>(module, "Slots")
@@ -41,6 +63,8 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("num_words", &Slots::num_words)
       .def_property_readonly("num_changed", &Slots::num_changed)
       .def_property_readonly("num_rows", &Slots::num_rows)
+      .def_property_readonly("num_slots", &Slots::size)
+      .def_property_readonly("active", &Slots::active)
       .def("pack", &pack)
       .def("chunks", &Slots::chunks);
   py::class_<cpu::Plan>(module, "Plan")
@@ -50,10 +74,12 @@ PYBIND11_MODULE(_native, module) {
            arg("ema_before"))
       .def("prepare", &cpu::Plan::prepare)
       .def("run", &cpu::Plan::run)
-      .def_property_readonly("target", &cpu::Plan::target);
+      .def_property_readonly("target", &cpu::Plan::target)
+      .attr("captured") = false;
   py::class_<Watch>(module, "Watch")
       .def(py::init<const py::list&, const py::dict&>())
       .def("unchanged", &Watch::unchanged);
+  define_cuda(module);
   module.def("is_plain", &is_plain);
   module.def("cpu_targets", &cpu::targets);
   module.def("rule_scalars", [] { return scalar_names(AllRules{}); });

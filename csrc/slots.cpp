@@ -197,6 +197,12 @@ void* Slots::grad_pointer(const at::Tensor& grad, const at::Tensor& param) {
   return copies_.back().data_ptr();
 }
 
+std::vector<bool> Slots::active() const {
+  std::vector<bool> flags;
+  for (const int64_t row : row_of_) flags.push_back(rows_[row].active);
+  return flags;
+}
+
 void Slots::advance() {
   for (size_t i = 0; i < size(); ++i) {
     const py::object* tensor = tensors(i);
@@ -216,7 +222,7 @@ int64_t Slots::num_words() const {
 
 int64_t Slots::num_changed() const {
   if (new_slots_) return num_words();
-  if (new_rows_) return num_words() - static_cast<int64_t>(slots_.size());
+  if (new_rows_) return num_changing();
   return new_table_ ? static_cast<int64_t>(table_.size()) : 0;
 }
 

@@ -38,6 +38,9 @@ class Slots {
 
   int64_t num_words() const;
 
+  // Words before the slots: what changes from step to step.
+  int64_t num_changing() const { return num_words() - static_cast<int64_t>(slots_.size()); }
+
   // How many leading words differ from those that were last packed.
   int64_t num_changed() const;
 
@@ -49,6 +52,9 @@ class Slots {
 
   // What the tensors own: whatever another thread drops must outlive a step without the GIL.
   std::vector<c10::Storage> storages() const;
+
+  // Which slots have a gradient.
+  std::vector<bool> active() const;
 
   size_t size() const { return groups_.size(); }
   at::ScalarType stored() const { return stored_; }
@@ -82,7 +88,6 @@ class Slots {
 
   size_t row_size() const { return num_scalars_ + num_emas_; }
   size_t slot_size() const { return 2 + num_states_ + num_emas_; }
-  bool is_active(size_t i) const { return grads_[i] != 0; }
   const py::object* tensors(size_t i) const { return &tensors_[i * slot_size()]; }
   int64_t find_row(const Row& row);
   void fold_rows(const py::object& fold);

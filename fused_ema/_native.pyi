@@ -33,6 +33,11 @@ class Slots:
         """Leading words that differ from those last packed."""
     @property
     def num_rows(self) -> int: ...
+    @property
+    def num_slots(self) -> int: ...
+    @property
+    def active(self) -> list[bool]:
+        """Which slots have a gradient."""
     def pack(self, words: Tensor) -> None:
         """Fill an int64 tensor of the CPU with the leading words."""
     def chunks(self, elements: int) -> Tensor:
@@ -41,6 +46,7 @@ class Slots:
 class Plan:
     """A bucket of dense CPU tensors, stepped by the C++ kernels."""
 
+    captured: bool
     def __init__(
         self,
         rule: str,
@@ -56,6 +62,32 @@ class Plan:
         """The CPU loop in use: "baseline", "avx2" or "avx512"."""
     def prepare(self, fold: Fold) -> bool: ...
     def run(self) -> None: ...
+
+class CudaPlan:
+    """A bucket of dense tensors on a GPU, stepped by one launch; absent without CUDA."""
+
+    def __init__(
+        self,
+        rule: str,
+        capturable: bool,
+        params: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        states: Sequence[Sequence[Tensor]],
+        emas: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        ema_before: bool,
+    ) -> None: ...
+    @property
+    def active(self) -> list[bool]:
+        """Which slots have a gradient."""
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph uses memory that the plan owns."""
+    def prepare(self, fold: Fold) -> bool: ...
+    def run(self, scalars: Tensor | None = None, found_inf: Tensor | None = None) -> None: ...
+
+HAS_CUDA: bool
+"""Whether the CUDA kernels were built."""
 
 class Watch:
     """Remembers which objects an optimizer's param groups and state hold."""

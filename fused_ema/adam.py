@@ -30,7 +30,10 @@ class FusedScaledAdam(FusedScaledOptimizer):
         maximize: ascend instead.
         foreach, fused, differentiable: as in torch; see
             :func:`~fused_ema.backends.requested_backend`.
-        capturable: False; no backend of this build folds the scalars on the device.
+        capturable: fold the scalars on the device, in float64, so that ``step()`` can be captured
+            in a CUDA graph. ``lr``, ``kappa``, the betas, ``weight_decay`` and ``ema_decay`` may
+            then be tensors on the device, read at every replay; floats are constants of the graph.
+            A schedule gets the samples seen as a 0-dim tensor there, and gives one.
         decoupled_weight_decay: AdamW's decay instead of the L2 penalty.
         beta_scaling: ``"exponential"``, ``beta**kappa``, or ``"linear"``, ``1 - kappa*(1 - beta)``.
             With ``"linear"``, bias correction after a change of ``kappa`` is that of the same

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._native import is_plain
 from .ema import decays, ema_keys
-from .rules import Rule
+from .rules import FROZEN, Rule
 
 # Arithmetic and averages of every parameter dtype; half precision is computed in float32.
 COMPUTE_DTYPE = {
@@ -47,6 +47,7 @@ class Key(NamedTuple):
     emas: tuple[str, ...]
     ema_order: str
     differentiable: bool
+    capturable: bool
     backend: str
 
 
@@ -94,7 +95,10 @@ def make_buckets(
                 continue
             slot = Slot(param, index, state[param])
             members.setdefault(_key(rule, group, slot, backend), []).append(slot)
-    return [Bucket(rule, key, tuple(slots)) for key, slots in members.items()]
+    return [
+        Bucket(FROZEN if key.states is None else rule, key, tuple(slots))
+        for key, slots in members.items()
+    ]
 
 
 def is_active(param: Tensor) -> bool:
@@ -114,6 +118,7 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str) -> Key:
         emas,
         group["ema_order"],
         group["differentiable"],
+        group["capturable"],
         backend,
     )
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from .scaling import check_range, ema_weight
+from .realmath import Real, at_most, cos
+from .scaling import check_range, decay_weight
 
-Schedule: TypeAlias = Callable[[float], float]
+Schedule: TypeAlias = Callable[[Any], Any]
 Decay: TypeAlias = float | Schedule
 EmaDecay: TypeAlias = Decay | tuple[Decay, ...] | None
 
@@ -36,10 +37,10 @@ class CosineDecay:
         if not self.total > 0.0:
             raise ValueError(f"total={self.total!r} is out of range; allowed: total > 0")
 
-    def __call__(self, t: float) -> float:
-        """The decay after ``t`` base steps."""
-        progress = min(t / self.total, 1.0)
-        return 1.0 - (1.0 - self.start) * (math.cos(math.pi * progress) + 1.0) / 2.0
+    def __call__(self, t: Real) -> Real:
+        """The decay after ``t`` base steps: a float, or a tensor as ``t`` is one."""
+        progress = at_most(t / self.total, 1.0)
+        return 1.0 - (1.0 - self.start) * (cos(math.pi * progress) + 1.0) / 2.0
 
 
 def decays(ema_decay: EmaDecay) -> tuple[Decay, ...]:
@@ -61,16 +62,21 @@ def is_constant(ema_decay: EmaDecay) -> bool:
     return not any(callable(decay) for decay in decays(ema_decay))
 
 
-def ema_weights(ema_decay: EmaDecay, t: float, kappa: float) -> tuple[float, ...]:
-    """Weights ``1 - rho(t)**kappa``, one an average.
+def ema_weights(ema_decay: EmaDecay, t: Any, kappa: Any) -> tuple[Any, ...]:
+    """Weights ``1 - rho(t)**kappa``, one an average; tensors on a device where ``t`` is there.
 
     Raises:
         ValueError: a decay, or the value a schedule returns, is outside ``[0, 1]``.
     """
-    return tuple(
-        ema_weight(float(decay(t)) if callable(decay) else decay, kappa)
-        for decay in decays(ema_decay)
-    )
+    return tuple(_weight(decay, t, kappa) for decay in decays(ema_decay))
+
+
+def _weight(decay: Decay, t: Any, kappa: Any) -> Any:
+    value = decay(t) if callable(decay) else decay
+    if isinstance(t, float):
+        value = float(value)
+    check_range("ema_decay", value, 0.0, 1.0)
+    return decay_weight(value, kappa)
 
 
 def ema_keys(num_emas: int) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .buckets import COMPUTE_DTYPE
+from .realmath import surely
 from .rules import check_choice, ema_update
 
 MODES = ("copy", "average", "leave")
@@ -19,7 +20,7 @@ class Move(NamedTuple):
 
     held: Tensor
     source: Tensor
-    weight: float
+    weight: Any
 
 
 class EmaBuffers:
@@ -134,9 +135,11 @@ def resolve(
 def apply(moves: Sequence[Move]) -> None:
     """Carry out the moves, in place."""
     for held, source, weight in moves:
-        if weight == 1.0:
+        if surely(weight == 1.0):
             held.copy_(source)
         else:
+            on_device = isinstance(weight, Tensor)
+            weight = weight.to(held.dtype) if on_device else weight
             ema_update(held, source.to(held.dtype), weight)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from .ema import decays, ema_weights, is_constant
 from .rules import Rule
 
 # Fields besides the rule's own that decide in which bucket a group's parameters are.
-PLACING = ("ema_order", "foreach", "fused", "differentiable")
+PLACING = ("ema_order", "foreach", "fused", "differentiable", "capturable")
 
 
 class _Scaled(NamedTuple):
@@ -26,6 +27,16 @@ class _Scaled(NamedTuple):
     weights: tuple[float, ...] | None
 
 
+class _Held:
+    """A tensor on a device, remembered as what it is: its value is not looked at."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.tensor or (isinstance(other, _Held) and other.tensor is self.tensor)
+
+
 class Folder:
     """Scalars of every param group, at the step at hand.
 
@@ -33,14 +44,15 @@ class Folder:
     ``step`` base steps. A group whose fields have not changed keeps its scaled hyper-parameters.
 
     Attributes:
-        kappas: ``kappa`` of every param group.
+        groups: the optimizer's param groups.
+        kappas: ``kappa`` of every param group, NaN where it is a tensor on a device.
     """
 
     def __init__(self, rule: Rule, check: Callable[[Mapping[str, Any]], None]) -> None:
         self._rule = rule
         self._check = check
         self._fields = itemgetter(*rule.hyper, "ema_decay", *PLACING)
-        self._groups: Sequence[Mapping[str, Any]] = ()
+        self.groups: Sequence[Mapping[str, Any]] = ()
         self._seen: list[tuple[Any, ...]] = []
         self._scaled: list[_Scaled] = []
         self.kappas: list[float] = []
@@ -55,12 +67,12 @@ class Folder:
         """
         self._rows.clear()
         self._scheduled.clear()
-        self._groups = groups
-        if list(map(self._fields, groups)) == self._seen:
+        self.groups = groups
+        if self._seen == list(map(self._fields, groups)):
             return False
         known = self._scaled if len(self._scaled) == len(groups) else [None] * len(groups)
         scaled = [
-            old if old is not None and self._fields(group) == old.fields else self._scale(group)
+            old if old is not None and old.fields == self._fields(group) else self._scale(group)
             for group, old in zip(groups, known, strict=True)
         ]
         moved = any(
@@ -74,18 +86,20 @@ class Folder:
 
     def _scale(self, group: Mapping[str, Any]) -> _Scaled:
         self._check(group)
-        ema_decay, kappa = group["ema_decay"], float(group["kappa"])
+        hyper, ema_decay = numbers(self._rule, group), group["ema_decay"]
+        kappa = hyper["kappa"]
         return _Scaled(
-            # a tensor is remembered by value: in-place changes of a tensor lr must be seen
-            fields=plain(self._fields(group)),
+            fields=_remembered(plain(self._fields(group), group)),
             place=(
                 self._rule.states(group),
                 len(decays(ema_decay)),
                 *(group[field] for field in PLACING),
             ),
-            kappa=kappa,
-            hyper=self._rule.scale(group),
-            weights=ema_weights(ema_decay, 0.0, kappa) if is_constant(ema_decay) else None,
+            kappa=math.nan if isinstance(kappa, Tensor) else kappa,
+            hyper=self._rule.scale(hyper),
+            weights=ema_weights(ema_decay, 0.0, kappa)
+            if is_constant(ema_decay) and not isinstance(kappa, Tensor)
+            else None,
         )
 
     def __call__(self, group: int, step: float | None) -> Scalars:
@@ -103,15 +117,32 @@ class Folder:
         if scaled.weights is not None:
             return scaled.weights
         if group not in self._scheduled:
-            fields = self._groups[group]
-            self._scheduled[group] = ema_weights(
-                fields["ema_decay"], fields["base_steps"], scaled.kappa
-            )
+            fields = self.groups[group]
+            kappa = plain(fields["kappa"], fields)
+            self._scheduled[group] = ema_weights(fields["ema_decay"], fields["base_steps"], kappa)
         return self._scheduled[group]
 
 
-def plain(value: Any) -> Any:
-    """``value`` with tensors as numbers and lists as tuples: nothing that may change."""
+def numbers(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The rule's fields of a group for :attr:`Rule.scale`."""
+    return {field: plain(group[field], group) for field in rule.hyper}
+
+
+def plain(value: Any, group: Mapping[str, Any]) -> Any:
+    """``value`` with tensors as numbers and lists as tuples: nothing that may change.
+
+    In a capturable group tensors beside the parameters stay tensors: they are for the device.
+    """
     if isinstance(value, Tensor):
-        return value.item()
-    return tuple(map(plain, value)) if isinstance(value, tuple | list) else value
+        params = group["params"] if group.get("capturable") and "params" in group else ()
+        beside = any(param.device.type == value.device.type for param in params[:1])
+        return value if beside else value.item()
+    if isinstance(value, tuple | list):
+        return tuple(plain(entry, group) for entry in value)
+    return value
+
+
+def _remembered(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Held(value)
+    return tuple(map(_remembered, value)) if isinstance(value, tuple) else value

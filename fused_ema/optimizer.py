@@ -15,8 +15,9 @@ from . import averages, checkpoint
 from .backends import NAMES, requested_backend
 from .ema import EmaDecay, check_ema_decay, decays, ema_keys
 from .ema_buffers import EmaBuffers, apply, resolve
+from .folding import numbers
 from .rules import Rule, check_choice
-from .state import complete
+from .state import complete, counter, counter_device
 from .stepper import Stepper
 from .swap import swapped
 from .teacher import Teacher, check_disjoint, pair
@@ -82,7 +83,7 @@ class FusedScaledOptimizer(Optimizer):
         self._names: dict[Tensor, str] = {}
         self._buffers: EmaBuffers | None = None
         self._swapped = False
-        self._forget_plans()
+        self._make_stepper()
         shared = {"ema_decay": ema_decay, "ema_order": ema_order, "kappa": kappa, "base_steps": 0.0}
         self._check_group({**defaults, **shared})
         if model is not None:
@@ -110,7 +111,10 @@ class FusedScaledOptimizer(Optimizer):
         for group in self.param_groups:
             self._check_group({**group, "kappa": value})
         for fields in (self.defaults, *self.param_groups):
-            fields["kappa"] = float(value)
+            if isinstance(fields["kappa"], Tensor):
+                fields["kappa"].fill_(value)  # what a captured graph reads
+            else:
+                fields["kappa"] = float(value)
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -141,8 +145,7 @@ class FusedScaledOptimizer(Optimizer):
         self._stepper.run()
         if moves:
             apply(moves)
-        for group, kappa in zip(self.param_groups, self._stepper.folder.kappas, strict=True):
-            group["base_steps"] += kappa
+        self._count_base_steps()
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -160,7 +163,7 @@ class FusedScaledOptimizer(Optimizer):
             param_group = dict(param_group)  # the caller's may be used again
             teacher = param_group.pop("ema", None)
             if self.param_groups:
-                param_group.setdefault("base_steps", self.param_groups[0]["base_steps"])
+                param_group.setdefault("base_steps", float(self.param_groups[0]["base_steps"]))
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -173,7 +176,7 @@ class FusedScaledOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._forget_plans()
+        self._stepper.forget()
 
     @contextmanager
     def ema_weights(self, index: int = 0) -> Iterator[None]:
@@ -320,17 +323,39 @@ class FusedScaledOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._swapped = False
-        self._forget_plans()
+        self._make_stepper()
 
-    def _forget_plans(self) -> None:
+    def _make_stepper(self) -> None:
         self._stepper = Stepper(self.rule, self.backend, self._check_group, self._complete_state)
 
     def _complete_state(self) -> None:
         # an average made under the user's inference_mode could never be stepped
         with torch.inference_mode(False), torch.no_grad():
             for group in self.param_groups:
+                self._complete_clock(group)
                 for param in group["params"]:
                     complete(self.rule, group, param, self.state[param], self._teachers.get(param))
+
+    def _complete_clock(self, group: dict[str, Any]) -> None:
+        """The samples seen in base batches: on the device where captured graphs count them."""
+        if not group["capturable"] or not group["params"]:
+            group["base_steps"] = float(group["base_steps"])
+            return
+        device = counter_device(group, group["params"][0])
+        group["base_steps"] = counter(group["base_steps"], device, "base_steps")
+
+    def _count_base_steps(self) -> None:
+        on_device = []
+        for group, kappa in zip(self.param_groups, self._stepper.folder.kappas, strict=True):
+            if isinstance(group["base_steps"], Tensor):
+                on_device.append(group)
+            else:
+                group["base_steps"] += kappa
+        for in_tensors in (True, False):
+            groups = [g for g in on_device if isinstance(g["kappa"], Tensor) is in_tensors]
+            if groups:
+                clocks = [group["base_steps"] for group in groups]
+                torch._foreach_add_(clocks, [group["kappa"] for group in groups])
 
     def _held_buffers(self, index: int) -> dict[Tensor, Tensor]:
         return self._buffers.values(index) if self._buffers is not None else {}
@@ -373,12 +398,7 @@ class FusedScaledOptimizer(Optimizer):
         self.rule.check(group)
         check_ema_decay(group["ema_decay"])
         check_choice("ema_order", group["ema_order"], ("after", "before"))
-        if group.get("capturable"):
-            raise ValueError(
-                "capturable=True is not supported: no backend of this build folds the scalars on "
-                "the device; allowed: False"
-            )
-        self.rule.scale(group)  # refuses what the scaling rules cannot follow
+        self.rule.scale(numbers(self.rule, group))  # refuses what the rules cannot follow
         requested_backend(group, self.backend)
 
     def _check_not_swapped(self, what: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from . import scaling
+from .realmath import expm1, log1p, sqrt, where
 from .tensorlist import TensorList
 
 Group = Mapping[str, Any]
@@ -32,7 +33,7 @@ class Rule:
         hyper: param-group fields that ``states``, ``scale`` and ``check`` read.
         check: raises ValueError for a bad param group.
         states: names of the state tensors that a group needs, in the kernels' order.
-        scale: hyper-parameters at the group's ``kappa``, folded in float64.
+        scale: hyper-parameters at the group's ``kappa``: float64, floats or tensors of one shape.
         fold: the kernels' scalars from ``scale``'s result and the base steps after this step.
         update: one step in place: ``update(param, grad, states, scalars)``; never writes ``grad``.
         scalars: the NamedTuple type that ``fold`` returns; its order is the kernels' table layout.
@@ -43,9 +44,9 @@ class Rule:
     check: Callable[[Group], None]
     states: Callable[[Group], tuple[str, ...]]
     scale: Callable[[Group], Any]
-    fold: Callable[[Any, float], Any]
+    fold: Callable[[Any, Any], Any]
     update: Callable[[Any, Any, Sequence[Any], Any], None]
-    scalars: type
+    scalars: Any
 
 
 def ema_update(ema: Values, param: Values, weight: float) -> None:
@@ -58,6 +59,23 @@ def directed(grad: Values, param: Values, maximize: bool, weight_decay: float) -
     if maximize:
         grad = grad.neg()
     return grad.add(param, alpha=weight_decay) if weight_decay != 0.0 else grad
+
+
+class NoScalars(NamedTuple):
+    """Nothing to fold."""
+
+
+# Parameters that no rule moves; their averages still follow them.
+FROZEN = Rule(
+    name="frozen",
+    hyper=("kappa",),
+    check=lambda group: None,
+    states=lambda group: (),
+    scale=lambda hyper: None,
+    fold=lambda hyper, step: NoScalars(),
+    update=lambda param, grad, states, scalars: None,
+    scalars=NoScalars,
+)
 
 
 class SgdScaled(NamedTuple):
@@ -103,23 +121,23 @@ def scale_sgd(group: Group) -> SgdScaled:
     kappa, mu, rule = group["kappa"], group["momentum"], group["momentum_scaling"]
     return SgdScaled(
         maximize=group["maximize"],
-        weight_decay=float(group["weight_decay"]),
+        weight_decay=group["weight_decay"],
         momentum=scaling.momentum(mu, kappa, rule),
         grad_weight=1.0 - group["dampening"],
         nesterov=group["nesterov"],
-        lr=scaling.momentum_sgd_lr(float(group["lr"]), mu, kappa, rule),
+        lr=scaling.momentum_sgd_lr(group["lr"], mu, kappa, rule),
         kappa=kappa,
     )
 
 
-def fold_sgd(hyper: SgdScaled, step: float) -> SgdScalars:
+def fold_sgd(hyper: SgdScaled, step: Any) -> SgdScalars:
     first = step <= hyper.kappa
     return SgdScalars(
         hyper.maximize,
         hyper.weight_decay,
         hyper.momentum,
-        0.0 if first else hyper.momentum,
-        1.0 if first else hyper.grad_weight,
+        where(first, 0.0, hyper.momentum),
+        where(first, 1.0, hyper.grad_weight),
         hyper.nesterov,
         hyper.lr,
     )
@@ -193,12 +211,11 @@ def adam_states(group: Group) -> tuple[str, ...]:
 
 
 def scale_adam(group: Group) -> AdamScaled:
-    kappa, base_lr = group["kappa"], float(group["lr"])
+    kappa, base_lr, weight_decay = group["kappa"], group["lr"], group["weight_decay"]
     lr = scaling.adaptive_lr(base_lr, kappa)
-    weight_decay = float(group["weight_decay"])
     decoupled = group["decoupled_weight_decay"]
-    weights = [scaling.beta_weight(float(b), kappa, group["beta_scaling"]) for b in group["betas"]]
-    log_betas = [math.log1p(-w) / kappa if w < 1.0 else -math.inf for w in weights]
+    weights = [scaling.beta_weight(beta, kappa, group["beta_scaling"]) for beta in group["betas"]]
+    log_betas = [log1p(-weight) / kappa for weight in weights]
     return AdamScaled(
         maximize=group["maximize"],
         weight_decay=0.0 if decoupled else weight_decay,
@@ -216,10 +233,10 @@ def scale_adam(group: Group) -> AdamScaled:
     )
 
 
-def fold_adam(hyper: AdamScaled, step: float) -> AdamScalars:
+def fold_adam(hyper: AdamScaled, step: Any) -> AdamScalars:
     """Fold ``1 - beta**step`` in: ``step_size*m/(sqrt(v) + eps)`` is Adam's corrected form."""
-    bias_correction1 = -math.expm1(step * hyper.log_beta1)
-    bias_correction2_sqrt = math.sqrt(-math.expm1(step * hyper.log_beta2))
+    bias_correction1 = -expm1(step * hyper.log_beta1)
+    bias_correction2_sqrt = sqrt(-expm1(step * hyper.log_beta2))
     return AdamScalars(
         hyper.maximize,
         hyper.weight_decay,

@@ -8,6 +8,9 @@ in float64 and accept any ``kappa > 0``, also fractional and below one.
 from __future__ import annotations
 
 import math
+from typing import Any
+
+from .realmath import Real, expm1, log, log1p, power, sqrt, surely, where
 
 
 def ema_weight(ema_decay: float, kappa: float = 1.0) -> float:
@@ -28,25 +31,30 @@ def ema_weight(ema_decay: float, kappa: float = 1.0) -> float:
     """
     check_range("ema_decay", ema_decay, 0.0, 1.0)
     check_kappa(kappa)
-    return -math.expm1(kappa * math.log(ema_decay)) if ema_decay > 0.0 else 1.0
+    return decay_weight(ema_decay, kappa)
 
 
-def sgd_lr(lr: float, kappa: float) -> float:
+def decay_weight(decay: Real, kappa: Real) -> Real:
+    """``1 - decay**kappa``, unchecked; on tensors too. Exact where ``kappa`` is 1."""
+    return where(kappa == 1.0, 1.0 - decay, -expm1(kappa * log(decay)))
+
+
+def sgd_lr(lr: Real, kappa: Real) -> Real:
     """Linear rule: ``kappa * lr`` (Goyal et al. 2017, arXiv 1706.02677)."""
     return kappa * lr
 
 
-def adaptive_lr(lr: float, kappa: float) -> float:
+def adaptive_lr(lr: Real, kappa: Real) -> Real:
     """Square-root rule of Adam and RMSProp: ``sqrt(kappa) * lr`` (Malladi et al. 2022)."""
-    return math.sqrt(kappa) * lr
+    return sqrt(kappa) * lr
 
 
-def adaptive_eps(eps: float, kappa: float) -> float:
+def adaptive_eps(eps: Real, kappa: Real) -> Real:
     """``eps / sqrt(kappa)`` for Adam and RMSProp (Malladi et al. 2022, arXiv 2205.10287)."""
-    return eps / math.sqrt(kappa)
+    return eps / sqrt(kappa)
 
 
-def beta_weight(beta: float, kappa: float, rule: str = "exponential") -> float:
+def beta_weight(beta: Real, kappa: Real, rule: str = "exponential") -> Real:
     """Weight ``1 - beta`` of the newest gradient after scaling.
 
     ``"exponential"``: ``1 - beta**kappa`` (the form of Busbridge et al. 2023, reconstructed);
@@ -63,12 +71,10 @@ def beta_weight(beta: float, kappa: float, rule: str = "exponential") -> float:
     Raises:
         ValueError: the linear rule drives the scaled beta out of ``[0, 1)``.
     """
-    if kappa == 1.0:
-        return 1.0 - beta
     if rule == "exponential":
-        return -math.expm1(kappa * math.log(beta)) if beta > 0.0 else 1.0
+        return decay_weight(beta, kappa)
     weight = kappa * (1.0 - beta)
-    if weight > 1.0:
+    if surely(weight > 1.0):
         raise ValueError(
             f"kappa={kappa} with beta_scaling='linear' gives beta = 1 - kappa*(1 - {beta}) = "
             f"{1.0 - weight:.6g}, outside [0, 1); use kappa <= {1.0 / (1.0 - beta):.6g} or "
@@ -77,26 +83,25 @@ def beta_weight(beta: float, kappa: float, rule: str = "exponential") -> float:
     return weight
 
 
-def momentum(momentum: float, kappa: float, rule: str = "none") -> float:
+def momentum(momentum: Real, kappa: Real, rule: str = "none") -> Real:
     """SGD momentum: unchanged (``"none"``, the paper's choice) or ``mu**kappa`` (``"exact"``)."""
-    return momentum**kappa if rule == "exact" and momentum > 0.0 else momentum
+    return power(momentum, kappa) if rule == "exact" else momentum
 
 
-def momentum_sgd_lr(lr: float, mu: float, kappa: float, rule: str = "none") -> float:
+def momentum_sgd_lr(lr: Real, mu: Real, kappa: Real, rule: str = "none") -> Real:
     """Learning rate of SGD with momentum.
 
     ``"none"``: ``kappa*lr``. ``"exact"``: ``kappa*lr*(1 - mu**kappa)/(1 - mu)``, which keeps the
     distance travelled under a constant gradient once the momentum itself is ``mu**kappa``.
     """
-    if rule == "none" or mu == 0.0:
+    if rule == "none":
         return sgd_lr(lr, kappa)
-    ratio = kappa if mu == 1.0 else (1.0 - mu**kappa) / (1.0 - mu)
-    return sgd_lr(lr, kappa) * ratio
+    at_limit = mu == 1.0
+    ratio = (1.0 - power(mu, kappa)) / where(at_limit, 1.0, 1.0 - mu)
+    return sgd_lr(lr, kappa) * where(at_limit, kappa, ratio)
 
 
-def decoupled_decay(
-    lr: float, scaled_lr: float, weight_decay: float, kappa: float, rule: str
-) -> float:
+def decoupled_decay(lr: Real, scaled_lr: Real, weight_decay: Real, kappa: Real, rule: str) -> Real:
     """Share of a weight that AdamW's decay removes in one scaled step.
 
     ``"exact"`` keeps ``kappa`` base steps: ``1 - (1 - lr*weight_decay)**kappa``; the weight decay
@@ -113,24 +118,28 @@ def decoupled_decay(
     Raises:
         ValueError: ``lr * weight_decay >= 1`` with ``kappa != 1``, which has no fractional power.
     """
-    if rule == "none" or kappa == 1.0 or weight_decay == 0.0:
-        return scaled_lr * weight_decay
-    if lr * weight_decay >= 1.0:
+    unscaled = scaled_lr * weight_decay
+    if rule == "none":
+        return unscaled
+    if surely(kappa != 1.0) and surely(lr * weight_decay >= 1.0):
         raise ValueError(
             f"weight_decay={weight_decay} with lr={lr} removes the whole weight at every base "
             f"step; (1 - lr*weight_decay)**kappa at kappa={kappa} needs lr*weight_decay < 1: lower "
             "one of them or set weight_decay_scaling='none'"
         )
-    return -math.expm1(kappa * math.log1p(-lr * weight_decay))
+    return where(kappa == 1.0, unscaled, -expm1(kappa * log1p(-lr * weight_decay)))
 
 
 def check_range(
-    name: str, value: float, low: float, high: float, *, ends: tuple[str, str] = ("<=", "<=")
+    name: str, value: Any, low: float, high: float, *, ends: tuple[str, str] = ("<=", "<=")
 ) -> None:
     """Raise ValueError unless ``low <= value <= high``, ``<`` for an end where ``ends`` has it.
 
-    A NaN, or what is no number, never passes.
+    A NaN, or what is no number, never passes. A tensor on a device always does: looking at it would
+    wait for the device.
     """
+    if not getattr(value, "is_cpu", True):
+        return
     allowed = f"{low} {ends[0]} {name} {ends[1]} {high}"
     try:
         outside = (value == low and ends[0] == "<") or (value == high and ends[1] == "<")
@@ -141,6 +150,6 @@ def check_range(
         raise ValueError(f"{name}={value!r} is out of range; allowed: {allowed}")
 
 
-def check_kappa(kappa: float) -> None:
+def check_kappa(kappa: Any) -> None:
     """Raise ValueError unless ``kappa`` is finite and positive."""
     check_range("kappa", kappa, 0, math.inf, ends=("<", "<"))

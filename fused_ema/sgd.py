@@ -24,6 +24,7 @@ class FusedScaledSGD(FusedScaledOptimizer):
         weight_decay: L2 penalty, ``>= 0``.
         nesterov: needs ``momentum > 0`` and ``dampening = 0``.
         maximize: ascend instead.
+        capturable: safe under CUDA graph capture: see :class:`~fused_ema.adam.FusedScaledAdam`.
         foreach, fused, differentiable: as in torch; see
             :func:`~fused_ema.backends.requested_backend`.
         momentum_scaling: ``"none"`` keeps the momentum (the paper's experiments); ``"exact"`` uses
@@ -48,6 +49,7 @@ class FusedScaledSGD(FusedScaledOptimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
+        capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
         momentum_scaling: str = "none",
@@ -61,6 +63,7 @@ class FusedScaledSGD(FusedScaledOptimizer):
             "nesterov": nesterov,
             "maximize": maximize,
             "foreach": foreach,
+            "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
             "momentum_scaling": momentum_scaling,

@@ -25,7 +25,8 @@ def complete(
 
     Moments start at zero in the parameter's dtype, as in torch; averages start as a copy of the
     weights in the compute dtype, the first one is ``teacher`` where there is one; ``step`` counts
-    base steps (``kappa`` a step) in float64. Tensors left behind by ``model.to(...)`` follow their
+    base steps (``kappa`` a step) in float64, on the parameter's device if the group is capturable,
+    else on the CPU. Tensors left behind by ``model.to(...)`` follow their
     parameter, a teacher never does.
 
     Raises:
@@ -43,7 +44,7 @@ def complete(
         raise TypeError("params: a parameter is a lazily conjugated or negated view; resolve it")
     if is_active(param):
         _complete_rule_states(rule.states(group), param, state)
-    state["step"] = _step_counter(state.get("step", 0.0))
+    state["step"] = counter(state.get("step", 0.0), counter_device(group, param), "state 'step'")
     dtype = COMPUTE_DTYPE[param.dtype]
     for key in emas:
         if key == "ema" and teacher is not None:
@@ -69,12 +70,18 @@ def _complete_rule_states(keys: tuple[str, ...], param: Tensor, state: dict[str,
             state[key] = _beside(state[key], param, param.dtype, key)
 
 
-def _step_counter(step: Any) -> Tensor:
-    if isinstance(step, Tensor) and step.numel() != 1:
-        raise RuntimeError(f"state 'step' has shape {tuple(step.shape)}; allowed: one element")
-    if isinstance(step, Tensor) and step.dtype == torch.float64 and step.device.type == "cpu":
-        return step
-    return torch.tensor(float(step), dtype=torch.float64, device="cpu")
+def counter_device(group: Mapping[str, Any], param: Tensor) -> torch.device:
+    """Where base steps are counted: a captured graph can only count on the device."""
+    return param.device if group.get("capturable") else torch.device("cpu")
+
+
+def counter(value: Any, device: torch.device, name: str) -> Tensor:
+    """``value`` as a 0-dim float64 tensor on ``device``, itself if it is one already."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise RuntimeError(f"{name} has shape {tuple(value.shape)}; allowed: one element")
+    if isinstance(value, Tensor) and value.dtype == torch.float64 and value.device == device:
+        return value
+    return torch.tensor(float(value), dtype=torch.float64, device=device)
 
 
 def _beside(value: Tensor, param: Tensor, dtype: torch.dtype, key: str) -> Tensor:

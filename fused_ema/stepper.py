@@ -43,6 +43,7 @@ class Stepper:
         self._backend = backend
         self._complete = complete
         self._watch: Watch | None = None
+        self._captured: list[Plan] = []  # a CUDA graph outlives the plan that it was captured from
         self.folder = Folder(rule, check)
         self.plans: list[Plan] = []
         self.backends: tuple[str, ...] = ()
@@ -62,6 +63,10 @@ class Stepper:
             if not self._prepare_plans():
                 raise RuntimeError("a parameter or its state changes while it is being stepped")
 
+    def forget(self) -> None:
+        """Make the plans anew at the next step."""
+        self._watch = None
+
     def run(self) -> None:
         """Step every parameter and move every average, in place, as prepared."""
         for plan in self.plans:
@@ -74,6 +79,7 @@ class Stepper:
         self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]
     ) -> None:
         self._watch = None  # whatever fails below, the old plans are not to be used again
+        self._captured += [plan for plan in self.plans if plan.captured]
         self._complete()
         requested = [requested_backend(group, self._backend) for group in groups]
         buckets = make_buckets(self._rule, groups, state, requested)

@@ -10,10 +10,11 @@ import fused_ema
 PACKAGE = Path(fused_ema.__file__).parent
 # Each may import from itself and from what stands before it.
 LAYERS = (
-    ("scaling", "_native"),
-    ("ema", "tensorlist"),
+    ("realmath", "_native", "kernels"),
+    ("scaling", "tensorlist"),
+    ("ema",),
     ("rules",),
-    ("buckets",),
+    ("buckets", "device_folding"),
     ("state", "swap", "ema_buffers"),
     ("backends", "teacher", "checkpoint"),
     ("averages", "folding"),
@@ -86,4 +87,4 @@ def test_update_maths_is_written_once_a_language():
     users = [p.name for p in csrc.rglob("*") if p.is_file() and "sqrt(" in p.read_text()]
     assert users == ["rules.h"]
     users = [p.name for p in sources() if ".sqrt()" in p.read_text() and top(p) != "demo"]
-    assert users == ["rules.py"]
+    assert users == ["realmath.py", "rules.py"]

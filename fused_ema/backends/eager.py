@@ -16,6 +16,10 @@ from .plan import Fold
 Wrap = Callable[[list[Tensor]], Any]
 
 
+def unsupported(bucket: Bucket) -> str | None:
+    return "capturable=True: it folds the scalars on the host" if bucket.key.capturable else None
+
+
 class Row(NamedTuple):
     """Slots that take the same scalars; ``scalars`` is empty where no gradient came."""
 
@@ -27,6 +31,8 @@ class Row(NamedTuple):
 
 class EagerPlan:
     """A bucket stepped by torch operations; states are looked up anew at every step."""
+
+    captured = False
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket

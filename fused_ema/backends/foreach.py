@@ -6,13 +6,16 @@ import torch
 
 from ..buckets import Bucket
 from ..tensorlist import TensorList
+from . import eager
 from .eager import EagerPlan
 
 NAME = "foreach"
 
 
 def unsupported(bucket: Bucket) -> str | None:
-    return "differentiable=True needs the reference backend" if bucket.key.differentiable else None
+    if bucket.key.differentiable:
+        return "differentiable=True needs the reference backend"
+    return eager.unsupported(bucket)
 
 
 class ForeachPlan(EagerPlan):

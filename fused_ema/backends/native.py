@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
-import torch
-
 from .. import _native
 from ..buckets import Bucket
+from . import dense, graphs
+from .plan import Fold, Plan
 
 NAME = "native"
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 
 def unsupported(bucket: Bucket) -> str | None:
-    key = bucket.key
-    if bucket.rule.name not in _native.rule_scalars():
-        return f"no kernel for rule {bucket.rule.name!r}"
-    if key.device.type != "cpu":
-        return f"device {key.device} (supported: cpu)"
-    if key.dtype not in DTYPES:
-        return f"dtype {key.dtype} (supported: {', '.join(map(str, DTYPES))})"
-    if key.layout != "dense":
-        return "memory with gaps, overlaps or differing strides, or tensor subclasses"
-    if key.differentiable:
-        return "differentiable=True needs the reference backend"
-    return None
+    device = bucket.key.device
+    if device.type not in ("cpu", "cuda"):
+        return f"device {device} (supported: cpu, cuda)"
+    if device.type == "cuda" and not _native.HAS_CUDA:
+        return f"device {device} (built without CUDA, see fused_ema.build_info())"
+    if device.type == "cpu" and bucket.key.capturable:
+        return "capturable=True: it folds the scalars on the host"
+    return dense.unsupported(bucket, _native.rule_scalars())
 
 
-def plan(bucket: Bucket) -> _native.Plan:
-    return _native.Plan(
-        rule=bucket.rule.name if bucket.key.states is not None else "frozen",
-        params=[slot.param for slot in bucket.slots],
-        steps=[slot.state["step"] for slot in bucket.slots],
-        states=[[slot.state[key] for key in bucket.state_keys] for slot in bucket.slots],
-        emas=[[slot.state[key] for key in bucket.key.emas] for slot in bucket.slots],
-        groups=[slot.group for slot in bucket.slots],
+class CapturablePlan:
+    """A bucket on a GPU whose scalars are folded there."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._device = bucket.key.device
+        self._folder = graphs.device_folder(bucket)
+        self._plan = cuda_plan(bucket)
+
+    @property
+    def captured(self) -> bool:
+        return self._plan.captured
+
+    def prepare(self, fold: Fold) -> bool:
+        self._groups = fold.groups
+        return self._plan.prepare(fold)
+
+    def run(self) -> None:
+        capturing = graphs.is_capturing(self._device)
+        self._folder.run(self._groups, self._plan.active, capturing)
+        self._plan.run(self._folder.table)
+
+
+def cuda_plan(bucket: Bucket) -> _native.CudaPlan:
+    return _native.CudaPlan(
+        rule=bucket.rule.name,
+        capturable=bucket.key.capturable,
         ema_before=bucket.key.ema_order == "before",
+        **dense.columns(bucket),
     )
+
+
+def plan(bucket: Bucket) -> Plan:
+    if bucket.key.device.type == "cuda":
+        return CapturablePlan(bucket) if bucket.key.capturable else cuda_plan(bucket)
+    before = bucket.key.ema_order == "before"
+    return _native.Plan(rule=bucket.rule.name, ema_before=before, **dense.columns(bucket))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 # The rule's scalars (a NamedTuple, empty without a gradient) and the EMA weights.
 Scalars: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
@@ -11,6 +11,10 @@ Scalars: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 class Fold(Protocol):
     """Scalars of the step at hand, folded in float64 on demand."""
+
+    @property
+    def groups(self) -> Sequence[Mapping[str, Any]]:
+        """The optimizer's param groups."""
 
     @property
     def kappas(self) -> Sequence[float]:
@@ -22,6 +26,10 @@ class Fold(Protocol):
 
 class Plan(Protocol):
     """A bucket ready to step, in two halves so that an error leaves nothing half-updated."""
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph uses memory that the plan owns."""
 
     def prepare(self, fold: Fold) -> bool:
         """Read gradients and fold scalars; write nothing.

@@ -7,13 +7,14 @@ from operator import itemgetter
 import torch
 
 from ..buckets import Bucket
+from . import eager
 from .eager import EagerPlan
 
 NAME = "reference"
 
 
 def unsupported(bucket: Bucket) -> str | None:
-    return None
+    return eager.unsupported(bucket)
 
 
 class ReferencePlan(EagerPlan):

@@ -1,0 +1,194 @@
+"""Folds the scalars of a bucket's slots where they are used, so that a captured graph goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ema import decays
+from .rules import Rule
+from .scaling import decay_weight
+
+Group = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Successive slots whose groups agree in everything that is no number: they fold together."""
+
+    begin: int
+    end: int
+    flags: dict[str, Any]
+
+
+class DeviceFolder:
+    """The scalars of every slot of a capturable bucket, folded in float64 on its device.
+
+    The formulas are the rule's own ``scale`` and ``fold``, on one tensor over the slots instead of
+    a float. Numbers of the param groups are constants of what is captured; tensors that lie on the
+    device, and what a schedule gives for the device's count of base steps, are read at every run.
+
+    Args:
+        rule: the bucket's rule.
+        groups: index of each slot's param group, ascending.
+        num_emas: how many averages each slot has.
+        steps: base steps of each slot, one tensor of float64 on the device, counted in place.
+
+    Attributes:
+        table: a row a slot: the rule's scalars, then a weight per average; float64.
+    """
+
+    def __init__(self, rule: Rule, groups: Sequence[int], num_emas: int, steps: Tensor) -> None:
+        self._rule = rule
+        self._num_emas = num_emas
+        self._indices = sorted(set(groups))
+        self._sizes = [groups.count(index) for index in self._indices]
+        self._steps = steps
+        column = [self._indices.index(group) for group in groups]
+        self._column = torch.tensor(column, device=steps.device)
+        self._known: list[list[float | None]] = []
+        self._inputs = steps.new_empty(0)
+        self._constants: dict[float, Tensor] = {}
+        width = len(rule.scalars._fields) + num_emas
+        self.table = steps.new_zeros(len(groups), width)
+
+    @torch.no_grad()
+    def run(self, groups: Sequence[Group], active: Sequence[bool], capturing: bool) -> None:
+        """Count a step and fold :attr:`table` anew, by operations on the device alone.
+
+        What earlier runs brought there is not used by a graph, nor what a graph brings by others:
+        a captured operation is not carried out yet, and may be at any time.
+
+        Args:
+            groups: the optimizer's param groups.
+            active: which slots have a gradient: their steps are counted.
+            capturing: whether a graph is being captured.
+        """
+        if capturing:
+            self._forget()
+        self._fold(groups, active)
+        if capturing:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._known.clear()
+        self._constants.clear()
+        self._inputs = self._steps.new_empty(0)
+
+    def _fold(self, groups: Sequence[Group], active: Sequence[bool]) -> None:
+        taken = [groups[index] for index in self._indices]
+        names = self._number_names(taken[0])
+        self._read([[self._number(group, name) for group in taken] for name in names])
+        inputs = dict(zip(names, self._inputs.index_select(1, self._column), strict=True))
+        kappa = inputs["kappa", 0]
+        for begin, end in _true_runs(active):
+            self._steps[begin:end].add_(kappa[begin:end])
+        for run in self._runs(taken):
+            part = {name: value[run.begin : run.end] for name, value in inputs.items()}
+            columns = [*self._scalars(run, part), *self._weights(part)]
+            rows = self.table[run.begin : run.end]
+            if columns:
+                torch.stack([self._tensor(c, rows) for c in columns], dim=1, out=rows)
+
+    def _number_names(self, group: Group) -> list[tuple[str, int]]:
+        """The fields that hold numbers; a field of several is named by each of its positions."""
+        return [
+            (field, position)
+            for field in (*self._rule.hyper, "ema_decay")
+            for position, value in enumerate(_values(group, field))
+            if not isinstance(value, bool | str)
+        ]
+
+    def _number(self, group: Group, name: tuple[str, int]) -> Any:
+        """A float, or a tensor on the device: the user's, or what a schedule gives there."""
+        field, position = name
+        value = _values(group, field)[position]
+        if callable(value):
+            value = value(group["base_steps"])
+        on_device = isinstance(value, Tensor) and value.device.type == self._steps.device.type
+        return value if on_device else float(value)
+
+    def _read(self, rows: list[list[Any]]) -> None:
+        """Bring the groups' numbers to the device: a row a number, a column a group."""
+        if self._inputs.numel() == 0:
+            self._inputs = self._steps.new_empty(len(rows), len(rows[0]))
+            self._known = [[None] * len(row) for row in rows]
+        tensors = [
+            (held, value.detach().reshape(()))
+            for inputs, row in zip(self._inputs, rows, strict=True)
+            for held, value in zip(inputs, row, strict=True)
+            if isinstance(value, Tensor)
+        ]
+        if tensors:
+            held, given = zip(*tensors, strict=True)
+            torch._foreach_copy_(held, given)
+        known = [[None if isinstance(value, Tensor) else value for value in row] for row in rows]
+        for inputs, row, old in zip(self._inputs, known, self._known, strict=True):
+            _fill(inputs, row, old)
+        self._known = known
+
+    def _runs(self, taken: Sequence[Group]) -> list[Run]:
+        fields = self._rule.hyper
+        flags = [tuple((f, g[f]) for f in fields if isinstance(g[f], bool | str)) for g in taken]
+        runs, begin = [], 0
+        for found, members in groupby(zip(flags, self._sizes, strict=True), key=lambda m: m[0]):
+            end = begin + sum(size for _, size in members)
+            runs.append(Run(begin, end, dict(found)))
+            begin = end
+        return runs
+
+    def _scalars(self, run: Run, part: Mapping[tuple[str, int], Tensor]) -> tuple[Any, ...]:
+        fields: dict[str, Any] = dict(run.flags)
+        for field in self._rule.hyper:
+            values = [value for (name, _), value in part.items() if name == field]
+            if values:
+                fields[field] = tuple(values) if (field, 1) in part else values[0]
+        scaled = self._rule.scale(fields)
+        folded: tuple[Any, ...] = self._rule.fold(scaled, self._steps[run.begin : run.end])
+        return folded
+
+    def _weights(self, part: Mapping[tuple[str, int], Tensor]) -> list[Tensor]:
+        kappa = part["kappa", 0]
+        return [decay_weight(part["ema_decay", k], kappa) for k in range(self._num_emas)]
+
+    def _tensor(self, value: Any, rows: Tensor) -> Tensor:
+        if isinstance(value, Tensor):
+            return value
+        # kept, because making it would be a launch of every step
+        if float(value) not in self._constants:
+            self._constants[float(value)] = self._steps.new_full(self._steps.shape, float(value))
+        return self._constants[float(value)][: len(rows)]
+
+
+def _true_runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
+    runs, begin = [], 0
+    for flag, members in groupby(flags):
+        end = begin + len(list(members))
+        if flag:
+            runs.append((begin, end))
+        begin = end
+    return runs
+
+
+def _values(group: Group, field: str) -> tuple[Any, ...]:
+    if field == "ema_decay":
+        return decays(group[field])
+    value = group[field]
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _fill(inputs: Tensor, row: list[float | None], known: list[float | None]) -> None:
+    """Write the floats that are new, at once where all are the same."""
+    if row == known:
+        return
+    if row[0] is not None and row.count(row[0]) == len(row):
+        inputs.fill_(row[0])
+        return
+    for held, value, old in zip(inputs, row, known, strict=True):
+        if value is not None and value != old:
+            held.fill_(value)
