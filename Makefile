@@ -85,7 +85,7 @@ demo: setup ## run the demonstration
 
 .PHONY: test
 test: lint ## lint, then run the tests
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest --numprocesses auto $(ARGS)
 
 .PHONY: lint
 lint: setup ## check style and types, change nothing
@@ -124,7 +124,7 @@ path = Path(native.__file__)
 assert Path.cwd() in path.parents, f"not the sanitized package: {path}"
 assert b"__asan_init" in path.read_bytes(), f"not sanitized: {path}"
 print("Testing", path, flush=True)
-sys.exit(pytest.main(["--capture=sys", *sys.argv[1:]]))
+sys.exit(pytest.main(["--capture=sys", "--backends=native", *sys.argv[1:]]))
 endef
 export RUN_SANITIZED
 

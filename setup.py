@@ -6,7 +6,7 @@ import sysconfig
 from glob import glob
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 try:
     import torch
@@ -81,4 +81,9 @@ class BuildNative(BuildExtension):
         super().finalize_options()
 
 
-setup(ext_modules=[native_extension()], cmdclass={"build_ext": BuildNative})
+setup(
+    packages=[*find_packages(include=["fused_ema", "fused_ema.*"]), "fused_ema.kernels"],
+    package_dir={"fused_ema.kernels": "kernels"},
+    ext_modules=[native_extension()],
+    cmdclass={"build_ext": BuildNative},
+)

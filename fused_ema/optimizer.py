@@ -56,7 +56,7 @@ class FusedScaledOptimizer(Optimizer):
         model: the student module: gives parameters their names, and buffers to the average.
         ema_buffers: ``"copy"`` (default with ``model``), ``"average"`` or ``"leave"``; see
             :class:`~fused_ema.ema_buffers.EmaBuffers`.
-        backend: ``"auto"`` or one of ``"native"``, ``"foreach"``, ``"reference"``.
+        backend: ``"auto"`` or one of ``"native"``, ``"triton"``, ``"foreach"``, ``"reference"``.
 
     Raises:
         ValueError: a bad value; the message names the argument, the value and what is allowed.

@@ -11,7 +11,7 @@ import torch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EXACT_DTYPES = (torch.float32, torch.float64)
-BACKENDS = ("reference", "foreach", "native")
+BACKENDS = ("reference", "foreach", "native", "triton")
 
 CHUNK = 32_768
 Shape = tuple[int, ...]

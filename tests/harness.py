@@ -14,6 +14,7 @@ from tolerances import COMPUTE_OF, Bounds, assert_local, assert_trajectory, no_e
 
 SKIP_PATTERNS = 3
 Ratios = dict[str, float]
+DEVICE = torch.device("cpu")  # where the problems are, see --device
 STATE_KEYS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -63,7 +64,7 @@ def vector(tensors: Iterable[torch.Tensor]) -> Array:
 def as_float64(tensor: torch.Tensor) -> Array:
     # numpy does not know bfloat16
     known = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-    return known.numpy().astype(np.float64)
+    return known.cpu().numpy().astype(np.float64)
 
 
 def draw_parameter(
@@ -72,7 +73,7 @@ def draw_parameter(
     data = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     if len(shape) == 4:
         data = data.contiguous(memory_format=torch.channels_last)
-    return torch.nn.Parameter(data)
+    return torch.nn.Parameter(data.to(DEVICE))
 
 
 def draw_gradient(size: int, generator: torch.Generator) -> Array:

@@ -86,5 +86,7 @@ def test_update_maths_is_written_once_a_language():
     csrc = Path(__file__).parents[1] / "csrc"
     users = [p.name for p in csrc.rglob("*") if p.is_file() and "sqrt(" in p.read_text()]
     assert users == ["rules.h"]
+    kernels = Path(__file__).parents[1] / "kernels"
+    assert [p.name for p in kernels.glob("*.py") if "sqrt(" in p.read_text()] == ["rules.py"]
     users = [p.name for p in sources() if ".sqrt()" in p.read_text() and top(p) != "demo"]
     assert users == ["realmath.py", "rules.py"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ..buckets import Bucket
-from . import foreach, native, reference
+from . import foreach, native, reference, triton
 from .plan import Plan
 
 
@@ -26,7 +26,7 @@ class Backend(Protocol):
         """Prepare the bucket for stepping."""
 
 
-BACKENDS: tuple[Backend, ...] = (native, foreach, reference)
+BACKENDS: tuple[Backend, ...] = (native, triton, foreach, reference)
 NAMES = tuple(backend.NAME for backend in BACKENDS)
 
 

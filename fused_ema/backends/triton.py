@@ -1,0 +1,157 @@
+"""Triton kernels: one launch per bucket, whatever the number of tensors and param groups."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..buckets import Bucket
+from . import dense, graphs
+from .plan import Fold
+
+NAME = "triton"
+
+
+def unsupported(bucket: Bucket) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from ..kernels.rules import RULES  # at their first use: importing them takes a while
+    from ..kernels.step import interpreted
+
+    device = bucket.key.device
+    if device.type == "cpu" and not interpreted():
+        return "device cpu (supported: Triton's, and the CPU with TRITON_INTERPRET=1)"
+    if device.type != "cpu" and interpreted():
+        return f"device {device} (supported: cpu, because of TRITON_INTERPRET=1)"
+    return dense.unsupported(bucket, RULES)
+
+
+class Parts(NamedTuple):
+    """A bucket's words in device memory, see :class:`fused_ema._native.Slots`."""
+
+    scalars: Tensor
+    rows: Tensor
+    grads: Tensor
+    slots: Tensor
+
+
+class DeviceWords:
+    """Keeps a bucket's words on its device by one asynchronous copy of what has changed.
+
+    Attributes:
+        kept: host and device memory that captured graphs use.
+    """
+
+    def __init__(self, slots: _native.Slots, row_size: int, device: torch.device) -> None:
+        self._slots = slots
+        self._row_size = row_size
+        self._device = device
+        self._words = torch.empty(0, dtype=torch.int64, device=device)
+        self._parts: tuple[int, Parts] | None = None
+        self._spare: Tensor | None = None
+        self.kept: list[Tensor] = []
+
+    def current(self) -> Parts:
+        """Upload what has changed."""
+        total, count = self._slots.num_words, self._slots.num_changed
+        if total > len(self._words):
+            self._words = torch.empty(total, dtype=torch.int64, device=self._device)
+            self._parts, count = None, total
+        if count > 0:
+            self._words[:count].copy_(self._packed(self._pinned(count)), non_blocking=True)
+        if self._spare is None or len(self._spare) < total:
+            self._spare = self._pinned(total)  # a capture must not allocate pinned memory
+        num_rows = self._slots.num_rows
+        if self._parts is None or self._parts[0] != num_rows:
+            self._parts = num_rows, self._split(self._words)
+        return self._parts[1]
+
+    def captured(self) -> Parts:
+        """Upload everything, by a copy that a graph repeats from memory that nobody else uses."""
+        total = self._slots.num_words
+        fits = self._spare is not None and len(self._spare) >= total
+        host = self._packed(
+            self._spare if fits and self._spare is not None else self._pinned(total)
+        )
+        words = host.to(self._device, non_blocking=True)
+        self.kept += [host, words]
+        self._spare = None
+        # what was packed is not in the other memory
+        self._words, self._parts = self._words[:0], None
+        return self._split(words)
+
+    def _pinned(self, count: int) -> Tensor:
+        pin = self._device.type != "cpu"
+        return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=pin)
+
+    def _packed(self, host: Tensor) -> Tensor:
+        self._slots.pack(host)
+        return host
+
+    def _split(self, words: Tensor) -> Parts:
+        count = self._slots.num_slots
+        begin = self._slots.num_rows * self._row_size
+        return Parts(
+            words[:begin].view(torch.float64),
+            words[begin : begin + count],
+            words[begin + count : begin + 2 * count],
+            words[begin + 2 * count :],
+        )
+
+
+class TritonPlan:
+    """A bucket stepped by one launch."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        from ..kernels.step import CHUNK, launch
+
+        key, scalars = bucket.key, bucket.rule.scalars._fields
+        self._device = key.device
+        self._folder = graphs.device_folder(bucket) if key.capturable else None
+        self._slots = _native.Slots(
+            num_scalars=len(scalars),
+            frozen=key.states is None,
+            capturable=key.capturable,
+            **dense.columns(bucket),
+        )
+        row_size = 0 if key.capturable else len(scalars) + len(key.emas)
+        self._words = DeviceWords(self._slots, row_size, key.device)
+        self._launch = partial(
+            launch,
+            rule=bucket.rule.name,
+            dtype=key.dtype,
+            num_scalars=len(scalars),
+            num_states=len(bucket.state_keys),
+            num_averages=len(key.emas),
+            ema_before=key.ema_order == "before",
+            chunks=self._slots.chunks(CHUNK).to(key.device),
+        )
+
+    @property
+    def captured(self) -> bool:
+        return bool(self._words.kept)
+
+    def prepare(self, fold: Fold) -> bool:
+        if self._folder is None:
+            graphs.check_not_capturing(self._device)
+        self._groups = fold.groups
+        return self._slots.prepare(fold)
+
+    def run(self) -> None:
+        capturing = graphs.is_capturing(self._device)
+        parts = self._words.captured() if capturing else self._words.current()
+        scalars = parts.scalars
+        if self._folder is not None:
+            self._folder.run(self._groups, self._slots.active, capturing)
+            scalars = self._folder.table
+        self._launch(scalars=scalars, rows=parts.rows, grads=parts.grads, slots=parts.slots)
+        self._slots.advance()
+
+
+def plan(bucket: Bucket) -> TritonPlan:
+    return TritonPlan(bucket)

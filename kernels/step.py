@@ -1,0 +1,227 @@
+"""The one kernel, which steps every parameter of a bucket and moves every average, and its launch.
+
+Metadata lies in device memory, so that one launch takes any number of tensors. In names ``p_`` is a
+pointer, ``b_`` a block of values, ``o_`` offsets, ``m_`` a mask, ``i_`` an index; what is in
+capitals is known at compile time.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .interpreter import bound, device, float_errors_ignored, interpreted
+from .rules import RULES, ema, frozen
+
+# Programs are small, so that many share a multiprocessor: one computes while others wait for
+# memory, and no program needs to load ahead.
+THREADS = 128
+# What a thread takes at a time. In float32 that is 16 bytes, the widest access there is. Of 16-bit
+# tensors it is half as wide: as wide would need half as many registers again, and the averages
+# would have to change threads, through shared memory. In float64, divisions and roots need the
+# registers that more than one element would take.
+ELEMENTS = {tl.float32: 4, tl.float64: 1}
+# Elements of a program. It begins with a chain of three loads (chunk, slot, address), which takes
+# about as long as one block: eight blocks (sixteen in float64) make that little, and with 244
+# programs for a million parameters a small network still reaches all multiprocessors.
+CHUNK = 4096
+
+TYPES = {
+    torch.float32: (tl.float32, tl.float32),
+    torch.float64: (tl.float64, tl.float64),
+    torch.bfloat16: (tl.bfloat16, tl.float32),
+    torch.float16: (tl.float16, tl.float32),
+}
+
+
+def block_size(compute: tl.dtype) -> int:
+    """Elements that a program takes at a time."""
+    return THREADS * ELEMENTS[compute]
+
+
+@device
+def load_each(p_first, COUNT: tl.constexpr):
+    """Load COUNT scalars."""
+    values = ()
+    for k in tl.static_range(COUNT):
+        values += (tl.load(p_first + k),)
+    return values
+
+
+@device
+def pointer(address, o_block, TYPE: tl.constexpr, WHOLE: tl.constexpr):
+    """Point at a block of a tensor; WHOLE promises that its address is a multiple of 16 bytes."""
+    p_first = address.to(tl.pointer_type(TYPE))
+    if WHOLE:
+        p_first = tl.multiple_of(p_first, 16)
+    return p_first + o_block
+
+
+@device
+def step_block(
+    RULE: tl.constexpr,
+    EMA_BEFORE: tl.constexpr,
+    STORED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    slot,
+    start,
+    end,
+):
+    """Step a slot's elements from ``start`` on: BLOCK of them, unless ``end`` comes first."""
+    param, grad, states, averages, scalars, weights = slot
+    # 64 bits, and the same for all tensors: a running pointer for each costs more registers
+    o_block = start + tl.arange(0, BLOCK).to(tl.int64)
+    m_block = None if WHOLE else o_block < end
+    p_param = pointer(param, o_block, STORED, WHOLE)
+    # loads come before the first store, so that they are under way at once
+    b_param = tl.load(p_param, m_block).to(COMPUTE)
+    if len(averages) > 0:
+        p_average = pointer(averages[0], o_block, COMPUTE, WHOLE)
+        b_average = tl.load(p_average, m_block)
+    if RULE is not frozen:
+        p_states = [pointer(state, o_block, STORED, WHOLE) for state in states]
+        b_states = [tl.load(p_state, m_block).to(COMPUTE) for p_state in p_states]
+        b_grad = tl.load(pointer(grad, o_block, STORED, WHOLE), m_block).to(COMPUTE)
+        b_moved, b_states = RULE(b_param, b_grad, b_states, scalars)
+        b_stored = b_moved.to(STORED)
+        tl.store(p_param, b_stored, m_block)
+        for k in tl.static_range(len(states)):
+            tl.store(p_states[k], b_states[k].to(STORED), m_block)
+        if not EMA_BEFORE:
+            b_param = b_stored.to(COMPUTE)
+    if len(averages) > 0:
+        tl.store(p_average, ema(b_average, b_param, weights[0]), m_block)
+    # those of further averages do not: they would take the registers of another program
+    for k in tl.static_range(1, len(averages)):
+        p_average = pointer(averages[k], o_block, COMPUTE, WHOLE)
+        b_average = tl.load(p_average, m_block)
+        tl.store(p_average, ema(b_average, b_param, weights[k]), m_block)
+
+
+@device
+def step_slot(
+    RULE: tl.constexpr,
+    EMA_BEFORE: tl.constexpr,
+    STORED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    slot,
+    start,
+    end,
+):
+    """Step a slot's elements from ``start`` to ``end``: whole blocks of aligned tensors first."""
+    param, grad, states, averages, _, _ = slot
+    bits = param | grad
+    for k in tl.static_range(len(states)):
+        bits |= states[k]
+    for k in tl.static_range(len(averages)):
+        bits |= averages[k]
+    whole = tl.where(bits % 16 == 0, (end - start) // BLOCK * BLOCK, 0)
+    first, tail, last = bound(start), bound(start + whole), bound(end)
+    for i in range(first, tail, BLOCK):
+        step_block(RULE, EMA_BEFORE, STORED, COMPUTE, BLOCK, True, slot, i, end)
+    # Of another size: blocks of the same one would be laid out over the threads alike, for the wide
+    # accesses, and masked stores, which are narrow, would exchange elements between threads first.
+    TAIL: tl.constexpr = BLOCK // 2 if COMPUTE.is_fp32() else BLOCK
+    for i in range(tail, last, TAIL):
+        step_block(RULE, EMA_BEFORE, STORED, COMPUTE, TAIL, False, slot, i, end)
+
+
+POINTERS = ["p_scalars", "p_rows", "p_grads", "p_slots", "p_chunks"]
+
+
+# The pointers are not specialized: they point into one buffer, at addresses of any alignment.
+@triton.jit(do_not_specialize=POINTERS)
+def step_kernel(
+    p_scalars,
+    p_rows,
+    p_grads,
+    p_slots,
+    p_chunks,
+    RULE: tl.constexpr,
+    NUM_SCALARS: tl.constexpr,
+    NUM_STATES: tl.constexpr,
+    NUM_AVERAGES: tl.constexpr,
+    EMA_BEFORE: tl.constexpr,
+    STORED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Step one chunk; :func:`launch` tells what the pointers point at."""
+    p_chunk = p_chunks + 2 * tl.program_id(0).to(tl.int64)
+    i_slot = tl.load(p_chunk).to(tl.int64)
+    start = tl.load(p_chunk + 1).to(tl.int64) * CHUNK
+    p_slot = p_slots + i_slot * (2 + NUM_STATES + NUM_AVERAGES)
+    end = tl.minimum(start + CHUNK, tl.load(p_slot))
+    param = tl.load(p_slot + 1)
+    averages = load_each(p_slot + 2 + NUM_STATES, NUM_AVERAGES)
+    grad = tl.load(p_grads + i_slot)
+    p_row = p_scalars + tl.load(p_rows + i_slot) * (NUM_SCALARS + NUM_AVERAGES)
+    weights = [w.to(COMPUTE) for w in load_each(p_row + NUM_SCALARS, NUM_AVERAGES)]
+    if grad != 0:
+        states = load_each(p_slot + 2, NUM_STATES)
+        scalars = [scalar.to(COMPUTE) for scalar in load_each(p_row, NUM_SCALARS)]
+        moving = (param, grad, states, averages, scalars, weights)
+        step_slot(RULE, EMA_BEFORE, STORED, COMPUTE, BLOCK, moving, start, end)
+    else:
+        resting = (param, grad, (), averages, (), weights)
+        step_slot(frozen, EMA_BEFORE, STORED, COMPUTE, BLOCK, resting, start, end)
+
+
+def compile_options(warp_size: int) -> dict[str, Any]:
+    """What kernels are compiled with; a product and a sum are rounded apart, as on the CPU."""
+    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+
+
+@cache
+def launch_options() -> dict[str, Any]:
+    """The options for this machine's devices, which are of one kind."""
+    if interpreted():
+        return {}
+    return compile_options(triton.runtime.driver.active.get_current_target().warp_size)
+
+
+def launch(
+    rule: str,
+    dtype: torch.dtype,
+    num_scalars: int,
+    num_states: int,
+    num_averages: int,
+    ema_before: bool,
+    scalars: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    slots: Tensor,
+    chunks: Tensor,
+) -> None:
+    """Step a bucket, asynchronously, on its device.
+
+    Args:
+        rule: key of :data:`RULES`.
+        dtype: of parameters, gradients and states; averages are in the dtype of the arithmetic.
+        num_scalars: how many scalars the rule takes.
+        scalars: float64, rows of the rule's scalars and each average's weight.
+        rows: int64, each slot's row.
+        grads: int64, the address of each slot's gradient, 0 for none: then the averages alone move.
+        slots: int64, each slot's ``numel`` and addresses of parameter, states and averages.
+        chunks: int32 pairs, slot and which CHUNK elements of it; every element is in one chunk.
+    """
+    if not chunks.shape[0]:
+        return
+    stored, compute = TYPES[dtype]
+    with torch.accelerator.device_index(chunks.device.index), float_errors_ignored():
+        step_kernel[(chunks.shape[0],)](
+            *(scalars, rows, grads, slots, chunks),
+            RULES[rule],
+            *(num_scalars, num_states, num_averages, ema_before),
+            *(stored, compute, block_size(compute), CHUNK),
+            **launch_options(),
+        )

@@ -1,0 +1,195 @@
+"""capturable=True: scalars folded on the device, where a captured graph goes on without Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import FEW, by_name
+from graphs import Graph
+from harness import build, follow, make_problem
+
+import fused_ema
+from fused_ema.ema import CosineDecay
+
+SHAPES = ((), (0,), (7,), (5, 3))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SGD-dampening-decay-maximize",
+        "SGD-groups",
+        "SGD-exact-changes",
+        "SGD-scaled-groups",
+        "SGD-ema-none-gradients",
+        "Adam-zero-beta1",
+        "Adam-linear",
+        "Adam-kappa-changes",
+        "AdamW-tensor-lr",
+        "AdamW-unscaled-decay",
+        "AdamW-scaled-groups",
+        "AdamW-ema-none-gradients",
+        "AdamW-extreme-decays",
+    ],
+)
+def test_steps_and_trajectory_match_the_oracle(name):
+    case = by_name(name)
+    problem = make_problem(case, FEW, [torch.float32], 20)
+    opt = build(
+        getattr(fused_ema, case.optimizer), case, problem, backend="triton", capturable=True
+    )
+    follow(opt, case, problem, 20)
+    assert set(opt.backends) == {"triton"}
+
+
+def parameters(seed: int = 0) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.nn.Parameter(torch.randn(shape, dtype=torch.float64, generator=generator))
+        for shape in SHAPES
+    ]
+
+
+def set_gradients(step: int, *lists: list[torch.nn.Parameter]) -> None:
+    """The same gradients for every list, in the memory that the last ones had."""
+    generator = torch.Generator().manual_seed(step)
+    for params in zip(*lists, strict=True):
+        grad = torch.randn(params[0].shape, dtype=torch.float64, generator=generator)
+        for p in params:
+            p.grad = grad.clone() if p.grad is None else p.grad.copy_(grad)
+
+
+def assert_same(opt, twin) -> None:
+    for group, other in zip(opt.param_groups, twin.param_groups, strict=True):
+        assert float(group["base_steps"]) == pytest.approx(float(other["base_steps"]))
+        for p, q in zip(group["params"], other["params"], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+            for key, value in twin.state[q].items():
+                found = opt.state[p][key]
+                torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-14, msg=key)
+
+
+OPTIMIZERS = {
+    "SGD": (fused_ema.FusedScaledSGD, {"momentum": 0.9, "dampening": 0.1}),
+    "Adam": (fused_ema.FusedScaledAdam, {"amsgrad": True, "weight_decay": 0.1}),
+    "AdamW": (fused_ema.FusedScaledAdamW, {"weight_decay": 0.5}),
+}
+
+
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+def test_a_replayed_graph_goes_on(rule, monkeypatch):
+    """Step counts, schedules and tensor hyper-parameters move while Python stands still."""
+    cls, flags = OPTIMIZERS[rule]
+    options = {**flags, "ema_decay": (0.9, CosineDecay(0.5, total=40.0))}
+    params, others = parameters(), parameters()
+    lr = torch.tensor(1e-2, dtype=torch.float64)
+    kappa = torch.tensor(2.0, dtype=torch.float64)
+    opt = cls(params, lr, kappa=kappa, capturable=True, backend="triton", **options)
+    twin = cls(others, 1e-2, kappa=2.0, **options)
+    graph = Graph(monkeypatch)
+    for step in range(8):
+        if step == 5:
+            lr.fill_(3e-2)
+            opt.kappa = 4.0
+            twin.param_groups[0]["lr"], twin.kappa = 3e-2, 4.0
+        set_gradients(step, params, others)
+        twin.step()
+        if step == 2:
+            before = [p.clone() for p in params]
+            graph.capture(opt)
+            assert all(map(torch.equal, before, params))
+        if step < 2:
+            opt.step()
+        else:
+            graph.replay()
+        assert_same(opt, twin)
+
+
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+def test_eager_steps_go_on_after_a_capture(rule, monkeypatch):
+    """What a capture noted down but did not carry out is not taken for done."""
+    cls, flags = OPTIMIZERS[rule]
+    options = {**flags, "ema_decay": 0.9}
+    params, others = parameters(), parameters()
+    opt = cls(params, 1e-2, capturable=True, backend="triton", **options)
+    twin = cls(others, 1e-2, **options)
+    graph = Graph(monkeypatch)
+    set_gradients(0, params, others)
+    opt.step()
+    twin.step()
+    for group in (opt.param_groups[0], twin.param_groups[0]):
+        group["lr"] = 5e-3
+    graph.capture(opt)
+    for step, go_on in enumerate((opt.step, graph.replay, opt.step, graph.replay)):
+        set_gradients(step, params, others)
+        go_on()
+        twin.step()
+        assert_same(opt, twin)
+
+
+def test_a_graph_outlives_its_plans(monkeypatch):
+    """A new param group makes new plans; the graph's memory stays."""
+    params = parameters()
+    opt = fused_ema.FusedScaledAdamW(params, capturable=True, backend="triton", ema_decay=0.9)
+    graph = Graph(monkeypatch)
+    set_gradients(0, params)
+    opt.step()
+    graph.capture(opt)
+    (captured,) = opt._stepper.plans
+    opt.add_param_group({"params": parameters(1)})
+    opt.step()
+    assert captured in opt._stepper._captured
+    assert captured not in opt._stepper.plans
+
+
+def test_a_capture_needs_capturable(monkeypatch):
+    params = parameters()
+    opt = fused_ema.FusedScaledAdamW(params, backend="triton")
+    set_gradients(0, params)
+    opt.step()
+    before = [p.clone() for p in params]
+    with pytest.raises(RuntimeError, match="capturable=True"):
+        Graph(monkeypatch).capture(opt)
+    assert all(map(torch.equal, before, params))
+
+
+def test_other_backends_say_that_they_cannot():
+    opt = fused_ema.FusedScaledSGD(parameters(), capturable=True, backend="native")
+    with pytest.raises(RuntimeError, match="native: capturable=True"):
+        opt.step()
+
+
+def test_state_moves_between_capturable_and_not():
+    """A count on the device continues on the host, and the other way round."""
+    cls, flags = OPTIMIZERS["AdamW"]
+    chain = [parameters(), parameters(), parameters()]
+    straight = parameters()
+    twin = cls(straight, ema_decay=0.9, **flags)
+    saved = None
+    for part, (params, capturable) in enumerate(zip(chain, (False, True, False), strict=True)):
+        backend = "triton" if capturable else "native"
+        opt = cls(params, ema_decay=0.9, capturable=capturable, backend=backend, **flags)
+        if saved is not None:
+            opt.load_state_dict(saved)
+            for p, q in zip(params, chain[part - 1], strict=True):
+                p.data.copy_(q)
+        for step in range(3):
+            set_gradients(10 * part + step, params, straight)
+            opt.step()
+            twin.step()
+        assert_same(opt, twin)
+        saved = opt.state_dict()
+        assert isinstance(saved["param_groups"][0]["base_steps"], float)
+
+
+def test_one_launch_steps_all_groups(monkeypatch):
+    groups = [{"params": parameters(k), "lr": 1e-3 * k} for k in range(5)]
+    opt = fused_ema.FusedScaledAdamW(groups, backend="triton", ema_decay=0.9)
+    for group in opt.param_groups:
+        set_gradients(0, group["params"])
+    opt.step()
+    (plan,) = opt._stepper.plans
+    launches = []
+    monkeypatch.setattr(plan, "_launch", lambda **parts: launches.append(parts))
+    opt.step()
+    assert len(launches) == 1

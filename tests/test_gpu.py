@@ -1,0 +1,192 @@
+"""What only a GPU can show: launches, streams, synchronisation, CUDA graphs; else skipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import FEW, by_name
+from harness import build, make_problem
+from torch.profiler import ProfilerActivity, profile
+
+import fused_ema
+from fused_ema.ema import CosineDecay
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+KERNELS = ("native", "triton")
+SHAPES = ((), (0,), (7,), (300, 41), (70_001,))
+
+
+def parameters(device: str = "cuda", seed: int = 0) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    return [torch.nn.Parameter(tensor.to(device)) for tensor in drawn]
+
+
+def set_gradients(step: int, *lists: list[torch.nn.Parameter]) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for params in zip(*lists, strict=True):
+        grad = torch.randn(params[0].shape, generator=generator)
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.empty_like(p)
+            p.grad.copy_(grad)
+
+
+def assert_same(opt, twin) -> None:
+    for group, other in zip(opt.param_groups, twin.param_groups, strict=True):
+        for p, q in zip(group["params"], other["params"], strict=True):
+            torch.testing.assert_close(p.cpu(), q.cpu(), rtol=2e-6, atol=1e-6)
+            for key, value in twin.state[q].items():
+                found = opt.state[p][key].cpu()
+                torch.testing.assert_close(found, value.cpu(), rtol=2e-6, atol=1e-6, msg=key)
+
+
+def launched(step) -> list[str]:
+    """Names of the kernels that `step` launches."""
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    events = [event for event in recorded.events() if event.device_type.name == "CUDA"]
+    return [event.name for event in events if not event.name.startswith(("Memcpy", "Memset"))]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_one_launch_a_bucket(kernels):
+    groups = [{"params": parameters(seed=k), "lr": 1e-3 * (k + 1)} for k in range(5)]
+    opt = fused_ema.FusedScaledAdamW(groups, ema_decay=0.99, kappa=2.0, backend=kernels)
+    params = [p for group in opt.param_groups for p in group["params"]]
+    for step in range(3):
+        set_gradients(step, params)
+        opt.step()
+    set_gradients(3, params)
+    assert len(launched(opt.step)) == 1
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_step_does_not_wait_for_the_device(kernels):
+    params = parameters()
+    opt = fused_ema.FusedScaledAdamW(params, ema_decay=(0.9, CosineDecay(0.5, 20)), backend=kernels)
+    set_gradients(0, params)
+    opt.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_streams_and_fresh_gradients(kernels):
+    params, others = parameters(), parameters("cpu")
+    opt = fused_ema.FusedScaledAdamW(params, ema_decay=0.9, kappa=3.0, backend=kernels)
+    twin = fused_ema.FusedScaledAdamW(others, ema_decay=0.9, kappa=3.0, backend="reference")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for step in range(6):
+            set_gradients(step, others, params)
+            opt.step()
+            twin.step()
+            opt.zero_grad(set_to_none=True)
+    stream.synchronize()
+    assert_same(opt, twin)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_cpu_and_a_gpu_in_one_optimizer(kernels):
+    mixed = [*parameters(), *parameters("cpu", seed=1)]
+    others = [*parameters("cpu"), *parameters("cpu", seed=1)]
+    opt = fused_ema.FusedScaledSGD(mixed, 1e-2, momentum=0.9, ema_decay=0.9)
+    twin = fused_ema.FusedScaledSGD(others, 1e-2, momentum=0.9, ema_decay=0.9, backend="reference")
+    for step in range(3):
+        set_gradients(step, others, mixed)
+        opt.step()
+        twin.step()
+    assert opt.backends[1] == "native"
+    assert_same(opt, twin)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_two_gpus_in_one_optimizer(kernels):
+    params = [*parameters("cuda:0"), *parameters("cuda:1", seed=1)]
+    others = [*parameters("cpu"), *parameters("cpu", seed=1)]
+    opt = fused_ema.FusedScaledAdam(params, ema_decay=0.9, backend=kernels)
+    twin = fused_ema.FusedScaledAdam(others, ema_decay=0.9, backend="reference")
+    for step in range(3):
+        set_gradients(step, others, params)
+        opt.step()
+        twin.step()
+    assert_same(opt, twin)
+
+
+@pytest.mark.parametrize("rule", ["SGD", "AdamW"])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_replayed_graph_goes_on(kernels, rule):
+    """Step counts, schedules and tensor hyper-parameters move while Python stands still."""
+    cls = getattr(fused_ema, f"FusedScaled{rule}")
+    flags = {"momentum": 0.9} if rule == "SGD" else {"weight_decay": 0.1}
+    options = {**flags, "ema_decay": (0.9, CosineDecay(0.5, total=40.0))}
+    params, others = parameters(), parameters("cpu")
+    lr = torch.tensor(1e-2, device="cuda", dtype=torch.float64)
+    kappa = torch.tensor(2.0, device="cuda", dtype=torch.float64)
+    opt = cls(params, lr, kappa=kappa, capturable=True, backend=kernels, **options)
+    twin = cls(others, 1e-2, kappa=2.0, backend="reference", **options)
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    for step in range(8):
+        if step == 5:
+            lr.fill_(3e-2)
+            opt.kappa = 4.0
+            twin.param_groups[0]["lr"], twin.kappa = 3e-2, 4.0
+        set_gradients(step, others, params)
+        twin.step()
+        if step < 2:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                opt.step()
+            torch.cuda.current_stream().wait_stream(stream)
+        if step == 2:
+            with torch.cuda.graph(graph):
+                opt.step()
+        if step >= 2:
+            graph.replay()
+    assert_same(opt, twin)
+    # and without the graph
+    set_gradients(9, others, params)
+    twin.step()
+    opt.step()
+    assert_same(opt, twin)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_capture_needs_capturable(kernels):
+    params = parameters()
+    opt = fused_ema.FusedScaledAdamW(params, backend=kernels)
+    set_gradients(0, params)
+    opt.step()
+    with (
+        pytest.raises(RuntimeError, match="capturable=True"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        opt.step()
+
+
+def test_kernels_agree_bit_for_bit(monkeypatch):
+    """No contraction, IEEE division and roots: the device gives the CPU's bits."""
+    case = by_name("AdamW-triple")
+    results = []
+    for device, kernels in (("cpu", "native"), ("cuda", "native"), ("cuda", "triton")):
+        monkeypatch.setattr("harness.DEVICE", torch.device(device))
+        problem = make_problem(case, FEW, [torch.float32, torch.bfloat16], 5)
+        opt = build(fused_ema.FusedScaledAdamW, case, problem, backend=kernels)
+        for step in range(5):
+            problem.set_gradients(step)
+            opt.step()
+        params = [p for group in opt.param_groups for p in group["params"]]
+        results.append([t.cpu() for p in params for t in (p.detach(), *opt.state[p].values())])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))

@@ -1,0 +1,92 @@
+"""What the compilers make of the Triton kernel, for devices that need not be here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from triton_targets import TARGETS, VARIANTS, Row, Variant
+
+# Of a multiprocessor's threads.
+OCCUPANCY = 1 / 2
+# Of sm_100 a thread that computes in float64 takes a few registers more than half of them leave.
+OCCUPANCY_IN_FLOAT64 = {"sm_100": 3 / 8}
+
+
+@pytest.fixture(scope="module")
+def all_rows(tmp_path_factory) -> list[Row]:
+    """Compiled in a process of its own: in this one the kernels may be for the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    script = Path(__file__).with_name("triton_targets.py")
+    command = [sys.executable, script, "--json"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return [Row.from_json(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(params=TARGETS)
+def rows(request, all_rows) -> list[Row]:
+    found = [row for row in all_rows if row.target == request.param]
+    assert [row.variant for row in found] == list(VARIANTS)
+    return found
+
+
+def expected_accesses(variant: Variant, stored: int, averages: int) -> Counter[int]:
+    """Of some tensors of both kinds, each read or written by a thread in one access."""
+    if variant.dtype == "float64":
+        return Counter()  # of one element, as where threads take elements one by one
+    bits, average_bits = (dtype.primitive_bitwidth for dtype in variant.types)
+    return Counter([128 * bits // average_bits] * stored + [128] * averages)
+
+
+def accesses(row: Row, found: list[int]) -> Counter[int]:
+    single = row.variant.types[1].primitive_bitwidth
+    return Counter(bits for bits in found if bits > single)
+
+
+def test_whole_blocks_are_read_in_the_widest_accesses(rows):
+    for row in rows:
+        v = row.variant
+        # with a gradient, and without: then the parameter is read for the averages alone
+        expected = expected_accesses(v, 2 + v.states if v.rule != "frozen" else 1, v.averages)
+        if v.averages:
+            expected += expected_accesses(v, 1, v.averages)
+        assert accesses(row, row.loads) == expected, row
+
+
+def test_whole_blocks_are_written_in_the_widest_accesses(rows):
+    for row in rows:
+        v = row.variant
+        expected = expected_accesses(v, 1 + v.states if v.rule != "frozen" else 0, v.averages)
+        expected += expected_accesses(v, 0, v.averages)
+        assert accesses(row, row.stores) == expected, row
+
+
+def test_products_and_sums_are_rounded_apart(rows):
+    for row in rows:
+        # AMD makes divisions and roots of fused operations, which are not of the rules
+        if row.target != "gfx942" or row.variant.rule != "adam":
+            assert row.fused == 0, row
+
+
+def test_divisions_and_roots_are_rounded_correctly(rows):
+    for row in rows:
+        assert (row.divisions > 0) == (row.variant.rule == "adam"), row
+        assert not row.inexact, row
+
+
+def test_half_of_the_threads_fit_and_nothing_spills(rows):
+    for row in rows:
+        bar = OCCUPANCY_IN_FLOAT64 if row.variant.dtype == "float64" else {}
+        assert row.occupancy >= bar.get(row.target, OCCUPANCY), row
+        assert row.spilled == 0, row
+
+
+def test_threads_exchange_nothing(rows):
+    for row in rows:
+        assert row.shared == 0, row

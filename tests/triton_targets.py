@@ -1,0 +1,220 @@
+"""Compiles the Triton kernel for devices that need not be here, and tells what became of it.
+
+python tests/triton_targets.py            a table
+python tests/triton_targets.py --json     a line of JSON for each row
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fused_ema import rules
+from fused_ema.kernels import step
+from fused_ema.kernels.rules import RULES
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NUM_SCALARS = {"frozen": 0} | {r.name: len(r.scalars._fields) for r in (rules.SGD, rules.ADAM)}
+ARGUMENTS = ("*fp64", "*i64", "*i64", "*i64", "*i32")
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the kernel is specialized for."""
+
+    rule: str
+    states: int
+    dtype: str = "float32"
+    averages: int = 1
+    ema_before: bool = False
+
+    @property
+    def types(self) -> tuple[tl.dtype, tl.dtype]:
+        """Of parameters, and of the arithmetic and the averages."""
+        return step.TYPES[getattr(torch, self.dtype)]
+
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+RULE_STATES = (("frozen", 0), ("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3))
+VARIANTS = (
+    *(Variant(rule, states, dtype) for rule, states in RULE_STATES for dtype in DTYPES),
+    Variant("adam", 2, averages=0),
+    Variant("adam", 2, averages=3),
+    Variant("adam", 2, ema_before=True),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiler made of a variant.
+
+    registers: of a thread.
+    occupancy: the part of a multiprocessor's threads that the registers leave room for.
+    spilled: bytes that a thread keeps in memory for want of registers.
+    shared: bytes of memory that a program's threads exchange values through.
+    loads, stores: bits of each vector access, in ascending order.
+    fused: multiplications and additions that are rounded once.
+    divisions: correctly rounded ones.
+    inexact: divisions and roots that are not, and what flushes subnormals.
+    """
+
+    target: str
+    variant: Variant
+    registers: int
+    occupancy: float
+    spilled: int
+    shared: int
+    loads: list[int]
+    stores: list[int]
+    fused: int
+    divisions: int
+    inexact: list[str]
+
+    @classmethod
+    def from_json(cls, line: str) -> Row:
+        fields = json.loads(line)
+        return cls(**fields | {"variant": Variant(**fields["variant"])})
+
+
+def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.CompiledKernel:
+    stored, compute = variant.types
+    names = step.step_kernel.arg_names
+    constants = (
+        *(RULES[variant.rule], NUM_SCALARS[variant.rule], variant.states, variant.averages),
+        *(variant.ema_before, stored, compute, step.block_size(compute), step.CHUNK),
+    )
+    types = (*ARGUMENTS, *("constexpr" for _ in constants))
+    constexprs = {(len(ARGUMENTS) + i,): value for i, value in enumerate(constants)}
+    source = ASTSource(step.step_kernel, dict(zip(names, types, strict=True)), constexprs)
+    options = step.compile_options(target.warp_size)
+    return triton.compile(source, target=target, options=options)
+
+
+def make_row(name: str, variant: Variant) -> Row:
+    target = TARGETS[name]
+    kernel = compile_kernel(variant, target)
+    make = nvidia_row if target.backend == "cuda" else amd_row
+    return make(name, variant, kernel)
+
+
+def count(pattern: str, assembly: str) -> int:
+    return len(re.findall(pattern, assembly))
+
+
+def nvidia_row(name: str, variant: Variant, kernel: triton.compiler.CompiledKernel) -> Row:
+    ptx = kernel.asm["ptx"]
+    usage = resource_usage(kernel.asm["cubin"])
+    return Row(
+        target=name,
+        variant=variant,
+        registers=usage["REG"],
+        occupancy=nvidia_occupancy(usage["REG"], kernel.metadata.num_warps),
+        spilled=usage["STACK"] + usage["LOCAL"],
+        shared=kernel.metadata.shared,
+        loads=nvidia_vectors("ld", ptx),
+        stores=nvidia_vectors("st", ptx),
+        fused=count(r"\b(?:fma|mad)\.(?:rn\.)?f", ptx),
+        divisions=count(r"\bdiv\.rn\.f", ptx),
+        inexact=re.findall(r"\b(?:div\.full|\w+\.approx|\w+(?:\.\w+)*\.ftz)[.\w]*", ptx),
+    )
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [cuobjdump, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def nvidia_vectors(access: str, ptx: str) -> list[int]:
+    found = re.findall(rf"\b{access}\.global(?:\.\w+)*?\.v(\d)\.b(\d+)", ptx)
+    return sorted(int(length) * int(bits) for length, bits in found)
+
+
+def nvidia_occupancy(registers: int, num_warps: int) -> float:
+    """Of 64 warps; registers are dealt out to warps in units of 256, and 65536 there are."""
+    warps = 65536 // (-(-registers * 32 // 256) * 256)
+    return min(warps // num_warps * num_warps, 64) / 64
+
+
+def amd_row(name: str, variant: Variant, kernel: triton.compiler.CompiledKernel) -> Row:
+    isa = kernel.asm["amdgcn"]
+    used = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\n", isa)}
+    return Row(
+        target=name,
+        variant=variant,
+        registers=used["vgpr_count"],
+        occupancy=amd_occupancy(used["vgpr_count"]),
+        spilled=used["private_segment_fixed_size"]
+        + 4 * (used["vgpr_spill_count"] + used["sgpr_spill_count"]),
+        shared=kernel.metadata.shared,
+        loads=amd_vectors("load", isa),
+        stores=amd_vectors("store", isa),
+        fused=count(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f", isa),
+        divisions=count(r"\bv_div_fixup_f", isa),
+        inexact=[],
+    )
+
+
+def amd_vectors(access: str, isa: str) -> list[int]:
+    found = re.findall(rf"\b(?:global|flat|buffer)_{access}_dwordx(\d)", isa)
+    return sorted(int(length) * 32 for length in found)
+
+
+def amd_occupancy(registers: int) -> float:
+    """Of 8 waves; registers are dealt out in units of 8, and 512 there are."""
+    return min(512 // (-(-registers // 8) * 8), 8) / 8
+
+
+def compile_all() -> Iterable[Row]:
+    jobs = [(target, variant) for target in TARGETS for variant in VARIANTS]
+    with ProcessPoolExecutor(WORKERS, mp_context=get_context("fork")) as pool:
+        yield from pool.map(make_row, *zip(*jobs, strict=True))
+
+
+def print_table(rows: Iterable[Row]) -> None:
+    form = "{:7} {:6} {:>6} {:9} {:>4} {:6} {:>9} {:>9} {:>7} {:>6}  {:26}  {:26}"
+    names = ("target", "rule", "states", "dtype", "EMAs", "order", "registers", "occupancy")
+    print(form.format(*names, "spilled", "shared", "vector loads", "vector stores"))
+    for row in rows:
+        v = row.variant
+        order = "before" if v.ema_before else "after"
+        cells = (row.target, v.rule, v.states, v.dtype, v.averages, order, row.registers)
+        accesses = (summary(row.loads), summary(row.stores))
+        print(form.format(*cells, f"{row.occupancy:.0%}", row.spilled, row.shared, *accesses))
+
+
+def summary(accesses: list[int]) -> str:
+    return ", ".join(f"{n} of {bits} bit" for bits, n in Counter(accesses).items())
+
+
+if __name__ == "__main__":
+    if "--json" in sys.argv:
+        for row in compile_all():
+            print(json.dumps(asdict(row)), flush=True)
+    else:
+        print_table(compile_all())
