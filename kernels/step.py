@@ -82,7 +82,8 @@ def step_block(
     p_param = pointer(param, o_block, STORED, WHOLE)
     # loads come before the first store, so that they are under way at once
     b_param = tl.load(p_param, m_block).to(COMPUTE)
-    if len(averages) > 0:
+    EARLY: tl.constexpr = len(averages) > 0 and COMPUTE.is_fp32()
+    if EARLY:
         p_average = pointer(averages[0], o_block, COMPUTE, WHOLE)
         b_average = tl.load(p_average, m_block)
     if RULE is not frozen:
@@ -96,10 +97,10 @@ def step_block(
             tl.store(p_states[k], b_states[k].to(STORED), m_block)
         if not EMA_BEFORE:
             b_param = b_stored.to(COMPUTE)
-    if len(averages) > 0:
+    if EARLY:
         tl.store(p_average, ema(b_average, b_param, weights[0]), m_block)
-    # those of further averages do not: they would take the registers of another program
-    for k in tl.static_range(1, len(averages)):
+    # other averages wait: their values would take the registers of another program
+    for k in tl.static_range(1 if EARLY else 0, len(averages)):
         p_average = pointer(averages[k], o_block, COMPUTE, WHOLE)
         b_average = tl.load(p_average, m_block)
         tl.store(p_average, ema(b_average, b_param, weights[k]), m_block)
