@@ -16,6 +16,7 @@ export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_TESTS := $(shell find tests -name '*.h' -o -name '*.cpp')
 # The folders are here because they change when a source is removed.
 CXX_INPUTS := $(CXX_FILES) $(shell find csrc -type d) setup.py
 
@@ -35,6 +36,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constra
 define PROGRESS
 s/^ *Downloading ([^-]+)-([^-]+)-.*\.whl (\(.* [MG]B\)).*/      \1 \2 \3/p
 s/^ *Installing collected packages: .*/      unpacking (takes a while)/p
+s/^ *fused_ema is (built for .*)/      \1/p
 s/^ *(\[[0-9]+\/[0-9]+\]) .* -c [^ ]*\/(csrc\/[^ ]+).*/      \1 compiled \2/p
 /^ERROR|: (fatal )?(error|warning): /p
 endef
@@ -86,25 +88,24 @@ demo: setup ## run the demonstration
 .PHONY: test
 test: lint ## lint, then run the tests
 	@$(BIN)/pytest --numprocesses auto $(ARGS)
+	@$(MAKE) --no-print-directory test-shim
 
 .PHONY: lint
 lint: setup ## check style and types, change nothing
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
-	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(CXX_TESTS)
 	@$(BIN)/mypy
 
 .PHONY: format
 format: setup ## put the style right where a tool can
 	@$(BIN)/ruff format
 	@$(BIN)/ruff check --fix
-	@$(BIN)/clang-format -i $(CXX_FILES)
+	@$(BIN)/clang-format -i $(CXX_FILES) $(CXX_TESTS)
 
 .PHONY: bench
 bench: setup ## run the benchmarks
 	@$(BIN)/pytest bench $(ARGS)
-
-ASAN_LIB := $(CURDIR)/build/asan
 
 # Python itself is not instrumented, so the runtime must be loaded before it; libstdc++ too, or the
 # runtime would not find the exception handling that it wraps.
@@ -124,17 +125,28 @@ path = Path(native.__file__)
 assert Path.cwd() in path.parents, f"not the sanitized package: {path}"
 assert b"__asan_init" in path.read_bytes(), f"not sanitized: {path}"
 print("Testing", path, flush=True)
-sys.exit(pytest.main(["--capture=sys", "--backends=native", *sys.argv[1:]]))
+sys.exit(pytest.main(["--capture=sys", *sys.argv[1:]]))
 endef
 export RUN_SANITIZED
+
+# build a sanitized extension with the settings $(1) in the folder $(2), then test it by $(3)
+define test_sanitized
+	@rm -rf build/$(2)
+	@$(call logged,FUSED_EMA_SANITIZE=1 $(1) $(BIN)/python setup.py build --build-lib build/$(2))
+	@cd build/$(2) && LD_PRELOAD="$(strip $(ASAN_RUNTIME))" $(ASAN_SETTINGS) PYTHONPATH=$(CURDIR)/build/$(2) \
+		$(BIN)/python -c "$$RUN_SANITIZED" $(3)
+endef
 
 .PHONY: test-asan
 test-asan: setup ## run the tests on an extension built with address and undefined-behaviour sanitizers
 	@echo "Building the sanitized extension"
-	@rm -rf $(ASAN_LIB)
-	@$(call logged,FUSED_EMA_SANITIZE=1 $(BIN)/python setup.py build --build-lib $(ASAN_LIB))
-	@cd $(ASAN_LIB) && LD_PRELOAD="$(strip $(ASAN_RUNTIME))" $(ASAN_SETTINGS) PYTHONPATH=$(ASAN_LIB) \
-		$(BIN)/python -c "$$RUN_SANITIZED" $(CURDIR)/tests $(ARGS)
+	$(call test_sanitized,,asan,--backends=native $(CURDIR)/tests $(ARGS))
+
+.PHONY: test-shim
+test-shim: setup ## run the CUDA plan and kernel as C++ on the CPU through the parity suite, sanitized
+	@echo "Building the CUDA kernel for the CPU, sanitized"
+	$(call test_sanitized,FUSED_EMA_CUDA_SHIM=1,shim,--backends=shim $(addprefix $(CURDIR)/tests/,\
+		test_parity.py test_plans.py test_capturable.py::test_steps_and_trajectory_match_the_oracle))
 
 .PHONY: clean
 clean: ## remove what was built and cached, but not the virtual environment

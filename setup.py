@@ -1,6 +1,9 @@
 """Builds the native extension; everything else about the package is in pyproject.toml."""
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 import sysconfig
 from glob import glob
@@ -8,9 +11,35 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
+
+def find_cuda() -> str:
+    """The folder of nvcc's installation, as far as it can be told."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    if named or not nvcc:
+        return named or "/usr/local/cuda"
+    # What is on the PATH may be a script that starts nvcc elsewhere, where its headers are.
+    plan = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+    )
+    top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+    return os.path.realpath(top[1] if top else Path(nvcc).resolve().parents[1])
+
+
+CUDA_HOME = find_cuda()
+NVCC = f"{CUDA_HOME}/bin/nvcc"
+if os.path.exists(NVCC):
+    # Read by the import below: torch would take such a script for the compiler itself.
+    os.environ["CUDA_HOME"] = CUDA_HOME
+
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+    from torch.utils.cpp_extension import (
+        BuildExtension,
+        CppExtension,
+        CUDAExtension,
+        include_paths,
+    )
 except ImportError as error:
     # Not a build requirement: an isolated build would compile against another torch than the one
     # that later loads the extension, and their C++ ABIs need not match.
@@ -19,15 +48,45 @@ except ImportError as error:
         f"({error}).\nInstall torch, then: pip install --no-build-isolation -e ."
     )
 
+
+def is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
 # setuptools wants paths relative to this file, and runs it from its folder.
 CSRC = "csrc"
-SANITIZE = os.environ.get("FUSED_EMA_SANITIZE", "0") not in ("", "0")
+SHIM = "tests/shim"
+SANITIZE = is_set("FUSED_EMA_SANITIZE")
+# For tests without a GPU: the CUDA kernel as ordinary C++, on CPU memory.
+CUDA_SHIM = is_set("FUSED_EMA_CUDA_SHIM")
 
 # These let sqrt and division vectorise, and keep a*b+c two roundings on every CPU target, so that
 # all targets give the same bits.
 FLOAT_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 WARNINGS = ["-Wall", "-Wextra"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# Two roundings on the GPU too. Line numbers are for profilers and sanitizers, and cost no time.
+NVCC_FLAGS = ["-O3", "--fmad=false", "-lineinfo", "-Xfatbin=-compress-all"]
+NVCC_FLAGS += ["-Xcompiler=-fvisibility=hidden"]
+
+
+def no_cuda() -> str | None:
+    """Why the kernels for NVIDIA GPUs are not built; None where they are."""
+    if SANITIZE or CUDA_SHIM:
+        return "this build is for tests on the CPU"
+    if torch.version.cuda is None:
+        return "this PyTorch is built without it"
+    if not os.path.exists(NVCC):
+        return f"no {NVCC} (CUDA_HOME may name another folder)"
+    version = subprocess.check_output([NVCC, "--version"], text=True)
+    release = re.search(r"release (\d+)\.\d+", version)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        found = release[0] if release else "of unknown release"
+        return f"{NVCC} is {found}, PyTorch is built with CUDA {torch.version.cuda}"
+    return None
+
+
+NO_CUDA = no_cuda()
 
 
 def optimization_flags() -> list[str]:
@@ -38,8 +97,10 @@ def optimization_flags() -> list[str]:
 
 
 def foreign_headers() -> list[str]:
-    """Marks the headers of torch and Python as system ones: their warnings are not ours to fix."""
+    """Marks the headers of torch, Python and CUDA as system ones: their warnings are not ours."""
     paths = [*include_paths(), sysconfig.get_path("include")]
+    if NO_CUDA is None:
+        paths.append(f"{CUDA_HOME}/include")
     return [flag for path in paths for flag in ("-isystem", path)]
 
 
@@ -53,17 +114,32 @@ def cxx_flags() -> list[str]:
         "-fopenmp",
         "-fvisibility=hidden",
         "-DNDEBUG",
+        *(["-Wno-unknown-pragmas"] if CUDA_SHIM else []),
     ]
 
 
 def native_extension() -> Extension:
-    headers = [str(path) for path in Path(CSRC).rglob("*.h")]
-    return CppExtension(
+    sources = glob(f"{CSRC}/*.cpp") + glob(f"{CSRC}/cpu/*.cpp")
+    headers = [str(path) for path in Path(CSRC).rglob("*") if path.suffix in (".h", ".cuh")]
+    include_dirs = [str(Path(CSRC).resolve())]
+    macros: list[tuple[str, str | None]] = []
+    kind = CppExtension
+    if CUDA_SHIM:
+        sources += [f"{CSRC}/cuda/plan.cpp", f"{SHIM}/step.cpp", f"{SHIM}/stream.cpp"]
+        include_dirs.insert(0, str(Path(SHIM).resolve()))
+        macros += [("FUSED_EMA_CUDA", None), ("FUSED_EMA_CUDA_SHIM", None)]
+    elif NO_CUDA is None:
+        kind = CUDAExtension
+        sources += glob(f"{CSRC}/cuda/*.cu") + glob(f"{CSRC}/cuda/*.cpp")
+        macros += [("FUSED_EMA_CUDA", None)]
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    return kind(
         name="fused_ema._native",
-        sources=sorted(glob(f"{CSRC}/*.cpp") + glob(f"{CSRC}/cpu/*.cpp")),
+        sources=sorted(sources),
         depends=sorted(headers),
-        include_dirs=[str(Path(CSRC).resolve())],
-        extra_compile_args={"cxx": cxx_flags()},
+        include_dirs=include_dirs,
+        define_macros=macros,
+        extra_compile_args={"cxx": cxx_flags(), "nvcc": NVCC_FLAGS},
         extra_link_args=["-fopenmp", *(SANITIZERS if SANITIZE else [])],
     )
 
@@ -77,8 +153,20 @@ class BuildNative(BuildExtension):
 
     def finalize_options(self) -> None:
         folder = f"build/torch-{torch.__version__}-{sys.implementation.cache_tag}"
-        self.build_temp = f"{folder}-sanitized" if SANITIZE else folder
+        self.build_temp = (
+            folder + ("-sanitized" if SANITIZE else "") + ("-shim" if CUDA_SHIM else "")
+        )
         super().finalize_options()
+
+    def build_extensions(self) -> None:
+        if CUDA_SHIM:
+            built = "the CPU, and the CUDA kernels as C++ (for tests)"
+        elif NO_CUDA is None:
+            built = f"the CPU and CUDA {os.environ['TORCH_CUDA_ARCH_LIST']}"
+        else:
+            built = f"the CPU alone, not for CUDA: {NO_CUDA}"
+        print(f"fused_ema is built for {built}", flush=True)
+        super().build_extensions()
 
 
 setup(

@@ -46,6 +46,8 @@ void define_cuda(py::module_& module) {
       .def_property_readonly("active", &cuda::Plan::active)
       .def_property_readonly("captured", &cuda::Plan::captured);
   module.attr("HAS_CUDA") = true;
+  module.attr("CUDA_VERSION") = cuda::version();
+  module.attr("CUDA_ARCHITECTURES") = cuda::architectures();
 #else
   module.attr("HAS_CUDA") = false;
 #endif

@@ -54,6 +54,12 @@ FUSED_EMA_INLINE float load(BFloat16 value) { return as_float(uint32_t{value.bit
 
 // Selects instead of branches, so that loops over halves vectorise on every target alike.
 FUSED_EMA_INLINE float load(Half value) {
+#if defined(__CUDA_ARCH__)
+  // the same but for a NaN's payload, which arithmetic on a GPU drops anyway
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
   const uint32_t magnitude = value.bits & 0x7fffu;
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t rebias = 112u << 23;  // float's exponent bias minus half's
@@ -61,6 +67,7 @@ FUSED_EMA_INLINE float load(Half value) {
   // 0.5 + m * 2^-24 holds a subnormal's m in its last bits, exactly
   const uint32_t subnormal = as_bits(as_float(0x3f000000u + magnitude) - 0.5f);
   return as_float(sign | (magnitude < 0x0400u ? subnormal : normal));
+#endif
 }
 
 // Round to nearest, ties to even; a NaN stays a (quiet) NaN.
@@ -80,6 +87,12 @@ FUSED_EMA_INLINE BFloat16 store<BFloat16>(float value) {
 template <>
 FUSED_EMA_INLINE Half store<Half>(float value) {
   const uint32_t bits = as_bits(value);
+#if defined(__CUDA_ARCH__)
+  // the same but for a NaN, of which the instruction makes another
+  uint16_t narrow;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow) : "f"(value));
+  return {value == value ? narrow : static_cast<uint16_t>(((bits >> 16) & 0x8000u) | 0x7e00u)};
+#else
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -89,6 +102,7 @@ FUSED_EMA_INLINE Half store<Half>(float value) {
   uint32_t result = magnitude < (113u << 23) ? subnormal : normal;
   result = magnitude >= (143u << 23) ? special : result;
   return {static_cast<uint16_t>(sign | result)};
+#endif
 }
 
 }  // namespace fused_ema

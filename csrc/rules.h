@@ -43,7 +43,7 @@ struct Sgd {
     bool maximize, nesterov;
     T weight_decay, momentum, carry, grad_weight, lr;
 
-    explicit Scalars(const double* row)
+    FUSED_EMA_INLINE explicit Scalars(const double* row)
         : maximize(row[0] != 0),
           nesterov(row[5] != 0),
           weight_decay(T(row[1])),
@@ -79,7 +79,7 @@ struct Adam {
     bool maximize;
     T weight_decay, decay, weight1, weight2, step_size, eps;
 
-    explicit Scalars(const double* row)
+    FUSED_EMA_INLINE explicit Scalars(const double* row)
         : maximize(row[0] != 0),
           weight_decay(T(row[1])),
           decay(T(row[2])),
@@ -115,7 +115,7 @@ struct Frozen {
 
   template <class T>
   struct Scalars {
-    explicit Scalars(const double*) {}
+    FUSED_EMA_INLINE explicit Scalars(const double*) {}
   };
 
   template <class T>

@@ -6,6 +6,7 @@
 
 from . import scaling
 from .adam import FusedScaledAdam, FusedScaledAdamW
+from .build import build_info
 from .ema import CosineDecay
 from .optimizer import FusedScaledOptimizer
 from .sgd import FusedScaledSGD
@@ -16,6 +17,7 @@ __all__ = [
     "FusedScaledAdamW",
     "FusedScaledOptimizer",
     "FusedScaledSGD",
+    "build_info",
     "scaling",
 ]
 

@@ -87,7 +87,13 @@ class CudaPlan:
     def run(self, scalars: Tensor | None = None, found_inf: Tensor | None = None) -> None: ...
 
 HAS_CUDA: bool
-"""Whether the CUDA kernels were built."""
+"""Whether the CUDA kernels were built; what follows is there only if they were."""
+
+CUDA_VERSION: int
+"""Of the compiler, as in 13000 for 13.0."""
+
+CUDA_ARCHITECTURES: list[int]
+"""What the kernels were compiled for, as in 800."""
 
 class Watch:
     """Remembers which objects an optimizer's param groups and state hold."""

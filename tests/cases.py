@@ -12,6 +12,7 @@ import torch
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EXACT_DTYPES = (torch.float32, torch.float64)
 BACKENDS = ("reference", "foreach", "native", "triton")
+DEVICE_BACKENDS = ("triton", "shim")  # whose kernels are meant for a GPU, here on CPU tensors
 
 CHUNK = 32_768
 Shape = tuple[int, ...]

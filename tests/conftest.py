@@ -6,8 +6,9 @@ import os
 
 import harness
 import pytest
+import shim_backend
 import torch
-from cases import BACKENDS
+from cases import BACKENDS, DEVICE_BACKENDS
 
 # Triton reads it at its import: without a GPU its kernels run on CPU tensors.
 if not torch.cuda.is_available():
@@ -27,12 +28,17 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     torch.set_num_threads(2)
+    if "shim" in config.getoption("--backends"):
+        shim_backend.register()
     harness.DEVICE = torch.device(config.getoption("--device"))
 
 
 def pytest_generate_tests(metafunc):
+    backends = metafunc.config.getoption("--backends").split(",")
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", metafunc.config.getoption("--backends").split(","))
+        metafunc.parametrize("backend", backends)
+    if "device_backend" in metafunc.fixturenames:
+        metafunc.parametrize("device_backend", [b for b in backends if b in DEVICE_BACKENDS])
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import DEVICE_BACKENDS
 from torch import nn
 
 from fused_ema import FusedScaledAdamW, FusedScaledSGD
@@ -353,7 +354,7 @@ def test_complex_parameters(backend):
     weight = torch.randn(5, 2)
     ours = nn.Parameter(torch.view_as_complex(weight.clone()))
     theirs = nn.Parameter(ours.detach().clone())
-    optimizer = make([ours], "auto" if backend in ("native", "triton") else backend)
+    optimizer = make([ours], "auto" if backend in ("native", *DEVICE_BACKENDS) else backend)
     reference = torch.optim.AdamW([theirs], lr=0.1, foreach=False)
     for _ in range(3):
         ours.grad = torch.randn(5, dtype=torch.complex64)

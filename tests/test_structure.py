@@ -14,7 +14,7 @@ LAYERS = (
     ("scaling", "tensorlist"),
     ("ema",),
     ("rules",),
-    ("buckets", "device_folding"),
+    ("buckets", "device_folding", "build"),
     ("state", "swap", "ema_buffers"),
     ("backends", "teacher", "checkpoint"),
     ("averages", "folding"),

@@ -55,33 +55,13 @@ void step_piece(const Piece& piece) {
   }
 }
 
-template <class Rule>
-Kernel kernel_of(StoredType stored) {
-  switch (stored) {
-    case StoredType::float32:
-      return step_piece<Rule, float>;
-    case StoredType::float64:
-      return step_piece<Rule, double>;
-    case StoredType::bfloat16:
-      return step_piece<Rule, BFloat16>;
-    case StoredType::float16:
-      return step_piece<Rule, Half>;
-  }
-  return nullptr;
-}
-
-template <class... Rules>
-KernelInfo find(RuleList<Rules...>, const std::string& rule, int num_states, StoredType stored) {
-  KernelInfo found;
-  const auto consider = [&](auto candidate) {
-    using Rule = decltype(candidate);
-    if (rule == Rule::name && num_states == Rule::num_states)
-      found = {kernel_of<Rule>(stored), static_cast<int>(Rule::scalars.size())};
-  };
-  (consider(Rules{}), ...);
-  return found;
-}
-
 KernelInfo find_kernel(const std::string& rule, int num_states, StoredType stored) {
-  return find(AllRules{}, rule, num_states, stored);
+  KernelInfo found;
+  with_rule(AllRules{}, rule, num_states, [&](auto candidate) {
+    using Rule = decltype(candidate);
+    with_stored_type(stored, [&](auto value) {
+      found = {step_piece<Rule, decltype(value)>, static_cast<int>(Rule::scalars.size())};
+    });
+  });
+  return found;
 }

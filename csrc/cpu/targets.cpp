@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "dispatch.h"
 #include "kernels.h"
 #include "rules.h"
 

@@ -1,0 +1,73 @@
+// What a plan asks of the GPU, free of torch's and CUDA's headers.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fused_ema::cuda {
+
+// A chunk is what a block steps at a time: the same bytes of a parameter for every type. Large
+// enough that looking up its slot and scalars is small beside it, small enough that a model of a
+// million parameters still has more chunks than the GPU has multiprocessors.
+constexpr int64_t chunk_bytes = 16384;
+
+constexpr int64_t chunk_elements(StoredType stored) {
+  switch (stored) {
+    case StoredType::float64:
+      return chunk_bytes / 8;
+    case StoredType::float32:
+      return chunk_bytes / 4;
+    default:
+      return chunk_bytes / 2;
+  }
+}
+
+// One launch: a bucket of slots, each a parameter with what belongs to it.
+//   chunks:     device, [num_chunks][2]: slot, and which chunk of it
+//   slots:      device, per slot: numel; addresses of param, the rule's states and the averages
+//   host_words: what may change at each step: the scalar table (as in `scalars`; left out where
+//               that is set), each slot's row in it, each slot's gradient, 0 where it has none
+//   words:      a device copy of host_words, or null: then they travel by value, see fits()
+//   scalars:    device, [num_rows][rule's scalars, then a weight per average], or null
+//   found_inf:  device, or null; nothing moves where it is not 0
+// The caller has made `device` the current one, and the stream is a cudaStream_t of it.
+struct Launch {
+  const int32_t* chunks;
+  int64_t num_chunks;
+  const int64_t* slots;
+  int num_slots;
+  int num_rows;
+  int num_emas;
+  bool ema_before;
+  const double* scalars;
+  const int64_t* words;
+  const int64_t* host_words;
+  int64_t num_words;
+  const float* found_inf;
+  int device;
+  void* stream;
+};
+
+// Whether the words can travel by value, as a kernel parameter. They should where they can: such a
+// step copies nothing, needs no buffer that outlives it, and a captured graph owns its words.
+bool fits(int64_t num_words);
+
+// Throws std::runtime_error where CUDA refuses.
+using Kernel = void (*)(const Launch&);
+
+struct KernelInfo {
+  Kernel kernel = nullptr;
+  int num_scalars = 0;
+};
+
+// The kernel for a rule, told apart by its number of states; a null kernel where there is none.
+KernelInfo find_kernel(const std::string& rule, int num_states, StoredType stored);
+
+// The compiler's version, as in 13000 for 13.0, and what it compiled the kernels for, as in 800.
+int version();
+std::vector<int> architectures();
+
+}  // namespace fused_ema::cuda

@@ -1,0 +1,48 @@
+// A bucket of dense tensors on a GPU, ready to step by one launch.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "cuda/launch.h"
+#include "slots.h"
+
+namespace fused_ema::cuda {
+
+class Plan {
+ public:
+  Plan(const std::string& rule, bool capturable, std::vector<py::object> params,
+       std::vector<py::object> steps, std::vector<std::vector<py::object>> states,
+       std::vector<std::vector<py::object>> emas, std::vector<int> groups, bool ema_before);
+
+  // As Slots::prepare. Throws std::runtime_error where a graph would capture this step's scalars.
+  bool prepare(const py::object& fold);
+
+  // Steps every parameter with a gradient and moves every average, on the current stream.
+  //   scalars: of a capturable bucket, folded on the device: a row of float64 a slot
+  //   found_inf: on the device, or none; nothing moves where it is not 0
+  void run(const std::optional<at::Tensor>& scalars, const std::optional<at::Tensor>& found_inf);
+
+  std::vector<bool> active() const { return slots_.active(); }
+
+  // Whether a CUDA graph uses memory that the plan owns.
+  bool captured() const { return !kept_.empty(); }
+
+ private:
+  const int64_t* device_words(bool capturing);
+  at::Tensor upload(const int64_t* words, int64_t count, bool capturing);
+  at::Tensor pinned(int64_t count) const;
+
+  KernelInfo kernel_;
+  bool capturable_;
+  bool ema_before_;
+  Slots slots_;
+  at::Tensor chunks_;
+  at::Tensor slot_table_;         // the slots' words on the device
+  at::Tensor changing_;           // the words before them there, where they are too many to pass
+  std::vector<int64_t> words_;    // as packed
+  at::Tensor spare_;              // pinned; a capture must not allocate any
+  std::vector<at::Tensor> kept_;  // what graphs read and copy from
+};
+
+}  // namespace fused_ema::cuda

@@ -1,0 +1,95 @@
+// Launches the kernel: chooses how the words travel, sizes the grid, reports what CUDA refuses.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+
+#include "cuda/step.cuh"
+#include "dispatch.h"
+
+namespace fused_ema::cuda {
+
+namespace {
+
+// A launch copies all of its parameters, used or not, so that most buckets should take the small
+// size; the large one is CUDA's limit of 32764 bytes, in whole words.
+constexpr int small = 4096;
+constexpr int large = 32760;
+
+void check(cudaError_t error, const char* task) {
+  if (error == cudaSuccess) return;
+  // else whoever asks CUDA next, torch perhaps, would be told of this error again
+  cudaGetLastError();
+  throw std::runtime_error(std::string("CUDA refuses ") + task + ": " + cudaGetErrorString(error));
+}
+
+// Blocks that the GPU runs at a time.
+template <class Function>
+int resident_blocks(Function* kernel, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<Function*, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& blocks = known[{kernel, device}];
+  if (blocks == 0) {
+    int multiprocessors = 0, each = 0;
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+          "to count multiprocessors");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0),
+          "to load the step kernel");
+    blocks = multiprocessors * each;
+  }
+  return blocks;
+}
+
+template <class Rule, class Stored, int bytes>
+void launch_sized(const Launch& launch) {
+  Parameters<bytes> parameters;
+  parameters.task = {launch.chunks,   launch.num_chunks, launch.slots,     launch.scalars,
+                     launch.words,    launch.found_inf,  launch.num_slots, launch.num_rows,
+                     launch.num_emas, launch.ema_before};
+  if (launch.words == nullptr)
+    std::memcpy(parameters.words, launch.host_words, launch.num_words * sizeof(int64_t));
+  void* arguments[] = {&parameters};
+  const auto kernel = step<Rule, Stored, bytes>;
+  const int64_t blocks =
+      std::min<int64_t>(launch.num_chunks, resident_blocks(kernel, launch.device));
+  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments, 0,
+                         static_cast<cudaStream_t>(launch.stream)),
+        "to launch the step kernel");
+}
+
+template <class Rule, class Stored>
+void launch_step(const Launch& launch) {
+  if (launch.num_chunks == 0) return;
+  const bool by_value = launch.words == nullptr;
+  if (by_value && !fits(launch.num_words))
+    throw std::runtime_error("too many words to pass by value");
+  if (by_value && launch.num_words > Parameters<small>::capacity)
+    launch_sized<Rule, Stored, large>(launch);
+  else
+    launch_sized<Rule, Stored, small>(launch);
+}
+
+}  // namespace
+
+int version() { return CUDART_VERSION; }
+
+std::vector<int> architectures() { return {__CUDA_ARCH_LIST__}; }
+
+bool fits(int64_t num_words) { return num_words <= Parameters<large>::capacity; }
+
+KernelInfo find_kernel(const std::string& rule, int num_states, StoredType stored) {
+  KernelInfo found;
+  with_rule(AllRules{}, rule, num_states, [&](auto candidate) {
+    using Rule = decltype(candidate);
+    with_stored_type(stored, [&](auto value) {
+      found = {launch_step<Rule, decltype(value)>, static_cast<int>(Rule::scalars.size())};
+    });
+  });
+  return found;
+}
+
+}  // namespace fused_ema::cuda

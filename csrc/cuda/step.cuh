@@ -1,0 +1,309 @@
+// The kernel: what one block does to its chunks. The maths is in rules.h, the metadata in launch.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/launch.h"
+#include "rules.h"
+
+namespace fused_ema::cuda {
+
+constexpr int threads = 256;
+// Four blocks to a multiprocessor leave a thread 64 of its 65536 registers: enough warps to hide
+// the latency of memory, and enough registers for all loads of 16 bytes to be under way at once.
+constexpr int min_blocks = 4;
+constexpr int access = 16;  // bytes of the widest load and store
+
+// Launch, as the kernel sees it; `words` is null where they are in the parameters.
+struct Task {
+  const int32_t* chunks;
+  int64_t num_chunks;
+  const int64_t* slots;
+  const double* scalars;
+  const int64_t* words;
+  const float* found_inf;
+  int num_slots;
+  int num_rows;
+  int num_emas;
+  bool ema_before;
+};
+
+template <int bytes>
+struct Parameters {
+  static constexpr int capacity = (bytes - int{sizeof(Task)}) / int{sizeof(int64_t)};
+
+  Task task;
+  int64_t words[capacity];
+};
+
+// Starts a load as far as the L2 cache, for which no register has to wait.
+__device__ inline void prefetch([[maybe_unused]] const void* from) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#endif
+}
+
+// Neighbouring elements in registers, which hold them as memory does: two halves to one.
+template <class T, int n>
+class Pack {
+ public:
+  __device__ void read(const T* from) {
+    __builtin_assume(__isGlobal(from));
+    if constexpr (n == 1) {
+      set(0, *from);
+    } else {
+#pragma unroll
+      for (int i = 0; i < size; i += 4) {
+        const uint4 part = reinterpret_cast<const uint4*>(from)[i / 4];
+        std::memcpy(words_ + i, &part, access);
+      }
+    }
+  }
+
+  __device__ void write(T* to) const {
+    __builtin_assume(__isGlobal(to));
+    if constexpr (n == 1) {
+      *to = get(0);
+    } else {
+#pragma unroll
+      for (int i = 0; i < size; i += 4) {
+        uint4 part;
+        std::memcpy(&part, words_ + i, access);
+        reinterpret_cast<uint4*>(to)[i / 4] = part;
+      }
+    }
+  }
+
+  __device__ T get(int i) const {
+    if constexpr (sizeof(T) == 2) {
+      return {static_cast<uint16_t>(words_[i / 2] >> (i % 2 * 16))};
+    } else {
+      T value;
+      std::memcpy(&value, words_ + i * sizeof(T) / 4, sizeof value);
+      return value;
+    }
+  }
+
+  __device__ void set(int i, T value) {
+    if constexpr (n == 1 && sizeof(T) == 2) {
+      words_[0] = value.bits;
+    } else if constexpr (sizeof(T) == 2) {
+      const int shift = i % 2 * 16;
+      words_[i / 2] = (words_[i / 2] & 0xffff0000u >> shift) | uint32_t{value.bits} << shift;
+    } else {
+      std::memcpy(words_ + i * sizeof(T) / 4, &value, sizeof value);
+    }
+  }
+
+ private:
+  static constexpr int size = n * sizeof(T) < 4 ? 1 : n * sizeof(T) / 4;
+
+  uint32_t words_[size];
+};
+
+// A chunk of a slot: where its tensors are, and its row of the scalar table.
+template <class Rule, class Stored>
+struct Chunk {
+  using Average = Compute<Stored>;
+  static constexpr int num_states = Rule::num_states;
+  static constexpr int num_scalars = Rule::scalars.size();
+  static constexpr int64_t elements = chunk_bytes / sizeof(Stored);
+
+  const int64_t* tensors;
+  const Stored* grad;  // null: the rule does not run
+  const double* row;
+  int64_t begin;
+  int count;
+  bool aligned;  // to the widest access, all tensors
+
+  __device__ Chunk(const Task& task, const int64_t* words, int64_t index) {
+    const int64_t slot = task.chunks[2 * index];
+    begin = task.chunks[2 * index + 1] * elements;
+    tensors = task.slots + slot * (2 + num_states + task.num_emas);
+    const int64_t left = tensors[0] - begin;
+    count = static_cast<int>(left < elements ? left : elements);
+
+    const int row_size = num_scalars + task.num_emas;
+    const bool in_words = task.scalars == nullptr;
+    const double* table = in_words ? reinterpret_cast<const double*>(words) : task.scalars;
+    const int64_t* rows = words + (in_words ? int64_t{task.num_rows} * row_size : 0);
+    row = table + rows[slot] * row_size;
+    const int64_t grad_address = rows[task.num_slots + slot];
+    grad = grad_address != 0 ? reinterpret_cast<const Stored*>(grad_address) + begin : nullptr;
+
+    // a chunk begins at a multiple of the widest access, so that the tensors' addresses decide
+    int64_t low_bits = grad_address;
+#pragma unroll
+    for (int k = 0; k <= num_states; ++k) low_bits |= tensors[1 + k];
+#pragma unroll 1
+    for (int k = 0; k < task.num_emas; ++k) low_bits |= tensors[2 + num_states + k];
+    aligned = low_bits % access == 0;
+  }
+
+  // Addresses are looked up (in the L1 cache) for each access: kept, each would take two registers.
+  __device__ Stored* param() const { return at<Stored>(1); }
+  __device__ Stored* state(int k) const { return at<Stored>(2 + k); }
+  __device__ Average* average(int k) const { return at<Average>(2 + num_states + k); }
+  __device__ Average weight(int k) const { return static_cast<Average>(row[num_scalars + k]); }
+
+ private:
+  template <class T>
+  __device__ T* at(int tensor) const {
+    return reinterpret_cast<T*>(tensors[tensor]) + begin;
+  }
+};
+
+// The rule's scalars, as its arithmetic takes them.
+template <class Rule, class T>
+class RuleScalars {
+ public:
+  using Scalars = typename Rule::template Scalars<T>;
+
+  __device__ explicit RuleScalars(const double* row) : scalars_(row) {}
+  __device__ const Scalars& get() const { return scalars_; }
+
+ private:
+  Scalars scalars_;
+};
+
+// Doubles take two registers each, more than there are, and are read (from the L1 cache) for each
+// element. The compiler is told that memory may have changed, or it would keep them after all.
+template <class Rule>
+class RuleScalars<Rule, double> {
+ public:
+  using Scalars = typename Rule::template Scalars<double>;
+
+  __device__ explicit RuleScalars(const double* row) : row_(row) {}
+  __device__ Scalars get() const {
+    asm volatile("" ::: "memory");
+    return Scalars(row_);
+  }
+
+ private:
+  const double* row_;
+};
+
+template <class Rule, class Stored, int n>
+__device__ void update(Pack<Stored, n>& param, const Pack<Stored, n>& grad, Pack<Stored, n>* states,
+                       const RuleScalars<Rule, Compute<Stored>>& scalars) {
+  constexpr int num_states = Rule::num_states;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    Compute<Stored> value = load(param.get(i));
+    Compute<Stored> state[num_states + 1];
+#pragma unroll
+    for (int k = 0; k < num_states; ++k) state[k] = load(states[k].get(i));
+    Rule::update(value, load(grad.get(i)), state, scalars.get());
+    param.set(i, store<Stored>(value));
+#pragma unroll
+    for (int k = 0; k < num_states; ++k) states[k].set(i, store<Stored>(state[k]));
+  }
+}
+
+template <class Stored, int n>
+__device__ void follow(Pack<Compute<Stored>, n>& average, const Pack<Stored, n>& param,
+                       Compute<Stored> weight) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) average.set(i, ema(average.get(i), load(param.get(i)), weight));
+}
+
+// Steps n neighbours, and moves their first average where `averaged`.
+template <bool averaged, int n, class Rule, class Stored>
+__device__ void step_pack(const Chunk<Rule, Stored>& chunk, int at, bool ema_before,
+                          const RuleScalars<Rule, Compute<Stored>>& scalars,
+                          Compute<Stored> weight) {
+  constexpr int num_states = Rule::num_states;
+  // More than five packs of 16 bytes would not leave enough registers for the arithmetic.
+  constexpr bool early =
+      (2 + num_states) * n * sizeof(Stored) + n * sizeof(Compute<Stored>) <= 5 * access;
+  Pack<Stored, n> param, grad, states[num_states + 1];
+  Pack<Compute<Stored>, n> average;
+  const auto move_average = [&] {
+    if constexpr (!early) average.read(chunk.average(0) + at);
+    follow(average, param, weight);
+    average.write(chunk.average(0) + at);
+  };
+
+  param.read(chunk.param() + at);
+  grad.read(chunk.grad + at);
+#pragma unroll
+  for (int k = 0; k < num_states; ++k) states[k].read(chunk.state(k) + at);
+  if constexpr (averaged && early) average.read(chunk.average(0) + at);
+  if constexpr (averaged && !early) prefetch(chunk.average(0) + at);
+
+  if (averaged && ema_before) move_average();
+  update(param, grad, states, scalars);
+  param.write(chunk.param() + at);
+#pragma unroll
+  for (int k = 0; k < num_states; ++k) states[k].write(chunk.state(k) + at);
+  // the new parameter as it is in memory: rounded
+  if (averaged && !ema_before) move_average();
+}
+
+// Calls visit with every pack of a chunk that is this thread's: how many elements (a constant), and
+// where. Whole packs where all tensors are aligned to them, single elements elsewhere.
+template <class Stored, class Visit>
+__device__ void for_each_pack(int count, bool aligned, Visit visit) {
+  constexpr int width = access / sizeof(Stored);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int wide = aligned ? count / width * width : 0;
+#pragma unroll 1
+  for (int at = thread * width; at < wide; at += threads * width)
+    visit(std::integral_constant<int, width>{}, at);
+#pragma unroll 1
+  for (int at = wide + thread; at < count; at += threads)
+    visit(std::integral_constant<int, 1>{}, at);
+}
+
+template <bool averaged, class Rule, class Stored>
+__device__ void step_chunk(const Chunk<Rule, Stored>& chunk, bool ema_before) {
+  const RuleScalars<Rule, Compute<Stored>> scalars(chunk.row);
+  const Compute<Stored> weight = averaged ? chunk.weight(0) : 0;
+  for_each_pack<Stored>(chunk.count, chunk.aligned, [&](auto size, int at) {
+    step_pack<averaged, decltype(size)::value>(chunk, at, ema_before, scalars, weight);
+  });
+}
+
+// Moves average k of a chunk, nothing else.
+template <class Rule, class Stored>
+__device__ void follow_chunk(const Chunk<Rule, Stored>& chunk, int k) {
+  const Compute<Stored> weight = chunk.weight(k);
+  for_each_pack<Stored>(chunk.count, chunk.aligned, [&](auto size, int at) {
+    Pack<Stored, decltype(size)::value> param;
+    Pack<Compute<Stored>, decltype(size)::value> average;
+    param.read(chunk.param() + at);
+    average.read(chunk.average(k) + at);
+    follow(average, param, weight);
+    average.write(chunk.average(k) + at);
+  });
+}
+
+// A grid that fills the GPU and whose blocks go from chunk to chunk. In every pass over a chunk a
+// thread meets the same elements, so that no thread ever waits for another.
+template <class Rule, class Stored, int bytes>
+__global__ void __launch_bounds__(threads, min_blocks)
+    step(const __grid_constant__ Parameters<bytes> parameters) {
+  const Task& task = parameters.task;
+  if (task.found_inf != nullptr && *task.found_inf != 0) return;
+  const int64_t* words = task.words != nullptr ? task.words : parameters.words;
+  // The pass of average 0 runs the rule too; it is the last where averages take the old parameter.
+  const int passes = task.num_emas > 1 ? task.num_emas : 1;
+#pragma unroll 1
+  for (int64_t index = blockIdx.x; index < task.num_chunks; index += gridDim.x) {
+#pragma unroll 1
+    for (int pass = 0; pass < passes; ++pass) {
+      const Chunk<Rule, Stored> chunk(task, words, index);
+      const int k = task.ema_before ? passes - 1 - pass : pass;
+      if (k == 0 && chunk.grad != nullptr && task.num_emas > 0)
+        step_chunk<true>(chunk, task.ema_before);
+      else if (k == 0 && chunk.grad != nullptr)
+        step_chunk<false>(chunk, false);
+      else if (k < task.num_emas)
+        follow_chunk(chunk, k);
+    }
+  }
+}
+
+}  // namespace fused_ema::cuda

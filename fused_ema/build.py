@@ -1,0 +1,41 @@
+"""What this copy of the library was built with and can run."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from . import _native
+
+
+def build_info() -> dict[str, Any]:
+    """What was built, and what it runs with: for bug reports, and to see why a backend is not used.
+
+    Returns:
+        ``torch`` and ``triton``: their versions here, None for a Triton that is not installed;
+        ``cpu_targets``: the native CPU loops that this processor can run, the preferred one first;
+        ``cuda``: None if the native CUDA kernels were not built, else ``version``, that of the
+        compiler, and ``architectures``, the GPUs that they were compiled for.
+    """
+    cuda = None
+    if _native.HAS_CUDA:
+        major, minor = divmod(_native.CUDA_VERSION // 10, 100)
+        cuda = {
+            "version": f"{major}.{minor}",
+            "architectures": [f"sm_{arch // 10}" for arch in _native.CUDA_ARCHITECTURES],
+        }
+    return {
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cpu_targets": _native.cpu_targets(),
+        "cuda": cuda,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

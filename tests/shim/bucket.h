@@ -1,0 +1,220 @@
+// A bucket of random tensors in the layout of cuda::Launch, and the same stepped by the CPU loop.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "dispatch.h"
+#include "kernels.h"
+
+namespace fused_ema {
+
+// An allocation of just these bytes, so that the address sanitizer sees one access too many.
+class Block {
+ public:
+  explicit Block(size_t bytes, size_t misalignment = 0)
+      : memory_(std::malloc(misalignment + bytes), std::free),
+        data_(static_cast<char*>(memory_.get()) + misalignment),
+        bytes_(bytes) {}
+
+  template <class T>
+  static Block of(const std::vector<T>& values) {
+    Block block(values.size() * sizeof(T));
+    if (!values.empty()) std::memcpy(block.data_, values.data(), block.bytes_);
+    return block;
+  }
+
+  void* data() const { return data_; }
+  int64_t address() const { return reinterpret_cast<int64_t>(data_); }
+  void copy(const Block& other) { std::memcpy(data_, other.data_, bytes_); }
+  bool same(const Block& other) const { return std::memcmp(data_, other.data_, bytes_) == 0; }
+
+ private:
+  std::shared_ptr<void> memory_;
+  char* data_;
+  size_t bytes_;
+};
+
+struct Kind {
+  std::string rule;
+  int num_states;
+  StoredType stored;
+  int num_emas;
+  bool ema_before;
+};
+
+// misaligned: the tensor whose address is not a multiple of 16, -1 for none, -2 for all. Tensors
+// count from the parameter, the gradient and the states to the averages.
+struct Size {
+  int64_t numel;
+  int misaligned = -1;
+  bool has_grad = true;
+};
+
+inline int64_t stored_bytes(StoredType stored) {
+  int64_t bytes = 0;
+  with_stored_type(stored, [&](auto value) { bytes = sizeof value; });
+  return bytes;
+}
+
+inline int64_t average_bytes(StoredType stored) { return stored == StoredType::float64 ? 8 : 4; }
+
+class Bucket {
+ public:
+  Bucket(const Kind& kind, const std::vector<Size>& sizes, unsigned seed)
+      : kind_(kind), sizes_(sizes), random_(seed) {
+    kernel_ = cuda::find_kernel(kind.rule, kind.num_states, kind.stored);
+    row_size_ = kernel_.num_scalars + kind.num_emas;
+    for (const Size& size : sizes_) {
+      slots_.push_back(make_tensors(size));
+      expected_.push_back(make_tensors(size));
+      for (int k = 0; k < num_tensors(); ++k) expected_.back()[k].copy(slots_.back()[k]);
+    }
+    for (int row = 0; row < num_rows; ++row)
+      for (int k = 0; k < row_size_; ++k) table_.push_back(scalar(row, k));
+  }
+
+  int64_t num_words() const { return num_rows * row_size_ + 2 * sizes_.size(); }
+
+  // found_inf: null to leave it out.
+  struct How {
+    bool words_on_device = false;
+    bool scalars_on_device = false;
+    const float* found_inf = nullptr;
+    int device = 0;
+    void* stream = nullptr;
+  };
+
+  // One step by the CUDA kernel.
+  void step(const How& how) {
+    const Block chunks = Block::of(chunk_table()), slots = Block::of(slot_table());
+    const Block scalars = Block::of(table_);
+    const std::vector<int64_t> prefix = words(how.scalars_on_device);
+    const Block host_words = Block::of(prefix), words = Block::of(prefix);
+    cuda::Launch launch{};
+    launch.chunks = static_cast<const int32_t*>(chunks.data());
+    launch.num_chunks = static_cast<int64_t>(chunk_table().size() / 2);
+    launch.slots = static_cast<const int64_t*>(slots.data());
+    launch.num_slots = static_cast<int>(sizes_.size());
+    launch.num_rows = num_rows;
+    launch.num_emas = kind_.num_emas;
+    launch.ema_before = kind_.ema_before;
+    if (how.scalars_on_device) launch.scalars = static_cast<const double*>(scalars.data());
+    if (how.words_on_device) launch.words = static_cast<const int64_t*>(words.data());
+    launch.host_words = static_cast<const int64_t*>(host_words.data());
+    launch.num_words = static_cast<int64_t>(prefix.size());
+    launch.found_inf = how.found_inf;
+    launch.device = how.device;
+    launch.stream = how.stream;
+    kernel_.kernel(launch);
+  }
+
+  // One step of the copies by the CPU loop.
+  void expect_step() {
+    const KernelInfo cpu =
+        cpu::find_kernel(cpu::targets().front(), kind_.rule, kind_.num_states, kind_.stored);
+    for (size_t i = 0; i < sizes_.size(); ++i) {
+      std::vector<void*> pointers;
+      for (const Block& tensor : expected_[i]) pointers.push_back(tensor.data());
+      const void* grad = sizes_[i].has_grad ? pointers[1] : nullptr;
+      pointers.erase(pointers.begin() + 1);
+      const double* row = table_.data() + i % num_rows * row_size_;
+      cpu.kernel(
+          {pointers.data(), grad, 0, sizes_[i].numel, row, kind_.num_emas, kind_.ema_before});
+    }
+  }
+
+  // Throws where a tensor differs from its copy in a bit.
+  void check() const {
+    for (size_t i = 0; i < sizes_.size(); ++i)
+      for (int k = 0; k < num_tensors(); ++k)
+        if (!slots_[i][k].same(expected_[i][k]))
+          throw std::runtime_error("slot " + std::to_string(i) + " of " +
+                                   std::to_string(sizes_[i].numel) + " elements: tensor " +
+                                   std::to_string(k) + " differs");
+  }
+
+ private:
+  static constexpr int num_rows = 3;
+
+  int num_tensors() const { return 2 + kind_.num_states + kind_.num_emas; }
+
+  std::vector<Block> make_tensors(const Size& size) {
+    std::vector<Block> tensors;
+    for (int k = 0; k < num_tensors(); ++k) {
+      const bool average = k >= 2 + kind_.num_states;
+      const int64_t bytes = average ? average_bytes(kind_.stored) : stored_bytes(kind_.stored);
+      const bool misaligned = size.misaligned == -2 || size.misaligned == k;
+      tensors.emplace_back(size.numel * bytes, misaligned ? bytes : 0);
+      with_stored_type(kind_.stored, [&](auto value) {
+        using Stored = decltype(value);
+        if (average)
+          fill<Compute<Stored>>(tensors.back(), size.numel, false);
+        else
+          fill<Stored>(tensors.back(), size.numel, k > 2);
+      });
+    }
+    return tensors;
+  }
+
+  // positive: a second moment, whose root is taken and divided by.
+  template <class T>
+  void fill(const Block& block, int64_t count, bool positive) {
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = normal(random_);
+      static_cast<T*>(block.data())[i] = store<T>(positive ? 0.01f + value * value : value);
+    }
+  }
+
+  // Every scalar is 0 in one row, and what it multiplies or switches on is tested in the others.
+  double scalar(int row, int k) {
+    return (k + row) % num_rows == 0 ? 0 : std::uniform_real_distribution(0.05, 0.95)(random_);
+  }
+
+  std::vector<int32_t> chunk_table() const {
+    const int64_t elements = cuda::chunk_elements(kind_.stored);
+    std::vector<int32_t> table;
+    for (size_t i = 0; i < sizes_.size(); ++i)
+      for (int64_t chunk = 0; chunk * elements < sizes_[i].numel; ++chunk) {
+        table.push_back(static_cast<int32_t>(i));
+        table.push_back(static_cast<int32_t>(chunk));
+      }
+    return table;
+  }
+
+  std::vector<int64_t> slot_table() const {
+    std::vector<int64_t> table;
+    for (size_t i = 0; i < sizes_.size(); ++i) {
+      table.push_back(sizes_[i].numel);
+      for (int k = 0; k < num_tensors(); ++k)
+        if (k != 1) table.push_back(slots_[i][k].address());
+    }
+    return table;
+  }
+
+  std::vector<int64_t> words(bool without_scalars) const {
+    std::vector<int64_t> words(without_scalars ? 0 : table_.size());
+    if (!words.empty()) std::memcpy(words.data(), table_.data(), words.size() * sizeof(double));
+    for (size_t i = 0; i < sizes_.size(); ++i) words.push_back(i % num_rows);
+    for (size_t i = 0; i < sizes_.size(); ++i)
+      words.push_back(sizes_[i].has_grad ? slots_[i][1].address() : 0);
+    return words;
+  }
+
+  Kind kind_;
+  std::vector<Size> sizes_;
+  std::mt19937 random_;
+  cuda::KernelInfo kernel_;
+  int row_size_;
+  std::vector<std::vector<Block>> slots_, expected_;
+  std::vector<double> table_;
+};
+
+}  // namespace fused_ema

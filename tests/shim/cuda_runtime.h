@@ -1,0 +1,82 @@
+// Stands in for CUDA's header of this name: csrc/cuda as ordinary C++, on the CPU's memory.
+//
+// The threads of a launch run one after the other, which is right for kernels whose threads never
+// wait for each other; a launch has ended when it returns. There is one GPU, which runs three
+// blocks at a time, and every stream but `broken_stream` works.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#define CUDART_VERSION 0
+#define __CUDA_ARCH_LIST__
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __builtin_assume(condition)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// CUDA's compiler lets it stand for any 16 bytes.
+struct alignas(16) [[gnu::may_alias]] uint4 {
+  uint32_t x, y, z, w;
+};
+
+inline thread_local dim3 gridDim, blockIdx, threadIdx;
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorInvalidResourceHandle };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+using cudaStream_t = struct Stream*;
+
+namespace shim {
+
+inline const cudaStream_t broken_stream = reinterpret_cast<cudaStream_t>(1);
+inline cudaError_t last_error = cudaSuccess;
+inline std::vector<size_t> launches;  // the bytes of their parameters
+
+inline cudaError_t result(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+}  // namespace shim
+
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t error = shim::last_error;
+  shim::last_error = cudaSuccess;
+  return error;
+}
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid resource handle";
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = 3;
+  return shim::result(device <= 0 ? cudaSuccess : cudaErrorInvalidDevice);
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+
+template <class Parameters>
+cudaError_t cudaLaunchKernel(void (*kernel)(Parameters), dim3 grid, dim3 block, void** arguments,
+                             size_t, cudaStream_t stream) {
+  if (stream == shim::broken_stream) return shim::result(cudaErrorInvalidResourceHandle);
+  shim::launches.push_back(sizeof(Parameters));
+  gridDim = grid;
+  for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+    for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x)
+      kernel(*static_cast<const Parameters*>(arguments[0]));
+  return cudaSuccess;
+}
+
+inline bool __isGlobal(const void*) { return true; }

@@ -1,0 +1,145 @@
+// Steps random buckets by the CUDA kernel (see cuda_runtime.h) and by the CPU loop: same bits.
+// Usage: parity GROUP; prints what it stepped, or fails.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <exception>
+
+#include "bucket.h"
+
+namespace fused_ema {
+namespace {
+
+constexpr StoredType types[] = {StoredType::float32, StoredType::float64, StoredType::bfloat16,
+                                StoredType::float16};
+
+void require(bool condition, const std::string& what) {
+  if (!condition) throw std::runtime_error(what);
+}
+
+// Sizes around those where the kernel changes its way: none, one vector, one chunk, several.
+std::vector<Size> edges(const Kind& kind) {
+  const int64_t vector = 16 / stored_bytes(kind.stored);
+  const int64_t chunk = cuda::chunk_elements(kind.stored);
+  const int last = 1 + kind.num_states + kind.num_emas;
+  std::vector<Size> sizes;
+  for (int64_t numel : {int64_t{0}, int64_t{1}, vector - 1, vector, vector + 1, chunk - 1, chunk,
+                        chunk + 1, 3 * chunk + vector + 3})
+    for (int misaligned : {-1, -2}) sizes.push_back({numel, misaligned});
+  for (int tensor = 0; tensor <= last; ++tensor) sizes.push_back({5 * vector + 3, tensor});
+  sizes.push_back({chunk + 3, -1, false});
+  sizes.push_back({vector + 1, -2, false});
+  sizes.push_back({vector, last, false});
+  return sizes;
+}
+
+int step_kind(const Kind& kind) {
+  Bucket bucket(kind, edges(kind), 1);
+  for (int step = 0; step < 2; ++step) {
+    bucket.step({});
+    bucket.expect_step();
+    bucket.check();
+  }
+  return 1;
+}
+
+template <class... Rules>
+int step_every_kind(RuleList<Rules...>) {
+  int buckets = 0;
+  for (StoredType stored : types)
+    for (int num_emas : {0, 1, 3})
+      for (bool before : {false, true})
+        ((buckets += step_kind({Rules::name, Rules::num_states, stored, num_emas, before})), ...);
+  return buckets;
+}
+
+int test_rules() { return step_every_kind(AllRules{}); }
+
+// Steps buckets whose words just fit, or just do not, into the small and the large parameters.
+int test_words() {
+  const Kind kind{"adam", 2, StoredType::float32, 2, false};
+  int buckets = 0;
+  for (size_t count : {1, 238, 239, 252, 253, 2030, 2031, 2043, 2044, 2500})
+    for (bool scalars_on_device : {false, true}) {
+      Bucket bucket(kind, std::vector<Size>(count, {9}), 1);
+      const int64_t words = scalars_on_device ? 2 * count : bucket.num_words();
+      const bool fits = cuda::fits(words);
+      require(fits == (64 + 8 * words <= 32764), "fits() is wrong about " + std::to_string(words));
+      bucket.step({!fits, scalars_on_device});
+      bucket.expect_step();
+      bucket.step({true, scalars_on_device});
+      bucket.expect_step();
+      bucket.check();
+      require(shim::launches.back() == 4096, "words on the device need no large parameters");
+      const bool small = !fits || 64 + 8 * words <= 4096;
+      require(shim::launches.end()[-2] == (small ? 4096 : 32760), "other parameters than needed");
+      ++buckets;
+    }
+  return buckets;
+}
+
+int test_found_inf() {
+  const Kind kind{"sgd", 1, StoredType::float32, 2, false};
+  Bucket bucket(kind, edges(kind), 1);
+  for (float found_inf : {1.0f, 0.0f, -1.0f}) {
+    bucket.step({false, false, &found_inf});
+    if (found_inf == 0) bucket.expect_step();
+    bucket.check();
+  }
+  return 1;
+}
+
+int test_empty() {
+  Bucket bucket({"sgd", 0, StoredType::float32, 1, false}, {{0}, {0}}, 1);
+  bucket.step({});
+  require(shim::launches.empty(), "nothing to step, yet a launch");
+  return 1;
+}
+
+template <class Step>
+void require_error(const char* message, Step step) {
+  try {
+    step();
+  } catch (const std::runtime_error& error) {
+    require(error.what() == std::string(message), error.what());
+    require(cudaGetLastError() == cudaSuccess, "the error is left behind");
+    return;
+  }
+  throw std::runtime_error(std::string("no error: ") + message);
+}
+
+int test_errors() {
+  const Kind kind{"sgd", 0, StoredType::float32, 1, false};
+  Bucket bucket(kind, {{9}}, 1), large(kind, std::vector<Size>(2500, {9}), 1);
+  require_error("CUDA refuses to count multiprocessors: invalid device ordinal",
+                [&] { bucket.step({false, false, nullptr, 7}); });
+  require_error("CUDA refuses to launch the step kernel: invalid resource handle",
+                [&] { bucket.step({false, false, nullptr, 0, shim::broken_stream}); });
+  require_error("too many words to pass by value", [&] { large.step({}); });
+  bucket.check();
+  large.check();
+  require(cuda::find_kernel("sgd", 2, StoredType::float32).kernel == nullptr, "no such rule");
+  return 2;
+}
+
+int run(const std::string& group) {
+  if (group == "rules") return test_rules();
+  if (group == "words") return test_words();
+  if (group == "found_inf") return test_found_inf();
+  if (group == "empty") return test_empty();
+  if (group == "errors") return test_errors();
+  throw std::runtime_error("no such group");
+}
+
+}  // namespace
+}  // namespace fused_ema
+
+int main(int argc, char** argv) {
+  try {
+    const std::string group = argc == 2 ? argv[1] : "";
+    std::printf("%s: %d buckets\n", group.c_str(), fused_ema::run(group));
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,23 @@
+"""The CUDA plan and kernel, built as C++ for the CPU (tests/shim), as a backend of its own."""
+
+from __future__ import annotations
+
+from fused_ema import _native, optimizer
+from fused_ema import backends as package
+from fused_ema.backends import dense, native
+
+NAME = "shim"
+
+
+def unsupported(bucket) -> str | None:
+    return dense.unsupported(bucket, _native.rule_scalars())
+
+
+def plan(bucket):
+    return native.CapturablePlan(bucket) if bucket.key.capturable else native.cuda_plan(bucket)
+
+
+def register() -> None:
+    """Let `backend="shim"` be asked for; `"auto"` does not take it."""
+    package.BACKENDS = (*package.BACKENDS, __import__(__name__))
+    package.NAMES = optimizer.NAMES = (*package.NAMES, NAME)

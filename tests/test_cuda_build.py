@@ -1,0 +1,146 @@
+"""What nvcc made of the CUDA kernels, read from the extension itself; needs no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_ema import _native
+
+EXTENSION = Path(_native.__file__)
+CSRC = Path(__file__).parents[1] / "csrc"
+MAX_REGISTERS = 64
+# The number of states of each rule, by its name in the symbols.
+STATES = {"6FrozenE": 0, "3SgdILb0EEE": 0, "3SgdILb1EEE": 1, "4AdamILb0EEE": 2, "4AdamILb1EEE": 3}
+TYPES = {"f": "float", "d": "double", "NS_8BFloat16E": "BFloat16", "NS_4HalfE": "Half"}
+KERNEL = re.compile(r"_ZN9fused_ema4cuda4stepINS_(\w+?E)(f|d|NS_8BFloat16E|NS_4HalfE)Li(\d+)EE\w+")
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def cuobjdump() -> str | None:
+    folders = [os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '')}/bin"]
+    try:
+        import triton
+
+        folders.append(str(Path(triton.__file__).parent / "backends/nvidia/bin"))
+    except ImportError:
+        pass
+    return shutil.which("cuobjdump", path=os.pathsep.join(folders))
+
+
+def dump(option: str) -> str:
+    if b".nv_fatbin" not in EXTENSION.read_bytes():
+        pytest.skip("the extension is built without CUDA")
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("needs cuobjdump, of a CUDA installation or of triton")
+    command = [tool, option, str(EXTENSION)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def sections(text: str, start: str) -> dict[tuple[str, str], str]:
+    """The parts of a dump by architecture and kernel."""
+    found = {}
+    for code in re.split(r"\n(?=Fatbin )", text):
+        arch = re.search(r"^arch = (sm_\w+)", code, re.MULTILINE)
+        for part in re.split(rf"\n\s*(?={start})", code)[1:]:
+            found[arch[1], KERNEL.search(part)[0]] = part
+    return found
+
+
+@pytest.fixture(scope="module")
+def sass() -> dict[tuple[str, str], list[str]]:
+    """Each kernel's instructions, without predicates and operands."""
+    opcode = re.compile(r"^\s*/\*\w{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*)", re.MULTILINE)
+    return {key: opcode.findall(part) for key, part in sections(dump("-sass"), "Function").items()}
+
+
+def num_states(name: str) -> int:
+    return STATES[KERNEL.match(name)[1]]
+
+
+def test_the_kernels_are_built_where_nvcc_is():
+    content = EXTENSION.read_bytes()
+    if b"__asan_init" in content or os.environ.get("FUSED_EMA_CUDA_SHIM"):
+        pytest.skip("a build for tests on the CPU")
+    if nvcc() is None or torch.version.cuda is None:
+        pytest.skip("needs nvcc, and a PyTorch that is built with CUDA")
+    release = subprocess.check_output([nvcc(), "--version"], text=True)
+    if f"release {torch.version.cuda.split('.')[0]}." not in release:
+        pytest.skip("nvcc and PyTorch are of different CUDA releases")
+    assert b".nv_fatbin" in content
+
+
+def test_every_kernel_is_built_for_every_architecture(sass):
+    built = {arch: {name for a, name in sass if a == arch} for arch, _ in sass}
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        assert built.keys() == {"sm_80", "sm_90"}
+        assert "target sm_90" in dump("-ptx")
+    for names in built.values():
+        kinds = Counter(KERNEL.match(name).groups()[:2] for name in names)
+        # each with small and with large parameters
+        assert kinds == {(rule, stored): 2 for rule in STATES for stored in TYPES}
+
+
+def test_registers_suffice(sass):
+    parts = sections(dump("-res-usage"), "Function")
+    assert parts.keys() == sass.keys()
+    for (arch, name), part in parts.items():
+        use = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", part)}
+        assert use["REG"] <= MAX_REGISTERS, (arch, name, use)
+        assert use["STACK"] == use["LOCAL"] == 0, (arch, name, use)
+    for key, opcodes in sass.items():
+        assert not [op for op in opcodes if op.startswith(("LDL", "STL"))], key
+
+
+def test_memory_is_accessed_by_16_bytes(sass):
+    for key, opcodes in sass.items():
+        states = num_states(key[1])
+        wide = Counter(op[:9] for op in opcodes if op.startswith(("LDG.E.128", "STG.E.128")))
+        # at least: read and write the parameter, the states and an average
+        assert wide["LDG.E.128"] >= states + 2, (key, wide)
+        assert wide["STG.E.128"] >= states + 2, (key, wide)
+        # generic accesses, which look for the kind of memory first
+        assert not {"LD.E.128", "ST.E.128"} & set(opcodes), key
+
+
+def test_a_vector_is_loaded_before_any_of_it_is_used(sass):
+    for key, opcodes in sass.items():
+        events = [op for op in opcodes if op.startswith(("LDG.E.128", "STG", "BRA", "CALL"))]
+        runs = [len(list(run)) for load, run in groupby(events, lambda op: op[:3] == "LDG") if load]
+        assert max(runs) >= num_states(key[1]) + 2, (key, runs)
+
+
+def test_every_operation_rounds_on_its_own():
+    # ptxas may fuse what PTX leaves open: operations without .rn
+    pattern = r"\b((?:add|sub|mul|div|sqrt|fma|mad|rcp|rsqrt)\.(?:\w+\.)*f(?:32|64))\b"
+    found = set(re.findall(pattern, dump("-ptx")))
+    assert found == {
+        f"{op}.rn.{t}" for op in ("add", "sub", "mul", "div", "sqrt") for t in ("f32", "f64")
+    }
+
+
+def test_no_multiplication_is_fused_in_sgd(sass):
+    # Adam's division and square root are made of fused operations, SGD has neither.
+    for key, opcodes in sass.items():
+        if num_states(key[1]) < 2:
+            assert not [op for op in opcodes if op.startswith(("FFMA", "DFMA"))], key
+
+
+def test_cuda_sources_do_not_need_torch():
+    sources = [path for path in (CSRC / "cuda").iterdir() if path.suffix in (".cu", ".cuh")]
+    assert sources
+    for path in (*sources, CSRC / "cuda/launch.h"):
+        assert not re.search(r"#include <(torch|ATen|c10|pybind11)/", path.read_text()), path

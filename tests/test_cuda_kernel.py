@@ -1,0 +1,66 @@
+"""The CUDA kernel's source as C++ on the CPU (tests/shim): the bits of the CPU loop, no bad access.
+
+Memory is watched by the address sanitizer, every tensor an allocation of its own, and alignment by
+the one for undefined behaviour.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from fused_ema import _native
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("tests/shim/step.cpp", "tests/shim/parity.cpp", "csrc/cpu/targets.cpp")
+FLAGS = (
+    *("-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+    *("-I", "tests/shim", "-I", "csrc"),
+)
+CXX = os.environ.get("CXX", "g++")
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def build(*arguments: str | Path) -> None:
+    result = run(CXX, *FLAGS, *arguments)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def parity(tmp_path_factory) -> Path:
+    if shutil.which(CXX) is None:
+        pytest.skip(f"needs a C++ compiler: {CXX} is none")
+    if b"__asan_init" in Path(_native.__file__).read_bytes():
+        pytest.skip("is sanitized by itself, as part of the ordinary tests")
+    folder = tmp_path_factory.mktemp("shim")
+    objects = [folder / f"{Path(source).stem}.o" for source in SOURCES]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda s, o: build("-c", s, "-o", o), SOURCES, objects))
+    build(*objects, "-o", folder / "parity")
+    return folder / "parity"
+
+
+@pytest.mark.parametrize(
+    ("group", "buckets"),
+    [
+        ("rules", 5 * 4 * 3 * 2),  # rules, types, numbers of averages, orders
+        ("words", 10 * 2),
+        ("found_inf", 1),
+        ("empty", 1),
+        ("errors", 2),
+    ],
+)
+def test_the_kernel_gives_the_bits_of_the_cpu_loop(parity, group, buckets):
+    result = run(parity, group)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{group}: {buckets} buckets\n"
