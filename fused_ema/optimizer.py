@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import averages, checkpoint
+from . import averages, checkpoint, clock
 from .backends import NAMES, requested_backend
 from .ema import EmaDecay, check_ema_decay, decays, ema_keys
 from .ema_buffers import EmaBuffers, apply, resolve
 from .folding import numbers
 from .rules import Rule, check_choice
-from .state import complete, counter, counter_device
+from .state import complete
 from .stepper import Stepper
 from .swap import swapped
 from .teacher import Teacher, check_disjoint, pair
@@ -145,7 +145,7 @@ class FusedScaledOptimizer(Optimizer):
         self._stepper.run()
         if moves:
             apply(moves)
-        self._count_base_steps()
+        clock.advance(self.param_groups, self._stepper.folder.kappas)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -332,30 +332,9 @@ class FusedScaledOptimizer(Optimizer):
         # an average made under the user's inference_mode could never be stepped
         with torch.inference_mode(False), torch.no_grad():
             for group in self.param_groups:
-                self._complete_clock(group)
+                clock.complete(group)
                 for param in group["params"]:
                     complete(self.rule, group, param, self.state[param], self._teachers.get(param))
-
-    def _complete_clock(self, group: dict[str, Any]) -> None:
-        """The samples seen in base batches: on the device where captured graphs count them."""
-        if not group["capturable"] or not group["params"]:
-            group["base_steps"] = float(group["base_steps"])
-            return
-        device = counter_device(group, group["params"][0])
-        group["base_steps"] = counter(group["base_steps"], device, "base_steps")
-
-    def _count_base_steps(self) -> None:
-        on_device = []
-        for group, kappa in zip(self.param_groups, self._stepper.folder.kappas, strict=True):
-            if isinstance(group["base_steps"], Tensor):
-                on_device.append(group)
-            else:
-                group["base_steps"] += kappa
-        for in_tensors in (True, False):
-            groups = [g for g in on_device if isinstance(g["kappa"], Tensor) is in_tensors]
-            if groups:
-                clocks = [group["base_steps"] for group in groups]
-                torch._foreach_add_(clocks, [group["kappa"] for group in groups])
 
     def _held_buffers(self, index: int) -> dict[Tensor, Tensor]:
         return self._buffers.values(index) if self._buffers is not None else {}

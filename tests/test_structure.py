@@ -17,7 +17,7 @@ LAYERS = (
     ("buckets", "device_folding", "build"),
     ("state", "swap", "ema_buffers"),
     ("backends", "teacher", "checkpoint"),
-    ("averages", "folding"),
+    ("averages", "clock", "folding"),
     ("stepper",),
     ("optimizer",),
     ("adam", "sgd"),
