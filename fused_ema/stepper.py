@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ._native import Watch
-from .backends import requested_backend, select
+from .backends import graphs, requested_backend, select
 from .backends.plan import Plan
 from .buckets import make_buckets
 from .folding import Folder
@@ -78,6 +78,12 @@ class Stepper:
     def _make_plans(
         self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]
     ) -> None:
+        devices = {param.device for group in groups for param in group["params"]}
+        if any(map(graphs.is_capturing, devices)):
+            raise RuntimeError(
+                "step() is being captured in a CUDA graph, and has to make or remake its state and "
+                "plans, which a graph cannot repeat; take a step before the capture"
+            )
         self._watch = None  # whatever fails below, the old plans are not to be used again
         self._captured += [plan for plan in self.plans if plan.captured]
         self._complete()

@@ -27,7 +27,8 @@ class Graph(TorchDispatchMode):
     def capture(self, opt: Any) -> None:
         with self.monkeypatch.context() as patch:
             patch.setattr(graphs, "is_capturing", lambda device: True)
-            for plan in opt._stepper.plans:
+            launching = [p for p in opt._stepper.plans if hasattr(p, "_launch")]
+            for plan in launching:
                 patch.setattr(plan, "_launch", self.recorded(plan._launch))
             with self:
                 opt.step()

@@ -141,15 +141,32 @@ def test_a_graph_outlives_its_plans(monkeypatch):
     assert captured not in opt._stepper.plans
 
 
-def test_a_capture_needs_capturable(monkeypatch):
+@pytest.mark.parametrize("kernels", ["triton", "foreach", "reference"])
+def test_a_capture_needs_capturable(kernels, monkeypatch):
     params = parameters()
-    opt = fused_ema.FusedScaledAdamW(params, backend="triton")
+    opt = fused_ema.FusedScaledAdamW(params, backend=kernels)
     set_gradients(0, params)
     opt.step()
     before = [p.clone() for p in params]
     with pytest.raises(RuntimeError, match="capturable=True"):
         Graph(monkeypatch).capture(opt)
     assert all(map(torch.equal, before, params))
+
+
+def test_the_first_step_is_not_captured(monkeypatch):
+    """State and plans that a capture makes would hold nothing until a replay."""
+    params = parameters()
+    opt = fused_ema.FusedScaledAdamW(params, backend="triton", capturable=True)
+    set_gradients(0, params)
+    with pytest.raises(RuntimeError, match="take a step before the capture"):
+        Graph(monkeypatch).capture(opt)
+    assert not opt.state
+    opt.step()
+    opt.add_param_group({"params": parameters(1)})
+    count = opt.state[params[0]]["step"].clone()
+    with pytest.raises(RuntimeError, match="take a step before the capture"):
+        Graph(monkeypatch).capture(opt)
+    assert torch.equal(opt.state[params[0]]["step"], count)
 
 
 def test_other_backends_say_that_they_cannot():
