@@ -189,6 +189,7 @@ def test_state_moves_between_capturable_and_not():
             opt.load_state_dict(saved)
             for p, q in zip(params, chain[part - 1], strict=True):
                 p.data.copy_(q)
+        assert opt.param_groups[0]["capturable"] is capturable
         for step in range(3):
             set_gradients(10 * part + step, params, straight)
             opt.step()
@@ -196,6 +197,42 @@ def test_state_moves_between_capturable_and_not():
         assert_same(opt, twin)
         saved = opt.state_dict()
         assert isinstance(saved["param_groups"][0]["base_steps"], float)
+
+
+def test_capturable_may_change_between_steps():
+    cls, flags = OPTIMIZERS["AdamW"]
+    params, others = parameters(), parameters()
+    opt = cls(params, ema_decay=0.9, backend="triton", **flags)
+    twin = cls(others, ema_decay=0.9, **flags)
+    for step, capturable in enumerate((False, True, True, False, True)):
+        opt.param_groups[0]["capturable"] = capturable
+        set_gradients(step, params, others)
+        versions = [p._version for p in params]
+        opt.step()
+        twin.step()
+        assert isinstance(opt.param_groups[0]["base_steps"], torch.Tensor) is capturable
+        assert all(p._version > v for p, v in zip(params, versions, strict=True))
+        assert_same(opt, twin)
+
+
+def test_averaged_buffers_follow_a_schedule_on_the_device():
+    models = [torch.nn.BatchNorm1d(4) for _ in "ab"]
+    options = {"ema_decay": CosineDecay(0.5, total=10.0), "ema_buffers": "average", "kappa": 2.0}
+    opt, twin = (
+        fused_ema.FusedScaledSGD(model.parameters(), model=model, **options, **device)
+        for model, device in zip(
+            models, ({"capturable": True, "backend": "triton"}, {}), strict=True
+        )
+    )
+    for step in range(4):
+        for model in models:
+            torch.manual_seed(step)
+            model(torch.randn(8, 4)).square().sum().backward()
+        opt.step()
+        twin.step()
+    held = zip(opt._buffers.held[0].values(), twin._buffers.held[0].values(), strict=True)
+    for found, expected in held:
+        torch.testing.assert_close(found, expected)
 
 
 def test_one_launch_steps_all_groups(monkeypatch):

@@ -83,3 +83,31 @@ def test_another_row_moves_everything(uploads):
     opt.step()
     opt.step()
     assert uploads[1:] == [words(3, states=0, rows=2)]
+
+
+def memory(parts) -> set[int]:
+    return {part.untyped_storage().data_ptr() for part in parts}
+
+
+def test_a_capture_has_words_of_its_own():
+    """Neither an eager step nor another capture writes where a graph reads."""
+    params = parameters()
+    opt = FusedScaledAdamW(params, ema_decay=0.9, backend="triton")
+    opt.step()
+    (plan,) = opt._stepper.plans
+    words = plan._words
+    eager = memory(words.current())
+    for p in params:
+        p.grad = torch.full_like(p, 2.0)
+    opt._stepper.prepare(opt.param_groups, opt.state)
+    first, second = words.captured(), words.captured()
+    after = words.current()
+    assert not eager & memory(first)
+    assert not memory(first) & memory(second)
+    assert not memory(after) & (memory(first) | memory(second))
+    for part, other, third in zip(first, second, after, strict=True):
+        assert torch.equal(part, other)
+        assert torch.equal(part, third)
+    assert memory(first) | memory(second) <= memory(words.kept)
+    assert len(words.kept) == 4
+    assert plan.captured
