@@ -16,20 +16,26 @@ Shape = tuple[int, ...]
 
 CLASSES = 1000
 RGB = 3
+LAYER_DECAY = 0.95
 
 
 @dataclass(frozen=True)
 class Case:
     """Parameters to step, by shape.
 
+    num_groups: param groups that the tensors are dealt out to, in order, each with a learning rate
+        of its own.
     hot: gradients stay and steps follow each other, so that the processor's caches hold whatever
         fits. Otherwise every step gets new gradients, as in training.
+    host_only: next to nothing for a device to do: the time is the host's.
     """
 
     name: str
     shapes: tuple[Shape, ...]
     dtype: torch.dtype = torch.float32
+    num_groups: int = 1
     hot: bool = False
+    host_only: bool = False
 
     @property
     def numel(self) -> int:
@@ -38,7 +44,19 @@ class Case:
     @property
     def title(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.name}: {len(self.shapes):,} tensors, {self.numel:,} parameters, {dtype}"
+        groups = f" in {self.num_groups} groups" if self.num_groups > 1 else ""
+        tensors = f"{len(self.shapes):,} tensors{groups}"
+        return f"{self.name}: {tensors}, {self.numel:,} parameters, {dtype}"
+
+    @property
+    def lr_factors(self) -> tuple[float, ...]:
+        """One a group, falling towards the input: layer-wise learning rates."""
+        return tuple(LAYER_DECAY**depth for depth in reversed(range(self.num_groups)))
+
+    @property
+    def group_ends(self) -> tuple[int, ...]:
+        """How many tensors there are up to the end of each group."""
+        return tuple(len(self.shapes) * (k + 1) // self.num_groups for k in range(self.num_groups))
 
 
 def linear(inputs: int, outputs: int) -> Iterator[Shape]:
@@ -107,10 +125,17 @@ CASES = {
     )
 }
 
-# Tensors without elements: all that remains of a step is what the host does.
+# Also what a processor would take too long for.
+GPU_CASES = {
+    **CASES,
+    "vit_l16": make("vit_l16", vit(width=1024, depth=24, patch=16)),
+    "groups50": replace(CASES["vit_b16"], name="groups50", num_groups=50),
+}
+
+# Tensors of no or hardly any elements: all that remains of a step is what the host does.
 HOST_COUNTS = (1, 62, 152, 400, 1000)
 
 
-def host_cases(hot: bool) -> list[Case]:
-    cases = [make(f"host_{'hot_' if hot else ''}{n}", [(0,)] * n) for n in HOST_COUNTS]
-    return [replace(case, hot=hot) for case in cases]
+def host_cases(hot: bool, elements: int) -> list[Case]:
+    cases = [make(f"host_{'hot_' if hot else ''}{n}", [(elements,)] * n) for n in HOST_COUNTS]
+    return [replace(case, hot=hot, host_only=True) for case in cases]

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .data import Data, Running
-from .providers import Provider, Spec, ours
+from .device import Device, Launches
+from .providers import REFERENCE, NotOfferedError, Provider, Spec
 
 # One factor a step; all positive, so that no average cancels and loses digits.
 FACTORS = (1.0, 0.6, 1.3)
@@ -19,8 +20,6 @@ FACTORS = (1.0, 0.6, 1.3)
 # Roundings that a provider may make differently in one step, each a share of the weight or of the
 # distance that it moves. An error of 0.1 % in any one hyper-parameter is larger.
 ROUNDINGS = 16
-
-REFERENCE = ours("reference")
 
 
 class OperatorCount(TorchDispatchMode):
@@ -37,40 +36,72 @@ class OperatorCount(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Weights and averages after the steps, and the torch operators of the last one."""
+    """Weights and averages after the steps, and what the last one called and launched."""
 
     weights: list[Tensor]
     emas: list[Tensor]
     num_operators: int
+    launches: Launches | None
 
 
-def take_steps(provider: Provider, spec: Spec, data: Data) -> Outcome:
+@dataclass(frozen=True)
+class Verdict:
+    """What a step calls and launches, and why its provider gets no time.
+
+    left_out: it does not offer the case.
+    error: it fails on it.
+    """
+
+    num_operators: int | None = None
+    launches: Launches | None = None
+    left_out: str | None = None
+    error: str | None = None
+
+    @property
+    def is_right(self) -> bool:
+        return self.reason is None
+
+    @property
+    def reason(self) -> str | None:
+        return self.error if self.left_out is None else f"left out, {self.left_out}"
+
+
+def take_steps(provider: Provider, spec: Spec, data: Data, device: Device) -> Outcome:
     running = Running(provider, spec, data)
-    for factor in FACTORS:
+    *early, last = FACTORS
+    for factor in early:
         running.backward(factor)
-        with OperatorCount() as operators:
+        running.step()
+    operators = OperatorCount()
+
+    def counted_step() -> None:
+        with operators:
             running.step()
+
+    running.backward(last)
+    launches = device.launches(counted_step)
     weights = [param.detach() for param in running.params]
-    return Outcome(weights, list(running.emas()), operators.count)
+    return Outcome(weights, list(running.emas()), operators.count, launches)
 
 
 class Checker:
     """Holds the reference's result on one case."""
 
-    def __init__(self, spec: Spec, data: Data) -> None:
+    def __init__(self, spec: Spec, data: Data, device: Device) -> None:
         self.spec = spec
         self.data = data
-        self.expected = take_steps(REFERENCE, spec, data)
+        self.device = device
+        self.expected = take_steps(REFERENCE, spec, data, device)
 
-    def check(self, provider: Provider) -> tuple[int | None, str | None]:
-        """Torch operators of a step, or why the provider gets no time."""
+    def check(self, provider: Provider) -> Verdict:
         try:
-            outcome = take_steps(provider, self.spec, self.data)
+            outcome = take_steps(provider, self.spec, self.data, self.device)
+        except NotOfferedError as reason:
+            return Verdict(left_out=str(reason))
         except Exception as error:  # whatever it is, it is reported in the provider's row
-            return None, f"{type(error).__name__}: {error}".splitlines()[0]
-        if provider.is_bound:
-            return outcome.num_operators, None
-        return outcome.num_operators, next(self._failures(outcome), None)
+            return Verdict(error=f"{type(error).__name__}: {error}".splitlines()[0])
+        failure = None if provider.bound else next(self._failures(outcome), None)
+        return Verdict(outcome.num_operators, outcome.launches, error=failure)
 
     def _failures(self, outcome: Outcome) -> Iterator[str]:
         start = self.data.views(self.data.weights)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .cases import Case
-from .providers import Provider, Spec
+from .device import Device
+from .providers import Group, Groups, Parameters, Provider, Spec
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,10 @@ class Data:
     grads: Tensor
 
     @classmethod
-    def draw(cls, case: Case, seed: int) -> Data:
-        generator = torch.Generator().manual_seed(seed)
-        weights, grads = (
-            torch.randn(case.numel, generator=generator, dtype=case.dtype) for _ in range(2)
-        )
+    def draw(cls, case: Case, device: Device, seed: int) -> Data:
+        generator = torch.Generator(device.torch_device).manual_seed(seed)
+        kind = {"dtype": case.dtype, "device": device.torch_device}
+        weights, grads = (torch.randn(case.numel, generator=generator, **kind) for _ in range(2))
         return cls(case, weights, grads)
 
     def views(self, flat: Tensor) -> list[Tensor]:
@@ -35,6 +35,12 @@ class Data:
         parts = zip(flat.split(sizes), self.case.shapes, strict=True)
         return [part.view(shape) for part, shape in parts]
 
+    def groups(self, params: Parameters) -> Groups:
+        """The tensors' parameters in the case's groups."""
+        ends = self.case.group_ends
+        cuts = zip((0, *ends), ends, self.case.lr_factors, strict=False)
+        return [Group(params[start:end], lr_factor) for start, end, lr_factor in cuts]
+
 
 class Running:
     """A provider at work on its own copy of the parameters."""
@@ -42,10 +48,11 @@ class Running:
     def __init__(self, provider: Provider, spec: Spec, data: Data) -> None:
         self.provider = provider
         weights, self._grads = [data.weights], [data.grads]
-        if not provider.is_bound:
+        if provider.bound is None:
             weights, self._grads = data.views(data.weights), data.views(data.grads)
         self.params = [nn.Parameter(weight.clone()) for weight in weights]
-        stepper = provider.make(self.params, spec)
+        groups = [Group(self.params)] if provider.bound else data.groups(self.params)
+        stepper = provider.make(groups, spec)
         self.step: Callable[[], object] = stepper.step
         self.emas = stepper.emas
 

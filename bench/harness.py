@@ -11,9 +11,10 @@ from statistics import median, quantiles
 from time import perf_counter
 
 from .cases import Case
-from .check import Checker
+from .check import Checker, Verdict
 from .data import Data, Running
-from .providers import BASELINE, BOUND, Provider, Spec
+from .device import Device, Seconds
+from .providers import PREFERRED, Provider, Spec
 from .streams import READ
 
 # Gradients are the drawn ones times a factor: no two steps get the same.
@@ -31,100 +32,123 @@ class Settings:
     rounds: turns of every provider.
     round_seconds: time that a turn takes, by repeating short steps.
     warmup_seconds: time that every provider steps before it counts.
-    memory: bytes that providers timed in turns may hold together; more of them take turns in
-        groups, each with the baseline and the bound.
     """
 
     rounds: int = 30
     round_seconds: float = 0.02
     warmup_seconds: float = 0.2
-    memory: float = 10e9
     seed: int = 0
 
 
 @dataclass
 class Result:
-    """A provider's seconds per step, one of each round, or why there are none.
+    """A provider's seconds per step, one of each round, or the verdict why there are none.
 
-    bytes_per_param: what a step must read and write, counted.
-    num_operators: torch operators called by a step.
+    baseline: the provider that its times are held against, if there is one.
     against_baseline: its time over the baseline's, round by round.
     against_bound: its bandwidth over the bound's, round by round.
     """
 
     case: Case
     spec: Spec
-    provider: str
-    bytes_per_param: int
-    error: str | None = None
-    num_operators: int | None = None
-    seconds: list[float] = field(default_factory=list)
+    provider: Provider
+    verdict: Verdict
+    baseline: Provider | None = None
+    seconds: list[Seconds] = field(default_factory=list)
     against_baseline: list[float] = field(default_factory=list)
     against_bound: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
-        return median(self.seconds)
+        return median(self._elapsed)
 
     @property
     def p10(self) -> float:
-        return deciles(self.seconds)[0]
+        return deciles(self._elapsed)[0]
 
     @property
     def p90(self) -> float:
-        return deciles(self.seconds)[-1]
+        return deciles(self._elapsed)[-1]
+
+    @property
+    def host(self) -> float | None:
+        """The host's time, where it is not all of it."""
+        return median_of([s.host for s in self.seconds if s.host is not None])
+
+    @property
+    def device(self) -> float | None:
+        """The device's time, likewise."""
+        return median_of([s.device for s in self.seconds if s.device is not None])
 
     @property
     def bandwidth(self) -> float:
         """Counted bytes a second."""
-        return self.num_bytes / self.median
+        return self.num_bytes / median(s.busy for s in self.seconds)
+
+    @property
+    def bytes_per_param(self) -> int:
+        """Every array read once; all but the gradients written once."""
+        bound = self.provider.bound
+        arrays = bound.arrays if bound else 2 * self.spec.num_arrays - 1
+        return arrays * self.case.dtype.itemsize
+
+    @property
+    def numel(self) -> int:
+        bound = self.provider.bound
+        return self.case.numel if bound is None or bound.numel is None else bound.numel
 
     @property
     def num_bytes(self) -> int:
-        return self.bytes_per_param * self.case.numel
+        return self.bytes_per_param * self.numel
+
+    @property
+    def _elapsed(self) -> list[float]:
+        return [s.elapsed for s in self.seconds]
 
 
 def deciles(values: Sequence[float]) -> list[float]:
     return quantiles(values, n=10, method="inclusive") if len(values) > 1 else list(values)
 
 
-def bytes_per_param(provider: Provider, case: Case, spec: Spec) -> int:
-    """Every array read once; all but the gradients written once."""
-    arrays = READ if provider.is_bound else spec.num_arrays
-    return (2 * arrays - 1) * case.dtype.itemsize
+def median_of(values: Sequence[float]) -> float | None:
+    return median(values) if values else None
 
 
 def measure(
-    case: Case, spec: Spec, providers: Sequence[Provider], settings: Settings
+    case: Case, spec: Spec, providers: Sequence[Provider], device: Device, settings: Settings
 ) -> list[Result]:
     """Check every provider, then time the right ones; one result each, in the given order."""
-    data = Data.draw(case, settings.seed)
+    data = Data.draw(case, device, settings.seed)
+    checker = Checker(spec, data, device)
     results = {
-        provider: Result(case, spec, provider.name, bytes_per_param(provider, case, spec))
-        for provider in providers
+        provider: Result(case, spec, provider, checker.check(provider)) for provider in providers
     }
-    checker = Checker(spec, data)
-    for provider, result in results.items():
-        result.num_operators, result.error = checker.check(provider)
     del checker  # its tensors make room for the providers
-    right = [provider for provider, result in results.items() if result.error is None]
-    for group in memory_groups(right, case, spec, settings.memory):
-        time_group(group, spec, data, results, settings)
+    right = [provider for provider, result in results.items() if result.verdict.is_right]
+    baseline = next((provider for provider in PREFERRED if provider in right), None)
+    for result in results.values():
+        result.baseline = baseline
+    shared = [provider for provider in right if provider is baseline or provider.bound]
+    for group in memory_groups(right, shared, case, spec, device.memory):
+        time_group(group, spec, data, results, device, settings)
     return list(results.values())
 
 
 def memory_groups(
-    providers: Sequence[Provider], case: Case, spec: Spec, memory: float
+    providers: Sequence[Provider],
+    shared: Sequence[Provider],
+    case: Case,
+    spec: Spec,
+    memory: float,
 ) -> Iterator[list[Provider]]:
-    """Splits providers so that a group fits; the baseline and the bound are in every group."""
+    """Splits providers so that a group fits; the shared ones are in every group."""
     array = case.numel * case.dtype.itemsize
-    shared = [provider for provider in providers if provider in (BASELINE, BOUND)]
     others = [provider for provider in providers if provider not in shared]
     held = (max(spec.num_arrays, READ) - 1) * array
     room = (memory - SHARED_ARRAYS * array) // max(1, held)
     size = max(1, int(room) - len(shared))
     for start in range(0, max(1, len(others)), size):
-        yield shared + others[start : start + size]
+        yield [*shared, *others[start : start + size]]
 
 
 def time_group(
@@ -132,13 +156,15 @@ def time_group(
     spec: Spec,
     data: Data,
     results: dict[Provider, Result],
+    device: Device,
     settings: Settings,
 ) -> None:
     """Adds the times and ratios of every round to the results."""
     order = random.Random(settings.seed)
-    hot = data.case.hot
     with no_collection():
-        turns = [Turn(Running(provider, spec, data), hot, settings) for provider in group]
+        turns = [
+            Turn(Running(provider, spec, data), data.case, device, settings) for provider in group
+        ]
         for turn in turns:
             turn.warm_up()
         for _ in range(settings.rounds):
@@ -151,54 +177,59 @@ def time_group(
 def add_round(
     results: dict[Provider, Result],
     provider: Provider,
-    value: float,
-    seconds: dict[Provider, float],
+    value: Seconds,
+    seconds: dict[Provider, Seconds],
 ) -> None:
     result = results[provider]
     result.seconds.append(value)
-    if BASELINE in seconds:
-        result.against_baseline.append(value / seconds[BASELINE])
-    if BOUND in seconds:
-        bound = results[BOUND].num_bytes / seconds[BOUND]
-        result.against_bound.append(result.num_bytes / value / bound)
+    if result.baseline in seconds and result.numel == result.case.numel:
+        result.against_baseline.append(value.elapsed / seconds[result.baseline].elapsed)
+    for bound in (provider for provider in seconds if provider.bound):
+        bandwidth = results[bound].num_bytes / seconds[bound].busy
+        result.against_bound.append(result.num_bytes / value.busy / bandwidth)
 
 
 class Turn:
     """A running provider, and how many steps make one of its turns."""
 
-    def __init__(self, running: Running, hot: bool, settings: Settings) -> None:
+    def __init__(self, running: Running, case: Case, device: Device, settings: Settings) -> None:
         self.provider = running.provider
         self._running = running
-        self._hot = hot
+        self._case = case
+        self._device = device
         self._settings = settings
         self._factors = random.Random(settings.seed)
         self._steps = 1
 
     def warm_up(self) -> None:
-        self._running.backward(self._factors.uniform(*FACTORS))
+        self._backward()
         start = perf_counter()
         steps = 0
         while steps == 0 or perf_counter() - start < self._settings.warmup_seconds:
-            self._one_step()
+            self._time(1)
             steps += 1
         per_step = (perf_counter() - start) / steps
         self._running.zero_grad()
         self._steps = max(1, int(self._settings.round_seconds / per_step))
 
-    def seconds(self) -> float:
+    def seconds(self) -> Seconds:
         """Median time of this turn's steps; making the gradients is not counted."""
-        if self._hot:
-            self._running.backward(self._factors.uniform(*FACTORS))
-        spent = median(self._one_step() for _ in range(self._steps))
+        if self._case.hot:
+            self._backward()
+        spent = self._time(self._steps)
         self._running.zero_grad()
-        return spent
+        return spent.host_alone if self._case.host_only else spent
 
-    def _one_step(self) -> float:
-        if not self._hot:
-            self._running.backward(self._factors.uniform(*FACTORS))
-        start = perf_counter()
-        self._running.step()
-        return perf_counter() - start
+    def _time(self, count: int) -> Seconds:
+        prepare = nothing if self._case.hot else self._backward
+        return self._device.time(prepare, self._running.step, count)
+
+    def _backward(self) -> None:
+        self._running.backward(self._factors.uniform(*FACTORS))
+
+
+def nothing() -> None:
+    """The gradients stay."""
 
 
 @contextmanager

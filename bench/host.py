@@ -1,4 +1,4 @@
-"""What a step costs the host: tensors without elements, time fitted as ``a + b*n``."""
+"""What a step costs the host: tensors of hardly any elements, time fitted as ``a + b*n``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .cases import host_cases
+from .device import Device
 from .harness import Result, Settings, measure
 from .providers import HOST_PROVIDERS, Spec
 
@@ -21,12 +22,14 @@ class Fit:
     per_tensor: float
 
 
-def measure_host(spec: Spec, settings: Settings) -> list[Result]:
+def measure_host(spec: Spec, device: Device, settings: Settings) -> list[Result]:
     return [
         result
         for hot in (False, True)
-        for case in host_cases(hot)
-        for result in measure(case, spec, HOST_PROVIDERS, settings)
+        for case in host_cases(hot, device.host_elements)
+        for result in measure(
+            case, spec, HOST_PROVIDERS[device.torch_device.type], device, settings
+        )
     ]
 
 
@@ -34,11 +37,11 @@ def fits(results: Sequence[Result]) -> list[Fit]:
     """A line through the medians of every provider that has all its times."""
     series: dict[tuple[str, bool], list[Result]] = {}
     for result in results:
-        series.setdefault((result.provider, result.case.hot), []).append(result)
+        series.setdefault((result.provider.name, result.case.hot), []).append(result)
     return [
         Fit(own[0].spec, provider, hot, *line(own))
         for (provider, hot), own in series.items()
-        if not any(result.error for result in own)
+        if all(result.seconds for result in own)
     ]
 
 

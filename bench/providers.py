@@ -24,13 +24,26 @@ KAPPA = 2.0
 EMA_DECAY = 0.9
 LR, BETAS, EPS, MOMENTUM, WEIGHT_DECAY = 1e-2, (0.9, 0.99), 1e-2, 0.9, 0.1
 
+Parameters = list[nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters whose learning rate is ``LR`` times a factor."""
+
+    params: Parameters
+    lr_factor: float = 1.0
+
+
+Groups = Sequence[Group]
+
 
 @dataclass(frozen=True)
 class Spec:
     """One optimizer, ours and torch's.
 
     base: arguments of ours, at the base batch size.
-    scaled: arguments of torch's, at ``KAPPA`` times that.
+    scaled: arguments of torch's at ``KAPPA`` times that, for a base learning rate.
     num_states: state tensors that a step reads and writes.
     """
 
@@ -38,7 +51,7 @@ class Spec:
     ours: Callable[..., torch.optim.Optimizer]
     torch: Callable[..., torch.optim.Optimizer]
     base: Mapping[str, Any]
-    scaled: Mapping[str, Any]
+    scaled: Callable[[float], Mapping[str, Any]]
     num_states: int
 
     @property
@@ -46,27 +59,36 @@ class Spec:
         """Arrays that a step reads: weights, gradients, states, average. It writes all but one."""
         return 3 + self.num_states
 
+    def make_ours(self, groups: Groups, **flags: Any) -> torch.optim.Optimizer:
+        own = [{"params": g.params, "lr": LR * g.lr_factor} for g in groups]
+        return self.ours(own, **self.base, **flags)
 
-def adamw() -> Spec:
-    lr = scaling.adaptive_lr(LR, KAPPA)
-    decay = scaling.decoupled_decay(LR, lr, WEIGHT_DECAY, KAPPA, "exact")
-    scaled = {
+    def make_torch(self, groups: Groups, **flags: Any) -> torch.optim.Optimizer:
+        own = [{"params": g.params, **self.scaled(LR * g.lr_factor)} for g in groups]
+        return self.torch(own, **flags)
+
+
+def scaled_adamw(base_lr: float) -> Mapping[str, Any]:
+    lr = scaling.adaptive_lr(base_lr, KAPPA)
+    decay = scaling.decoupled_decay(base_lr, lr, WEIGHT_DECAY, KAPPA, "exact")
+    return {
         "lr": lr,
         "betas": tuple(1.0 - scaling.beta_weight(beta, KAPPA) for beta in BETAS),
         "eps": scaling.adaptive_eps(EPS, KAPPA),
         "weight_decay": decay / lr,
     }
-    base = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
-    return Spec("adamw", FusedScaledAdamW, torch.optim.AdamW, base, scaled, num_states=2)
 
 
-def sgd() -> Spec:
-    base = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
-    scaled = {**base, "lr": scaling.sgd_lr(LR, KAPPA)}
-    return Spec("sgd", FusedScaledSGD, torch.optim.SGD, base, scaled, num_states=1)
+def scaled_sgd(base_lr: float) -> Mapping[str, Any]:
+    return {**SGD, "lr": scaling.sgd_lr(base_lr, KAPPA)}
 
 
-OPTIMIZERS = {spec.name: spec for spec in (adamw(), sgd())}
+ADAMW = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+SGD = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+OPTIMIZERS = {
+    "adamw": Spec("adamw", FusedScaledAdamW, torch.optim.AdamW, ADAMW, scaled_adamw, num_states=2),
+    "sgd": Spec("sgd", FusedScaledSGD, torch.optim.SGD, SGD, scaled_sgd, num_states=1),
+}
 
 
 @dataclass(frozen=True)
@@ -77,25 +99,39 @@ class Stepper:
     emas: Callable[[], Sequence[Tensor]]
 
 
-Parameters = list[nn.Parameter]
+@dataclass(frozen=True)
+class Bound:
+    """What moves bytes without arithmetic: it has no result to check.
+
+    arrays: reads and writes of an array that it makes.
+    numel: of its arrays, None for as many elements as the case has.
+    """
+
+    arrays: int
+    numel: int | None = None
+
+
+class NotOfferedError(Exception):
+    """A provider leaves a case out by design; the message says why."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to step, made for one optimizer's hyper-parameters.
-
-    is_bound: moves the bytes without the arithmetic, so there is no result to check.
-    """
+    """A way to step, made for one optimizer's hyper-parameters."""
 
     name: str
-    make: Callable[[Parameters, Spec], Stepper]
-    is_bound: bool = False
+    make: Callable[[Groups, Spec], Stepper]
+    bound: Bound | None = None
+
+
+def flat(groups: Groups) -> Parameters:
+    return [param for group in groups for param in group.params]
 
 
 def ours(backend: str) -> Provider:
-    def make(params: Parameters, spec: Spec) -> Stepper:
-        opt = spec.ours(params, **spec.base, ema_decay=EMA_DECAY, kappa=KAPPA, backend=backend)
-        return Stepper(opt.step, lambda: [opt.state[param]["ema"] for param in params])
+    def make(groups: Groups, spec: Spec) -> Stepper:
+        opt = spec.make_ours(groups, ema_decay=EMA_DECAY, kappa=KAPPA, backend=backend)
+        return Stepper(opt.step, lambda: [opt.state[param]["ema"] for param in flat(groups)])
 
     return Provider(f"fused_ema {backend}", make)
 
@@ -103,9 +139,9 @@ def ours(backend: str) -> Provider:
 def torch_lerp(implementation: str, **flags: bool) -> Provider:
     """torch's step, then one call that moves all averages."""
 
-    def make(params: Parameters, spec: Spec) -> Stepper:
-        opt = spec.torch(params, **spec.scaled, **flags)
-        weights: list[Tensor] = list(params)
+    def make(groups: Groups, spec: Spec) -> Stepper:
+        opt = spec.make_torch(groups, **flags)
+        weights: list[Tensor] = list(flat(groups))
         emas = [weight.detach().clone() for weight in weights]
         new_weight = scaling.ema_weight(EMA_DECAY, KAPPA)
 
@@ -124,9 +160,9 @@ def torch_averaged(
 ) -> Provider:
     """torch's step, then ``AveragedModel.update_parameters``."""
 
-    def make(params: Parameters, spec: Spec) -> Stepper:
-        opt = spec.torch(params, **spec.scaled, **flags)
-        module = nn.ParameterList(params)
+    def make(groups: Groups, spec: Spec) -> Stepper:
+        opt = spec.make_torch(groups, **flags)
+        module = nn.ParameterList(flat(groups))
         averaged = AveragedModel(module, **average)
         # the first call only copies: from here on it averages, from the same start as the others
         averaged.update_parameters(module)
@@ -143,9 +179,9 @@ def torch_averaged(
 def stream() -> Provider:
     """A plain loop over five arrays; its parameters come as one flat tensor."""
 
-    def make(params: Parameters, _: Spec) -> Stepper:
+    def make(groups: Groups, _: Spec) -> Stepper:
         step5 = streams.load()
-        (param,) = params
+        (param,) = flat(groups)
         weights = param.detach()
         states = [weights.clone() for _ in range(streams.WRITTEN - 1)]
 
@@ -154,13 +190,42 @@ def stream() -> Provider:
 
         return Stepper(step, list)
 
-    return Provider("stream (bound)", make, is_bound=True)
+    return Provider("stream (bound)", make, Bound(streams.READ + streams.WRITTEN))
 
 
-BASELINE = ours("native")
-OURS = (BASELINE, ours("foreach"), ours("reference"))
+def copy() -> Provider:
+    """torch's copy between two tensors that no cache holds."""
+    numel = 2**27
+
+    def make(groups: Groups, _: Spec) -> Stepper:
+        (param,) = flat(groups)
+        source = torch.rand(numel, device=param.device)
+        target = torch.empty_like(source)
+        return Stepper(lambda: target.copy_(source), list)
+
+    return Provider("copy (bound)", make, Bound(2, numel))
+
+
+def small_chunks() -> Provider:
+    """A program for every 128 elements, as in apex's FusedAdamSWA."""
+
+    def make(groups: Groups, spec: Spec) -> Stepper:
+        from .small_chunks import SmallChunks  # here, because nothing else needs Triton
+
+        if spec.name != "adamw" or len(groups) > 1:
+            raise NotOfferedError("it is AdamW with one param group")
+        scaled = spec.scaled(LR * groups[0].lr_factor)
+        ema_weight = scaling.ema_weight(EMA_DECAY, KAPPA)
+        opt = SmallChunks(groups[0].params, **scaled, ema_weight=ema_weight)
+        return Stepper(opt.step, lambda: opt.emas)
+
+    return Provider("Triton, chunks of 128", make)
+
+
+NATIVE, TRITON, FOREACH, REFERENCE = map(ours, ("native", "triton", "foreach", "reference"))
+# As the default chooses between them: ratios are against the first that is right.
+PREFERRED = (NATIVE, TRITON, FOREACH, REFERENCE)
 PEER = torch_lerp("fused", fused=True)
-BOUND = stream()
 
 # "default" leaves every choice to torch. AveragedModel's own default is an equally weighted
 # average, no EMA: on a CPU it runs the form of avg_fn, which is given an EMA's weights here.
@@ -169,17 +234,23 @@ MULTI = {"multi_avg_fn": get_ema_multi_avg_fn(_DECAY)}
 PER_TENSOR = {"avg_fn": get_ema_avg_fn(_DECAY)}
 DEFAULT = torch_averaged("default", "(multi_avg_fn)", MULTI)
 
-PROVIDERS = (
-    *OURS,
+THEIRS = (
     torch_lerp("for-loop", foreach=False, fused=False),
     torch_lerp("foreach", foreach=True),
     PEER,
     torch_averaged("fused", "(multi_avg_fn)", MULTI, fused=True),
     DEFAULT,
     torch_averaged("default", "(avg_fn)", PER_TENSOR),
-    BOUND,
 )
-HOST_PROVIDERS = (BASELINE, PEER)
+OURS = (NATIVE, FOREACH, REFERENCE)
+BOUND = stream()
+
+# By the type of the device.
+PROVIDERS = {
+    "cpu": (*OURS, *THEIRS, BOUND),
+    "cuda": (NATIVE, TRITON, FOREACH, *THEIRS, small_chunks(), copy()),
+}
+HOST_PROVIDERS = {"cpu": (NATIVE, PEER), "cuda": (NATIVE, TRITON, PEER)}
 
 # Where time or memory is short: what the default backend is held against.
-FEW_PROVIDERS = (BASELINE, PEER, DEFAULT, BOUND)
+FEW_PROVIDERS = (NATIVE, PEER, DEFAULT, BOUND)

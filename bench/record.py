@@ -7,34 +7,46 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from .harness import Result
+from .device import MILLI, Device
+from .harness import Result, median_of
 from .host import Fit
-from .table import GIGA, MICRO, MILLI, median_of
+from .table import GIGA, MICRO
 
 COLUMNS = (
-    *("commit", "cpu", "cores", "threads", "torch"),
+    *("commit", "cpu", "cores", "threads", "device", "driver", "torch", "triton"),
     *("case", "optimizer", "provider", "dtype", "rounds"),
-    *("median_ms", "p10_ms", "p90_ms", "host_us", "host_us_per_tensor"),
-    *("bytes_per_param", "gb_per_s", "share_of_bound", "time_over_ours", "torch_ops", "error"),
+    *("median_ms", "p10_ms", "p90_ms", "device_ms", "host_us", "host_us_per_tensor"),
+    *("bytes_per_param", "gb_per_s", "share_of_bound", "time_over_ours"),
+    *("launches", "copies", "torch_ops", "error"),
 )
 FIT_CASE = "host_fit"
 
 Row = dict[str, object]
 
 
-def machine() -> Row:
+def machine(device: Device) -> Row:
     """What every row of a run shares."""
     return {
         "commit": commit(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **device.describe(),
         "torch": torch.__version__,
+        "triton": triton_version(),
     }
+
+
+def triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
 
 
 def commit() -> str:
@@ -65,16 +77,19 @@ def cpu_model() -> str:
 
 
 def result_row(result: Result) -> Row:
+    verdict = result.verdict
     row: Row = {
         "case": result.case.name,
         "optimizer": result.spec.name,
-        "provider": result.provider,
+        "provider": result.provider.name,
         "dtype": str(result.case.dtype).removeprefix("torch."),
         "rounds": len(result.seconds),
         "bytes_per_param": result.bytes_per_param,
-        "torch_ops": result.num_operators,
-        "error": result.error,
+        "torch_ops": verdict.num_operators,
+        "error": verdict.reason,
     }
+    if verdict.launches:
+        row |= {"launches": verdict.launches.kernels, "copies": verdict.launches.copies}
     return row | times(result) if result.seconds else row
 
 
@@ -85,9 +100,11 @@ def times(result: Result) -> Row:
         "p90_ms": digits(result.p90 / MILLI),
         "time_over_ours": digits(median_of(result.against_baseline)),
     }
-    if result.case.numel == 0:
+    if result.case.host_only:
         return row | {"host_us": digits(result.median / MICRO)}
     return row | {
+        "device_ms": digits(result.device, MILLI),
+        "host_us": digits(result.host, MICRO),
         "gb_per_s": digits(result.bandwidth / GIGA),
         "share_of_bound": digits(median_of(result.against_bound)),
     }
@@ -103,13 +120,13 @@ def fit_row(fit: Fit) -> Row:
     }
 
 
-def digits(value: float | None) -> str | None:
-    return None if value is None else f"{value:.5g}"
+def digits(value: float | None, unit: float = 1.0) -> str | None:
+    return None if value is None else f"{value / unit:.5g}"
 
 
-def write(path: Path, results: Iterable[Result], fits: Iterable[Fit]) -> None:
+def write(path: Path, device: Device, results: Iterable[Result], fits: Iterable[Fit]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    shared = machine()
+    shared = machine(device)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

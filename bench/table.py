@@ -2,98 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Callable, Mapping, Sequence
 
-from .harness import Result
+from .device import MILLI
+from .harness import Result, median_of
 from .host import Fit
-from .providers import BASELINE, BOUND
 
-GIGA, MILLI, MICRO = 1e9, 1e-3, 1e-6
-
-OURS = BASELINE.name
-HEADER = ("provider", "median ms", "p10", "p90", "GB/s", "of bound", "time / ours", "torch ops")
-HOST_HEADER = ("provider", "gradients", "n", "median us", "p10", "p90", "time / ours", "torch ops")
+GIGA, MICRO = 1e9, 1e-6
 
 
-def step_table(results: Sequence[Result]) -> str:
-    """One case; the ratio is the time over that of our default backend, above 1 where we win."""
-    first = results[0]
-    counted = max(result.bytes_per_param for result in results if result.provider != BOUND.name)
-    heading = f"{first.case.title}; {first.spec.name}, {counted} B a parameter"
-    timed = [result for result in results if result.seconds]
-    rows = [HEADER, *map(step_row, timed)]
-    return "\n".join([heading, aligned(rows), *remarks(results)])
+Columns = Mapping[str, Callable[[Result], str]]
 
 
-def step_row(result: Result) -> tuple[str, ...]:
-    times = (f"{t / MILLI:.3f}" for t in (result.median, result.p10, result.p90))
-    bound = median_of(result.against_bound)
-    return (
-        result.provider,
-        *times,
-        f"{result.bandwidth / GIGA:.1f}",
-        "" if bound is None else f"{bound:.0%}",
-        *ratio_and_operators(result),
-    )
+def number(value: float | None, unit: float, digits: int) -> str:
+    return "" if value is None else f"{value / unit:.{digits}f}"
 
 
-def host_table(results: Sequence[Result], fits: Sequence[Fit]) -> str:
-    """Steps over tensors without elements, and the fitted lines."""
-    timed = [result for result in results if result.seconds]
-    rows = [HOST_HEADER, *map(host_row, timed)]
-    lines = [
-        f"{fit.provider}, {gradients(fit.hot)} gradients: "
-        f"{fit.per_step / MICRO:.1f} us + {fit.per_tensor / MICRO:.3f} us * n"
-        for fit in fits
-    ]
-    heading = f"host: n tensors of 0 elements; {results[0].spec.name}"
-    return "\n".join([heading, aligned(rows), *lines, *remarks(results)])
+def ratio(result: Result) -> str:
+    value = median_of(result.against_baseline)
+    return "" if value is None else f"{value:.2f}x"
 
 
-def host_row(result: Result) -> tuple[str, ...]:
-    times = (f"{t / MICRO:.1f}" for t in (result.median, result.p10, result.p90))
-    tensors = str(len(result.case.shapes))
-    return (
-        result.provider,
-        gradients(result.case.hot),
-        tensors,
-        *times,
-        *ratio_and_operators(result),
-    )
+def share(result: Result) -> str:
+    value = median_of(result.against_bound)
+    return "" if value is None else f"{value:.0%}"
+
+
+def launches(result: Result) -> str:
+    made = result.verdict.launches
+    return "" if made is None else f"{made.kernels} + {made.copies}"
 
 
 def gradients(hot: bool) -> str:
     return "same" if hot else "new"
 
 
-def ratio_and_operators(result: Result) -> tuple[str, str]:
-    ratio = median_of(result.against_baseline)
-    return "" if ratio is None else f"{ratio:.2f}x", str(result.num_operators)
+STEP: Columns = {
+    "provider": lambda result: result.provider.name,
+    "median ms": lambda result: number(result.median, MILLI, 3),
+    "p10": lambda result: number(result.p10, MILLI, 3),
+    "p90": lambda result: number(result.p90, MILLI, 3),
+    "device ms": lambda result: number(result.device, MILLI, 3),
+    "host us": lambda result: number(result.host, MICRO, 1),
+    "GB/s": lambda result: number(result.bandwidth, GIGA, 1),
+    "of bound": share,
+    "time / ours": ratio,
+    "launches": launches,
+    "torch ops": lambda result: str(result.verdict.num_operators),
+}
+HOST: Columns = {
+    "provider": lambda result: result.provider.name,
+    "gradients": lambda result: gradients(result.case.hot),
+    "n": lambda result: str(len(result.case.shapes)),
+    "median us": lambda result: number(result.median, MICRO, 1),
+    "p10": lambda result: number(result.p10, MICRO, 1),
+    "p90": lambda result: number(result.p90, MICRO, 1),
+    "time / ours": ratio,
+    "launches": launches,
+    "torch ops": lambda result: str(result.verdict.num_operators),
+}
+
+
+def step_table(results: Sequence[Result]) -> str:
+    """One case; the ratio is the time over that of our default backend, above 1 where we win."""
+    first = results[0]
+    counted = max(result.bytes_per_param for result in results if not result.provider.bound)
+    heading = f"{first.case.title}; {first.spec.name}, {counted} B a parameter"
+    return "\n".join([heading, *rows(STEP, results), *remarks(results)])
+
+
+def host_table(results: Sequence[Result], fits: Sequence[Fit]) -> str:
+    """Steps over tensors with next to nothing in them, and the fitted lines."""
+    first = results[0]
+    lines = [
+        f"{fit.provider}, {gradients(fit.hot)} gradients: "
+        f"{fit.per_step / MICRO:.1f} us + {fit.per_tensor / MICRO:.3f} us * n"
+        for fit in fits
+    ]
+    elements = first.case.numel // len(first.case.shapes)
+    heading = f"host: n tensors of {elements} elements; {first.spec.name}"
+    return "\n".join([heading, *rows(HOST, results), *lines, *remarks(results)])
+
+
+def rows(columns: Columns, results: Sequence[Result]) -> list[str]:
+    """What has a time; columns that nobody fills are left out."""
+    timed = [result for result in results if result.seconds]
+    cells = {name: [cell(result) for result in timed] for name, cell in columns.items()}
+    filled = [(name, *column) for name, column in cells.items() if any(column)]
+    return aligned(list(zip(*filled, strict=True)))
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
     """Who beat us, and who got no time and why."""
     beaten_by = [
-        f"{result.provider} on {result.case.name} ({ratio:.2f}x)"
+        f"{result.provider.name} on {result.case.name} ({times:.2f}x)"
         for result in results
-        if (ratio := median_of(result.against_baseline)) is not None
-        and ratio < 1.0
-        and result.provider != BOUND.name
+        if (times := median_of(result.against_baseline)) is not None
+        and times < 1.0
+        and not result.provider.bound
     ]
-    failed = [f"no time for {r.provider} on {r.case.name}: {r.error}" for r in results if r.error]
-    return [f"faster than {OURS}: {', '.join(beaten_by) or 'none'}", *failed]
+    baselines = dict.fromkeys(result.baseline.name for result in results if result.baseline)
+    without_time = [
+        f"no time for {result.provider.name} on {result.case.name}: {reason}"
+        for result in results
+        if (reason := result.verdict.reason)
+    ]
+    return [
+        f"faster than {' and '.join(baselines)}: {', '.join(beaten_by) or 'none'}",
+        *without_time,
+    ]
 
 
-def median_of(values: Sequence[float]) -> float | None:
-    return median(values) if values else None
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows in columns, the first one to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = []
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         text.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
-    return "\n".join(text)
+    return text

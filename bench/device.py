@@ -1,0 +1,176 @@
+"""Where steps run: how long one takes there, what it launches, and what the device is."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Step = Callable[[], object]
+
+MILLI = 1e-3
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a step takes.
+
+    elapsed: from its call on an idle device until the device is through with it.
+    host: until the call returns; None where the call does all the work.
+    device: the device's part alone; None likewise.
+    """
+
+    elapsed: float
+    host: float | None = None
+    device: float | None = None
+
+    @property
+    def busy(self) -> float:
+        """Time in which the device moves bytes."""
+        return self.elapsed if self.device is None else self.device
+
+    @property
+    def host_alone(self) -> Seconds:
+        return Seconds(self.elapsed if self.host is None else self.host)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What a step makes the device do: kernels, and copies or fills of memory."""
+
+    kernels: int
+    copies: int
+
+
+class Device(Protocol):
+    """A kind of device.
+
+    torch_device: torch's name of it.
+    memory: bytes that providers timed in turns may hold together.
+    host_elements: elements of the tensors that the host's cost is measured with: no more than it
+        takes to have something to launch.
+    """
+
+    torch_device: torch.device
+    memory: float
+    host_elements: int
+
+    def time(self, prepare: Step, step: Step, count: int) -> Seconds:
+        """Medians of ``count`` steps; ``prepare`` comes before each and does not count."""
+
+    def launches(self, step: Step) -> Launches | None:
+        """Make a step; tells what it launched, None if there is no telling."""
+
+    def describe(self) -> dict[str, object]: ...
+
+
+class Cpu:
+    """The processor: a step is done when its call returns."""
+
+    torch_device = torch.device("cpu")
+    memory = 10e9
+    host_elements = 0
+
+    def time(self, prepare: Step, step: Step, count: int) -> Seconds:
+        return Seconds(median(self._once(prepare, step) for _ in range(count)))
+
+    def _once(self, prepare: Step, step: Step) -> float:
+        prepare()
+        start = perf_counter()
+        step()
+        return perf_counter() - start
+
+    def launches(self, step: Step) -> Launches | None:
+        step()
+        return None
+
+    def describe(self) -> dict[str, object]:
+        return {"device": "cpu", "driver": None}
+
+
+class Cuda:
+    """An NVIDIA GPU: the host only queues what a step launches.
+
+    A step is timed in two ways, by events of the device around it. On an idle device it takes at
+    least as long as the host does. Behind a kernel that only waits, the host has queued the whole
+    step (what fits: about 1000 launches) before the device gets to it, and gaps do not count.
+    """
+
+    torch_device = torch.device("cuda")
+    host_elements = 1
+
+    # The waiting kernel takes this many times the host's time for a step, at a clock rate that no
+    # GPU exceeds by much: slower ones wait longer.
+    MARGIN = 1.5
+    CLOCK_RATE = 2e9
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise RuntimeError("torch finds no CUDA GPU here")
+        self.memory = 0.8 * torch.cuda.mem_get_info()[0]
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def time(self, prepare: Step, step: Step, count: int) -> Seconds:
+        idle = [self._idle(prepare, step) for _ in range(count)]
+        elapsed, host = (median(values) for values in zip(*idle, strict=True))
+        device = median(self._queued(prepare, step, host) for _ in range(count))
+        return Seconds(elapsed, host, device)
+
+    def _idle(self, prepare: Step, step: Step) -> tuple[float, float]:
+        prepare()
+        torch.cuda.synchronize()
+        self._begin.record()
+        start = perf_counter()
+        step()
+        host = perf_counter() - start
+        return self._elapsed(), host
+
+    def _queued(self, prepare: Step, step: Step, host: float) -> float:
+        prepare()
+        torch.cuda._sleep(int(self.MARGIN * host * self.CLOCK_RATE))
+        self._begin.record()
+        step()
+        return self._elapsed()
+
+    def _elapsed(self) -> float:
+        self._end.record()
+        self._end.synchronize()
+        return self._begin.elapsed_time(self._end) * MILLI
+
+    def launches(self, step: Step) -> Launches | None:
+        # One kernel more, so that a profiler that sees nothing is not taken for a step of none.
+        known = torch.zeros(1, device=self.torch_device)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            known.add_(1)
+            step()
+            torch.cuda.synchronize()
+        names = [event.name for event in recorded.events() if is_device_work(event)]
+        copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
+        kernels = len(names) - copies - 1
+        return None if kernels < 0 else Launches(kernels, copies)
+
+    def describe(self) -> dict[str, object]:
+        return {"device": torch.cuda.get_device_name(), "driver": driver()}
+
+
+def is_device_work(event: Any) -> bool:
+    return event.device_type.name == "CUDA" and not event.is_user_annotation
+
+
+def driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.splitlines()[0].strip()
+
+
+DEVICES: dict[str, Callable[[], Device]] = {"cpu": Cpu, "cuda": Cuda}
