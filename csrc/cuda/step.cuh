@@ -38,6 +38,29 @@ struct Parameters {
   int64_t words[capacity];
 };
 
+// The widest access, by one instruction. Of a plain one the compiler makes four where it sees fit.
+__device__ inline uint4 read_wide(const void* from) {
+#if defined(__CUDA_ARCH__)
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+  return value;
+#else
+  return *static_cast<const uint4*>(from);
+#endif
+}
+
+__device__ inline void write_wide(void* to, uint4 value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = value;
+#endif
+}
+
 // Starts a load as far as the L2 cache, for which no register has to wait.
 __device__ inline void prefetch([[maybe_unused]] const void* from) {
 #if defined(__CUDA_ARCH__)
@@ -56,7 +79,7 @@ class Pack {
     } else {
 #pragma unroll
       for (int i = 0; i < size; i += 4) {
-        const uint4 part = reinterpret_cast<const uint4*>(from)[i / 4];
+        const uint4 part = read_wide(from + i * n / size);
         std::memcpy(words_ + i, &part, access);
       }
     }
@@ -71,7 +94,7 @@ class Pack {
       for (int i = 0; i < size; i += 4) {
         uint4 part;
         std::memcpy(&part, words_ + i, access);
-        reinterpret_cast<uint4*>(to)[i / 4] = part;
+        write_wide(to + i * n / size, part);
       }
     }
   }

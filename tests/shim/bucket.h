@@ -157,13 +157,13 @@ class Bucket {
         if (average)
           fill<Compute<Stored>>(tensors.back(), size.numel, false);
         else
-          fill<Stored>(tensors.back(), size.numel, k > 2);
+          fill<Stored>(tensors.back(), size.numel, k >= 2);
       });
     }
     return tensors;
   }
 
-  // positive: a second moment, whose root is taken and divided by.
+  // positive: a state, whose square root a rule may take and divide by.
   template <class T>
   void fill(const Block& block, int64_t count, bool positive) {
     std::normal_distribution<float> normal;

@@ -96,6 +96,24 @@ int test_empty() {
   return 1;
 }
 
+// Vectors are moved by one access, the rest and what is not aligned by one for each element.
+int test_accesses() {
+  const Kind kind{"sgd", 1, StoredType::float32, 2, false};
+  const int step = 3 + 2 + 2;  // read param, grad and state, write param and state; an average
+  const int follow = 1 + 2;    // read param; an average
+  const auto expect = [&](const Size& size, int64_t accesses) {
+    Bucket bucket(kind, {size}, 1);
+    shim::accesses = 0;
+    bucket.step({});
+    require(shim::accesses == accesses,
+            std::to_string(shim::accesses) + " accesses instead of " + std::to_string(accesses));
+  };
+  expect({4 * 5 + 3}, (5 + 3) * (step + follow));
+  expect({4 * 5 + 3, -2}, (4 * 5 + 3) * (step + follow));
+  expect({4 * 5 + 3, -1, false}, (5 + 3) * 2 * follow);
+  return 3;
+}
+
 template <class Step>
 void require_error(const char* message, Step step) {
   try {
@@ -127,6 +145,7 @@ int run(const std::string& group) {
   if (group == "words") return test_words();
   if (group == "found_inf") return test_found_inf();
   if (group == "empty") return test_empty();
+  if (group == "accesses") return test_accesses();
   if (group == "errors") return test_errors();
   throw std::runtime_error("no such group");
 }
