@@ -323,7 +323,10 @@ class FusedScaledOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._swapped = False
-        self._make_stepper()
+        if hasattr(self, "_stepper"):  # loading a state dict: graphs may still use old plans
+            self._stepper.forget()
+        else:
+            self._make_stepper()
 
     def _make_stepper(self) -> None:
         self._stepper = Stepper(self.rule, self.backend, self._check_group, self._complete_state)

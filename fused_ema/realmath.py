@@ -9,61 +9,71 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from typing_extensions import TypeIs
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 Real = TypeVar("Real", float, "Tensor")
 
 
+def _is_number(x: object) -> TypeIs[float]:
+    """Whether ``x`` is a number of Python's or numpy's, not a tensor."""
+    return not hasattr(x, "is_cpu")
+
+
 def log(x: Real) -> Real:
     """Natural logarithm; ``-inf`` at 0."""
-    if isinstance(x, float | int):
+    if _is_number(x):
         return math.log(x) if x > 0.0 else -math.inf
     return x.log()
 
 
 def log1p(x: Real) -> Real:
     """``log(1 + x)``; ``-inf`` from -1 down."""
-    if isinstance(x, float | int):
+    if _is_number(x):
         return math.log1p(x) if x > -1.0 else -math.inf
     return x.clamp(min=-1.0).log1p()
 
 
 def expm1(x: Real) -> Real:
     """``exp(x) - 1`` without cancellation."""
-    return math.expm1(x) if isinstance(x, float | int) else x.expm1()
+    return math.expm1(x) if _is_number(x) else x.expm1()
 
 
 def sqrt(x: Real) -> Real:
     """Square root, correctly rounded."""
-    return math.sqrt(x) if isinstance(x, float | int) else x.sqrt()
+    return math.sqrt(x) if _is_number(x) else x.sqrt()
 
 
 def power(x: Real, y: Real) -> Real:
     """``x**y``."""
-    if isinstance(x, float | int):
+    if _is_number(x) and _is_number(y):
         return float(x**y)
-    return x**y
+    result: Real = x**y
+    return result
 
 
 def cos(x: Real) -> Real:
     """Cosine of radians."""
-    return math.cos(x) if isinstance(x, float | int) else x.cos()
+    return math.cos(x) if _is_number(x) else x.cos()
 
 
 def at_most(x: Real, limit: float) -> Real:
     """The smaller of both."""
-    return min(x, limit) if isinstance(x, float | int) else x.clamp(max=limit)
+    return min(x, limit) if _is_number(x) else x.clamp(max=limit)
 
 
 def where(condition: Any, yes: Any, no: Real) -> Real:
     """``yes`` where ``condition`` holds, else ``no``; ``yes`` may be a float beside a tensor."""
-    if isinstance(condition, bool) or isinstance(no, float | int):
+    if _is_number(condition):
         chosen: Real = yes if condition else no
         return chosen
-    return no.where(~condition, yes)
+    tensor: Any = no
+    result: Real = tensor.where(~condition, yes)
+    return result
 
 
 def surely(condition: Any) -> bool:
     """Whether a condition holds as far as the host can tell: one on a device is not waited for."""
-    return isinstance(condition, bool) and condition
+    return _is_number(condition) and bool(condition)

@@ -78,13 +78,13 @@ class Stepper:
     def _make_plans(
         self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]
     ) -> None:
+        self._watch = None  # whatever fails below, the old plans are not to be used again
         devices = {param.device for group in groups for param in group["params"]}
         if any(map(graphs.is_capturing, devices)):
             raise RuntimeError(
                 "step() is being captured in a CUDA graph, and has to make or remake its state and "
                 "plans, which a graph cannot repeat; take a step before the capture"
             )
-        self._watch = None  # whatever fails below, the old plans are not to be used again
         self._captured += [plan for plan in self.plans if plan.captured]
         self._complete()
         requested = [requested_backend(group, self._backend) for group in groups]

@@ -139,6 +139,8 @@ def test_a_graph_outlives_its_plans(monkeypatch):
     opt.step()
     assert captured in opt._stepper._captured
     assert captured not in opt._stepper.plans
+    opt.load_state_dict(opt.state_dict())
+    assert captured in opt._stepper._captured
 
 
 @pytest.mark.parametrize("kernels", ["triton", "foreach", "reference"])
@@ -167,6 +169,11 @@ def test_the_first_step_is_not_captured(monkeypatch):
     with pytest.raises(RuntimeError, match="take a step before the capture"):
         Graph(monkeypatch).capture(opt)
     assert torch.equal(opt.state[params[0]]["step"], count)
+    opt.param_groups[0]["ema_order"] = "before"
+    with pytest.raises(RuntimeError, match="take a step before the capture"):
+        Graph(monkeypatch).capture(opt)
+    opt.step()  # with new plans
+    assert {plan._launch.keywords["ema_before"] for plan in opt._stepper.plans} == {True, False}
 
 
 def test_other_backends_say_that_they_cannot():

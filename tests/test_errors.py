@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -206,3 +207,16 @@ def test_weights_keep_their_precision_where_the_power_cancels():
     assert scaling.ema_weight(rho, kappa) == pytest.approx(3e-12, rel=1e-4)
     assert scaling.ema_weight(1.0, 5.0) == 0.0
     assert scaling.ema_weight(0.0, 5.0) == 1.0
+
+
+def test_numbers_of_numpy_are_numbers():
+    """They are checked and computed with as floats are."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="beta_scaling='linear'"):
+        FusedScaledAdamW([weight], kappa=np.float64(2000.0), beta_scaling="linear")
+    with pytest.raises(ValueError, match="removes the whole weight"):
+        FusedScaledAdamW([weight], kappa=np.float64(2.0), lr=1e-2, weight_decay=np.float64(200.0))
+    opt = FusedScaledAdamW([weight], kappa=np.int64(4), ema_decay=np.float32(0.5))
+    weight.grad = torch.ones(2)
+    opt.step()
+    assert opt.state[weight]["step"] == 4.0
