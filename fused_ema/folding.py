@@ -134,8 +134,10 @@ def plain(value: Any, group: Mapping[str, Any]) -> Any:
     In a capturable group tensors beside the parameters stay tensors: they are for the device.
     """
     if isinstance(value, Tensor):
-        params = group["params"] if group.get("capturable") and "params" in group else ()
-        beside = any(param.device.type == value.device.type for param in params[:1])
+        params = group.get("params") if group.get("capturable") else None
+        # as given to a constructor or saved they may be anything: then the value is looked at once
+        first = params[0] if isinstance(params, list) and params else None
+        beside = isinstance(first, Tensor) and first.device.type == value.device.type
         return value if beside else value.item()
     if isinstance(value, tuple | list):
         return tuple(plain(entry, group) for entry in value)

@@ -253,3 +253,15 @@ def test_one_launch_steps_all_groups(monkeypatch):
     monkeypatch.setattr(plan, "_launch", lambda **parts: launches.append(parts))
     opt.step()
     assert len(launches) == 1
+
+
+def test_tensor_hyper_parameters_with_any_params_and_a_loaded_state():
+    model = torch.nn.Linear(2, 2)
+    lr = torch.tensor(1e-2)
+    for params in ([{"params": model.parameters()}], model.named_parameters()):
+        opt = fused_ema.FusedScaledAdamW(params, lr, capturable=True, backend="triton")
+        model(torch.ones(2)).sum().backward()
+        opt.step()
+        opt.load_state_dict(opt.state_dict())
+        opt.step()
+        assert float(opt.state[model.weight]["step"]) == 2.0
