@@ -31,8 +31,6 @@ std::map<std::string, std::vector<std::string>> scalar_names(RuleList<Rules...>)
   return {{Rules::name, {Rules::scalars.begin(), Rules::scalars.end()}}...};
 }
 
-}  // namespace
-
 void define_cuda(py::module_& module) {
 #ifdef FUSED_EMA_CUDA
   using py::arg;
@@ -52,6 +50,8 @@ void define_cuda(py::module_& module) {
   module.attr("HAS_CUDA") = false;
 #endif
 }
+
+}  // namespace
 
 PYBIND11_MODULE(_native, module) {
   using py::arg;

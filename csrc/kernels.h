@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -29,6 +30,15 @@ struct KernelInfo {
   Kernel kernel = nullptr;
   int num_scalars = 0;
 };
+
+// A kernel that was looked up. Throws std::invalid_argument where there is none.
+template <class Info>
+Info known(const Info& found, const std::string& rule, size_t num_states) {
+  if (found.kernel == nullptr)
+    throw std::invalid_argument("no kernel for rule " + rule + " with " +
+                                std::to_string(num_states) + " states");
+  return found;
+}
 
 namespace cpu {
 

@@ -57,11 +57,9 @@ class Slots {
   std::vector<bool> active() const;
 
   size_t size() const { return groups_.size(); }
-  at::ScalarType stored() const { return stored_; }
   c10::Device device() const { return device_; }
   int num_emas() const { return num_emas_; }
   int num_rows() const { return static_cast<int>(rows_.size()); }
-  int num_states() const { return num_states_; }
   const std::vector<int64_t>& offsets() const { return offsets_; }
   const double* row(size_t i) const { return table_.data() + row_of_[i] * row_size(); }
   const void* grad(size_t i) const { return reinterpret_cast<const void*>(grads_[i]); }

@@ -19,9 +19,11 @@ IMPLEMENTATION = ("foreach", "fused", "capturable")
 def to_save(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict of torch's without its unpickler or optimizers would trip over."""
     groups = [
-        {**group, "base_steps": float(group["base_steps"])}
-        if is_constant(group["ema_decay"])
-        else {**group, "base_steps": float(group["base_steps"]), "ema_decay": SCHEDULE}
+        {
+            **group,
+            "base_steps": float(group["base_steps"]),
+            "ema_decay": group["ema_decay"] if is_constant(group["ema_decay"]) else SCHEDULE,
+        }
         for group in state_dict["param_groups"]
     ]
     # a frozen parameter without averages has no state in torch

@@ -138,8 +138,8 @@ def apply(moves: Sequence[Move]) -> None:
         if surely(weight == 1.0):
             held.copy_(source)
         else:
-            on_device = isinstance(weight, Tensor)
-            weight = weight.to(held.dtype) if on_device else weight
+            if isinstance(weight, Tensor):
+                weight = weight.to(held.dtype)
             ema_update(held, source.to(held.dtype), weight)
 
 

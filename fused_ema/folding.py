@@ -43,14 +43,19 @@ class Folder:
     ``refresh`` reads the groups once a step; calling the folder then gives a group's scalars after
     ``step`` base steps. A group whose fields have not changed keeps its scaled hyper-parameters.
 
+    Args:
+        rule: the optimizer's rule.
+        scaled: a param group's hyper-parameters at its ``kappa``, by the rule; raises ValueError
+            for a group that holds a bad value.
+
     Attributes:
         groups: the optimizer's param groups.
         kappas: ``kappa`` of every param group, NaN where it is a tensor on a device.
     """
 
-    def __init__(self, rule: Rule, check: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(self, rule: Rule, scaled: Callable[[Mapping[str, Any]], Any]) -> None:
         self._rule = rule
-        self._check = check
+        self._scaled_hyper = scaled
         self._fields = itemgetter(*rule.hyper, "ema_decay", *PLACING)
         self.groups: Sequence[Mapping[str, Any]] = ()
         self._seen: list[tuple[Any, ...]] = []
@@ -85,9 +90,8 @@ class Folder:
         return moved
 
     def _scale(self, group: Mapping[str, Any]) -> _Scaled:
-        self._check(group)
-        hyper, ema_decay = numbers(self._rule, group), group["ema_decay"]
-        kappa = hyper["kappa"]
+        hyper, ema_decay = self._scaled_hyper(group), group["ema_decay"]
+        kappa = plain(group["kappa"], group)
         return _Scaled(
             fields=_remembered(plain(self._fields(group), group)),
             place=(
@@ -96,7 +100,7 @@ class Folder:
                 *(group[field] for field in PLACING),
             ),
             kappa=math.nan if isinstance(kappa, Tensor) else kappa,
-            hyper=self._rule.scale(hyper),
+            hyper=hyper,
             weights=ema_weights(ema_decay, 0.0, kappa)
             if is_constant(ema_decay) and not isinstance(kappa, Tensor)
             else None,
@@ -123,9 +127,9 @@ class Folder:
         return self._scheduled[group]
 
 
-def numbers(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The rule's fields of a group for :attr:`Rule.scale`."""
-    return {field: plain(group[field], group) for field in rule.hyper}
+def scale(rule: Rule, group: Mapping[str, Any]) -> Any:
+    """The rule's hyper-parameters at the group's ``kappa``, see :attr:`Rule.scale`."""
+    return rule.scale({field: plain(group[field], group) for field in rule.hyper})
 
 
 def plain(value: Any, group: Mapping[str, Any]) -> Any:

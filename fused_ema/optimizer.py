@@ -15,7 +15,7 @@ from . import averages, checkpoint, clock
 from .backends import NAMES, requested_backend
 from .ema import EmaDecay, check_ema_decay, decays, ema_keys
 from .ema_buffers import EmaBuffers, apply, resolve
-from .folding import numbers
+from .folding import scale
 from .rules import Rule, check_choice
 from .state import complete
 from .stepper import Stepper
@@ -376,12 +376,14 @@ class FusedScaledOptimizer(Optimizer):
         check_disjoint([*self._teachers.values(), *pairs.values()], every)
         self._teachers.update(pairs)
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
+    def _check_group(self, group: Mapping[str, Any]) -> Any:
+        """Raise ValueError for a bad value; else the rule's hyper-parameters at ``kappa``."""
         self.rule.check(group)
         check_ema_decay(group["ema_decay"])
         check_choice("ema_order", group["ema_order"], ("after", "before"))
-        self.rule.scale(numbers(self.rule, group))  # refuses what the rules cannot follow
+        scaled = scale(self.rule, group)  # refuses what the rules cannot follow
         requested_backend(group, self.backend)
+        return scaled
 
     def _check_not_swapped(self, what: str) -> None:
         if self._swapped:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._native import Watch
@@ -23,7 +24,7 @@ class Stepper:
     Args:
         rule: the optimizer's rule.
         backend: ``"auto"`` or a backend's name.
-        check: raises ValueError for a param group that holds a bad value.
+        scaled: see :class:`~fused_ema.folding.Folder`.
         complete: gives every parameter the state that its group needs.
 
     Attributes:
@@ -36,7 +37,7 @@ class Stepper:
         self,
         rule: Rule,
         backend: str,
-        check: Callable[[Mapping[str, Any]], None],
+        scaled: Callable[[Mapping[str, Any]], Any],
         complete: Callable[[], None],
     ) -> None:
         self._rule = rule
@@ -44,9 +45,10 @@ class Stepper:
         self._complete = complete
         self._watch: Watch | None = None
         self._captured: list[Plan] = []  # a CUDA graph outlives the plan that it was captured from
-        self.folder = Folder(rule, check)
+        self.folder = Folder(rule, scaled)
         self.plans: list[Plan] = []
         self.backends: tuple[str, ...] = ()
+        self._host_folded: set[torch.device] = set()
 
     def prepare(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Read gradients and fold scalars; no parameter, state or average is written.
@@ -73,6 +75,11 @@ class Stepper:
             plan.run()
 
     def _prepare_plans(self) -> bool:
+        if any(map(graphs.is_capturing, self._host_folded)):
+            raise RuntimeError(
+                "step() is being captured in a CUDA graph, which would repeat this step's scalars "
+                "at every replay; make the optimizer with capturable=True"
+            )
         return all([plan.prepare(self.folder) for plan in self.plans])
 
     def _make_plans(
@@ -89,6 +96,7 @@ class Stepper:
         self._complete()
         requested = [requested_backend(group, self._backend) for group in groups]
         buckets = make_buckets(self._rule, groups, state, requested)
+        self._host_folded = {b.key.device for b in buckets if not b.key.capturable}
         chosen = [(select(bucket), bucket) for bucket in buckets]
         self.backends = tuple(backend.NAME for backend, _ in chosen)
         self.plans = [backend.plan(bucket) for backend, bucket in chosen]

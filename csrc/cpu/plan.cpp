@@ -14,24 +14,14 @@ namespace {
 // Elements below which a second thread costs more than it brings.
 constexpr int64_t grain = 32768;
 
-KernelInfo kernel_for(const std::string& target, const std::string& rule,
-                      const std::vector<py::object>& params,
-                      const std::vector<std::vector<py::object>>& states) {
-  const int num_states = static_cast<int>(states.at(0).size());
-  const KernelInfo found = find_kernel(target, rule, num_states, stored_type(params.at(0)));
-  if (found.kernel == nullptr)
-    throw std::invalid_argument("no kernel for rule " + rule + " with " +
-                                std::to_string(num_states) + " states");
-  return found;
-}
-
 }  // namespace
 
 Plan::Plan(const std::string& rule, std::vector<py::object> params, std::vector<py::object> steps,
            std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
            std::vector<int> groups, bool ema_before)
     : target_(chosen_target()),
-      kernel_(kernel_for(target_, rule, params, states)),
+      kernel_(known(find_kernel(target_, rule, int(states.at(0).size()), stored_type(params.at(0))),
+                    rule, states.at(0).size())),
       ema_before_(ema_before),
       slots_(kernel_.num_scalars, rule == Frozen::name, false, std::move(params), std::move(steps),
              std::move(states), std::move(emas), std::move(groups)) {}

@@ -11,38 +11,16 @@
 
 namespace fused_ema::cuda {
 
-namespace {
-
-KernelInfo kernel_for(const std::string& rule, const std::vector<py::object>& params,
-                      const std::vector<std::vector<py::object>>& states) {
-  const int num_states = static_cast<int>(states.at(0).size());
-  const KernelInfo found = find_kernel(rule, num_states, stored_type(params.at(0)));
-  if (found.kernel == nullptr)
-    throw std::invalid_argument("no kernel for rule " + rule + " with " +
-                                std::to_string(num_states) + " states");
-  return found;
-}
-
-}  // namespace
-
 Plan::Plan(const std::string& rule, bool capturable, std::vector<py::object> params,
            std::vector<py::object> steps, std::vector<std::vector<py::object>> states,
            std::vector<std::vector<py::object>> emas, std::vector<int> groups, bool ema_before)
-    : kernel_(kernel_for(rule, params, states)),
+    : kernel_(known(find_kernel(rule, int(states.at(0).size()), stored_type(params.at(0))), rule,
+                    states.at(0).size())),
       capturable_(capturable),
       ema_before_(ema_before),
       slots_(kernel_.num_scalars, rule == Frozen::name, capturable, params, std::move(steps),
              std::move(states), std::move(emas), std::move(groups)),
       chunks_(slots_.chunks(chunk_elements(stored_type(params.at(0)))).to(slots_.device())) {}
-
-bool Plan::prepare(const py::object& fold) {
-  const c10::DeviceGuard guard(slots_.device());
-  if (!capturable_ && current_stream(slots_.device()).capturing)
-    throw std::runtime_error(
-        "step() is being captured in a CUDA graph, which would repeat this step's scalars at every "
-        "replay; make the optimizer with capturable=True");
-  return slots_.prepare(fold);
-}
 
 void Plan::run(const std::optional<at::Tensor>& scalars,
                const std::optional<at::Tensor>& found_inf) {

@@ -15,8 +15,8 @@ class Plan {
        std::vector<py::object> steps, std::vector<std::vector<py::object>> states,
        std::vector<std::vector<py::object>> emas, std::vector<int> groups, bool ema_before);
 
-  // As Slots::prepare. Throws std::runtime_error where a graph would capture this step's scalars.
-  bool prepare(const py::object& fold);
+  // As Slots::prepare.
+  bool prepare(const py::object& fold) { return slots_.prepare(fold); }
 
   // Steps every parameter with a gradient and moves every average, on the current stream.
   //   scalars: of a capturable bucket, folded on the device: a row of float64 a slot

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..buckets import Bucket, Slot
 from ..rules import ema_update
-from . import graphs
 from .plan import Fold
 
 # Makes one operand of a row's tensors: a TensorList, or the only tensor itself.
@@ -43,7 +42,6 @@ class EagerPlan:
             self._dtype = self._dtype.to_real()
 
     def prepare(self, fold: Fold) -> bool:
-        graphs.check_not_capturing(self.bucket.key.device)
         members: dict[tuple[int, float | None], list[Slot]] = {}
         key = self.bucket.key
         for slot in self.bucket.slots:

@@ -20,12 +20,3 @@ def device_folder(bucket: Bucket) -> DeviceFolder:
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched now becomes part of a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def check_not_capturing(device: torch.device) -> None:
-    """Raise RuntimeError where a graph would capture scalars folded on the host."""
-    if is_capturing(device):
-        raise RuntimeError(
-            "step() is being captured in a CUDA graph, which would repeat this step's scalars at "
-            "every replay; make the optimizer with capturable=True"
-        )

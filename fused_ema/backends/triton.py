@@ -74,10 +74,10 @@ class DeviceWords:
     def captured(self) -> Parts:
         """Upload everything, by a copy that a graph repeats from memory that nobody else uses."""
         total = self._slots.num_words
-        fits = self._spare is not None and len(self._spare) >= total
-        host = self._packed(
-            self._spare if fits and self._spare is not None else self._pinned(total)
-        )
+        host = self._spare
+        if host is None or len(host) < total:
+            host = self._pinned(total)
+        self._slots.pack(host)
         words = host.to(self._device, non_blocking=True)
         self.kept += [host, words]
         self._spare = None
@@ -137,8 +137,6 @@ class TritonPlan:
         return bool(self._words.kept)
 
     def prepare(self, fold: Fold) -> bool:
-        if self._folder is None:
-            graphs.check_not_capturing(self._device)
         self._groups = fold.groups
         return self._slots.prepare(fold)
 
