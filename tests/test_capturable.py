@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import twins
 from cases import FEW, by_name
 from graphs import Graph
 from harness import build, follow, make_problem
+from twins import set_gradients
 
 import fused_ema
 from fused_ema.ema import CosineDecay
@@ -41,32 +45,8 @@ def test_steps_and_trajectory_match_the_oracle(name, device_backend):
     assert set(opt.backends) == {device_backend}
 
 
-def parameters(seed: int = 0) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(shape, dtype=torch.float64, generator=generator))
-        for shape in SHAPES
-    ]
-
-
-def set_gradients(step: int, *lists: list[torch.nn.Parameter]) -> None:
-    """The same gradients for every list, in the memory that the last ones had."""
-    generator = torch.Generator().manual_seed(step)
-    for params in zip(*lists, strict=True):
-        grad = torch.randn(params[0].shape, dtype=torch.float64, generator=generator)
-        for p in params:
-            p.grad = grad.clone() if p.grad is None else p.grad.copy_(grad)
-
-
-def assert_same(opt, twin) -> None:
-    for group, other in zip(opt.param_groups, twin.param_groups, strict=True):
-        assert float(group["base_steps"]) == pytest.approx(float(other["base_steps"]))
-        for p, q in zip(group["params"], other["params"], strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
-            for key, value in twin.state[q].items():
-                found = opt.state[p][key]
-                torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-14, msg=key)
-
+parameters = partial(twins.parameters, SHAPES, torch.float64)
+assert_same = partial(twins.assert_same, rtol=1e-12, atol=1e-14)
 
 OPTIMIZERS = {
     "SGD": (fused_ema.FusedScaledSGD, {"momentum": 0.9, "dampening": 0.1}),
@@ -135,7 +115,7 @@ def test_a_graph_outlives_its_plans(monkeypatch):
     opt.step()
     graph.capture(opt)
     (captured,) = opt._stepper.plans
-    opt.add_param_group({"params": parameters(1)})
+    opt.add_param_group({"params": parameters(seed=1)})
     opt.step()
     assert captured in opt._stepper._captured
     assert captured not in opt._stepper.plans
@@ -164,7 +144,7 @@ def test_the_first_step_is_not_captured(monkeypatch):
         Graph(monkeypatch).capture(opt)
     assert not opt.state
     opt.step()
-    opt.add_param_group({"params": parameters(1)})
+    opt.add_param_group({"params": parameters(seed=1)})
     count = opt.state[params[0]]["step"].clone()
     with pytest.raises(RuntimeError, match="take a step before the capture"):
         Graph(monkeypatch).capture(opt)
@@ -243,7 +223,7 @@ def test_averaged_buffers_follow_a_schedule_on_the_device():
 
 
 def test_one_launch_steps_all_groups(monkeypatch):
-    groups = [{"params": parameters(k), "lr": 1e-3 * k} for k in range(5)]
+    groups = [{"params": parameters(seed=k), "lr": 1e-3 * k} for k in range(5)]
     opt = fused_ema.FusedScaledAdamW(groups, backend="triton", ema_decay=0.9)
     for group in opt.param_groups:
         set_gradients(0, group["params"])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import twins
 from cases import FEW, by_name
 from harness import build, make_problem
 from torch.profiler import ProfilerActivity, profile
+from twins import set_gradients
 
 import fused_ema
 from fused_ema.ema import CosineDecay
@@ -17,29 +21,9 @@ KERNELS = ("native", "triton")
 SHAPES = ((), (0,), (7,), (300, 41), (70_001,))
 
 
-def parameters(device: str = "cuda", seed: int = 0) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(shape, generator=generator) for shape in SHAPES]
-    return [torch.nn.Parameter(tensor.to(device)) for tensor in drawn]
-
-
-def set_gradients(step: int, *lists: list[torch.nn.Parameter]) -> None:
-    generator = torch.Generator().manual_seed(step)
-    for params in zip(*lists, strict=True):
-        grad = torch.randn(params[0].shape, generator=generator)
-        for p in params:
-            if p.grad is None:
-                p.grad = torch.empty_like(p)
-            p.grad.copy_(grad)
-
-
-def assert_same(opt, twin) -> None:
-    for group, other in zip(opt.param_groups, twin.param_groups, strict=True):
-        for p, q in zip(group["params"], other["params"], strict=True):
-            torch.testing.assert_close(p.cpu(), q.cpu(), rtol=2e-6, atol=1e-6)
-            for key, value in twin.state[q].items():
-                found = opt.state[p][key].cpu()
-                torch.testing.assert_close(found, value.cpu(), rtol=2e-6, atol=1e-6, msg=key)
+parameters = partial(twins.parameters, SHAPES, torch.float32, "cuda")
+on_cpu = partial(twins.parameters, SHAPES, torch.float32, "cpu")
+assert_same = partial(twins.assert_same, rtol=2e-6, atol=1e-6)
 
 
 def launched(step) -> list[str]:
@@ -80,7 +64,7 @@ def test_a_step_does_not_wait_for_the_device(kernels):
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_streams_and_fresh_gradients(kernels):
-    params, others = parameters(), parameters("cpu")
+    params, others = parameters(), on_cpu()
     opt = fused_ema.FusedScaledAdamW(params, ema_decay=0.9, kappa=3.0, backend=kernels)
     twin = fused_ema.FusedScaledAdamW(others, ema_decay=0.9, kappa=3.0, backend="reference")
     stream = torch.cuda.Stream()
@@ -95,10 +79,9 @@ def test_streams_and_fresh_gradients(kernels):
     assert_same(opt, twin)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_a_cpu_and_a_gpu_in_one_optimizer(kernels):
-    mixed = [*parameters(), *parameters("cpu", seed=1)]
-    others = [*parameters("cpu"), *parameters("cpu", seed=1)]
+def test_a_cpu_and_a_gpu_in_one_optimizer():
+    mixed = [*parameters(), *on_cpu(seed=1)]
+    others = [*on_cpu(), *on_cpu(seed=1)]
     opt = fused_ema.FusedScaledSGD(mixed, 1e-2, momentum=0.9, ema_decay=0.9)
     twin = fused_ema.FusedScaledSGD(others, 1e-2, momentum=0.9, ema_decay=0.9, backend="reference")
     for step in range(3):
@@ -112,8 +95,11 @@ def test_a_cpu_and_a_gpu_in_one_optimizer(kernels):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_two_gpus_in_one_optimizer(kernels):
-    params = [*parameters("cuda:0"), *parameters("cuda:1", seed=1)]
-    others = [*parameters("cpu"), *parameters("cpu", seed=1)]
+    params = [
+        *twins.parameters(SHAPES, torch.float32, "cuda:0"),
+        *twins.parameters(SHAPES, torch.float32, "cuda:1", seed=1),
+    ]
+    others = [*on_cpu(), *on_cpu(seed=1)]
     opt = fused_ema.FusedScaledAdam(params, ema_decay=0.9, backend=kernels)
     twin = fused_ema.FusedScaledAdam(others, ema_decay=0.9, backend="reference")
     for step in range(3):
@@ -130,7 +116,7 @@ def test_a_replayed_graph_goes_on(kernels, rule):
     cls = getattr(fused_ema, f"FusedScaled{rule}")
     flags = {"momentum": 0.9} if rule == "SGD" else {"weight_decay": 0.1}
     options = {**flags, "ema_decay": (0.9, CosineDecay(0.5, total=40.0))}
-    params, others = parameters(), parameters("cpu")
+    params, others = parameters(), on_cpu()
     lr = torch.tensor(1e-2, device="cuda", dtype=torch.float64)
     kappa = torch.tensor(2.0, device="cuda", dtype=torch.float64)
     opt = cls(params, lr, kappa=kappa, capturable=True, backend=kernels, **options)

@@ -1,0 +1,38 @@
+"""Two optimizers on equal parameters, given equal gradients, held against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+
+def parameters(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> list[Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(shape, dtype=dtype, generator=generator) for shape in shapes]
+    return [Parameter(tensor.to(device)) for tensor in drawn]
+
+
+def set_gradients(step: int, *lists: list[Parameter]) -> None:
+    """The same gradients for every list, in the memory that the last ones had."""
+    generator = torch.Generator().manual_seed(step)
+    for params in zip(*lists, strict=True):
+        grad = torch.randn(params[0].shape, dtype=params[0].dtype, generator=generator)
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.empty_like(p)
+            p.grad.copy_(grad)
+
+
+def assert_same(opt, twin, rtol: float, atol: float) -> None:
+    for group, other in zip(opt.param_groups, twin.param_groups, strict=True):
+        assert float(group["base_steps"]) == pytest.approx(float(other["base_steps"]))
+        for p, q in zip(group["params"], other["params"], strict=True):
+            torch.testing.assert_close(p.cpu(), q.cpu(), rtol=rtol, atol=atol)
+            for key, value in twin.state[q].items():
+                found = opt.state[p][key].cpu()
+                torch.testing.assert_close(found, value.cpu(), rtol=rtol, atol=atol, msg=key)
