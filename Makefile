@@ -152,4 +152,4 @@ test-shim: setup ## run the CUDA plan and kernel as C++ on the CPU through the p
 clean: ## remove what was built and cached, but not the virtual environment
 	@rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@rm -f fused_ema/_native*.so
-	@find fused_ema tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	@find fused_ema kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

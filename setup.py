@@ -127,7 +127,7 @@ def native_extension() -> Extension:
     if CUDA_SHIM:
         sources += [f"{CSRC}/cuda/plan.cpp", f"{SHIM}/step.cpp", f"{SHIM}/stream.cpp"]
         include_dirs.insert(0, str(Path(SHIM).resolve()))
-        macros += [("FUSED_EMA_CUDA", None), ("FUSED_EMA_CUDA_SHIM", None)]
+        macros += [("FUSED_EMA_CUDA", None)]
     elif NO_CUDA is None:
         kind = CUDAExtension
         sources += glob(f"{CSRC}/cuda/*.cu") + glob(f"{CSRC}/cuda/*.cpp")

@@ -35,13 +35,10 @@ void define_cuda(py::module_& module) {
 #ifdef FUSED_EMA_CUDA
   using py::arg;
   py::class_<cuda::Plan>(module, "CudaPlan")
-      .def(py::init<std::string, bool, Objects, Objects, ObjectLists, ObjectLists, std::vector<int>,
-                    bool>(),
-           arg("rule"), arg("capturable"), arg("params"), arg("steps"), arg("states"), arg("emas"),
-           arg("groups"), arg("ema_before"))
+      .def(py::init<std::string, std::shared_ptr<Slots>, bool>(), arg("rule"), arg("slots"),
+           arg("ema_before"))
       .def("prepare", &cuda::Plan::prepare)
       .def("run", &cuda::Plan::run, arg("scalars") = py::none(), arg("found_inf") = py::none())
-      .def_property_readonly("active", &cuda::Plan::active)
       .def_property_readonly("captured", &cuda::Plan::captured);
   module.attr("HAS_CUDA") = true;
   module.attr("CUDA_VERSION") = cuda::version();
@@ -55,7 +52,7 @@ void define_cuda(py::module_& module) {
 
 PYBIND11_MODULE(_native, module) {
   using py::arg;
-  py::class_<Slots>(module, "Slots")
+  py::class_<Slots, std::shared_ptr<Slots>>(module, "Slots")
       .def(
           py::init<int, bool, bool, Objects, Objects, ObjectLists, ObjectLists, std::vector<int>>(),
           arg("num_scalars"), arg("frozen"), arg("capturable"), arg("params"), arg("steps"),
@@ -70,9 +67,7 @@ PYBIND11_MODULE(_native, module) {
       .def("pack", &pack)
       .def("chunks", &Slots::chunks);
   py::class_<cpu::Plan>(module, "Plan")
-      .def(py::init<std::string, Objects, Objects, ObjectLists, ObjectLists, std::vector<int>,
-                    bool>(),
-           arg("rule"), arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"),
+      .def(py::init<std::string, std::shared_ptr<Slots>, bool>(), arg("rule"), arg("slots"),
            arg("ema_before"))
       .def("prepare", &cpu::Plan::prepare)
       .def("run", &cpu::Plan::run)

@@ -31,12 +31,13 @@ struct KernelInfo {
   int num_scalars = 0;
 };
 
-// A kernel that was looked up. Throws std::invalid_argument where there is none.
+// A kernel that was looked up. Throws std::invalid_argument where there is none for these numbers.
 template <class Info>
-Info known(const Info& found, const std::string& rule, size_t num_states) {
-  if (found.kernel == nullptr)
+Info known(const Info& found, const std::string& rule, int num_states, int num_scalars) {
+  if (found.kernel == nullptr || found.num_scalars != num_scalars)
     throw std::invalid_argument("no kernel for rule " + rule + " with " +
-                                std::to_string(num_states) + " states");
+                                std::to_string(num_states) + " states and " +
+                                std::to_string(num_scalars) + " scalars");
   return found;
 }
 

@@ -265,8 +265,8 @@ std::vector<c10::Storage> Slots::storages() const {
   return held;
 }
 
-StoredType stored_type(const py::object& tensor) {
-  switch (const at::ScalarType dtype = unpack(tensor).scalar_type()) {
+StoredType Slots::stored_type() const {
+  switch (stored_) {
     case at::kFloat:
       return StoredType::float32;
     case at::kDouble:
@@ -276,7 +276,7 @@ StoredType stored_type(const py::object& tensor) {
     case at::kHalf:
       return StoredType::float16;
     default:
-      throw std::invalid_argument(std::string("no kernel for dtype ") + at::toString(dtype));
+      throw std::invalid_argument(std::string("no kernel for dtype ") + at::toString(stored_));
   }
 }
 

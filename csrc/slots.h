@@ -58,6 +58,11 @@ class Slots {
 
   size_t size() const { return groups_.size(); }
   c10::Device device() const { return device_; }
+  bool capturable() const { return capturable_; }
+  int num_scalars() const { return num_scalars_; }
+  int num_states() const { return num_states_; }
+  // Throws std::invalid_argument where no kernel knows it.
+  StoredType stored_type() const;
   int num_emas() const { return num_emas_; }
   int num_rows() const { return static_cast<int>(rows_.size()); }
   const std::vector<int64_t>& offsets() const { return offsets_; }
@@ -125,9 +130,6 @@ class Slots {
   bool new_rows_ = true;  // or gradients
   bool new_slots_ = true;
 };
-
-// Throws std::invalid_argument where the kernels do not know the tensor's dtype.
-StoredType stored_type(const py::object& tensor);
 
 // Whether a tensor is nothing but memory of its own: no subclass, no lazy negation or conjugation.
 bool is_plain(const at::Tensor& tensor);

@@ -47,16 +47,7 @@ class Plan:
     """A bucket of dense CPU tensors, stepped by the C++ kernels."""
 
     captured: bool
-    def __init__(
-        self,
-        rule: str,
-        params: Sequence[Tensor],
-        steps: Sequence[Tensor],
-        states: Sequence[Sequence[Tensor]],
-        emas: Sequence[Sequence[Tensor]],
-        groups: Sequence[int],
-        ema_before: bool,
-    ) -> None: ...
+    def __init__(self, rule: str, slots: Slots, ema_before: bool) -> None: ...
     @property
     def target(self) -> str:
         """The CPU loop in use: "baseline", "avx2" or "avx512"."""
@@ -66,20 +57,7 @@ class Plan:
 class CudaPlan:
     """A bucket of dense tensors on a GPU, stepped by one launch; absent without CUDA."""
 
-    def __init__(
-        self,
-        rule: str,
-        capturable: bool,
-        params: Sequence[Tensor],
-        steps: Sequence[Tensor],
-        states: Sequence[Sequence[Tensor]],
-        emas: Sequence[Sequence[Tensor]],
-        groups: Sequence[int],
-        ema_before: bool,
-    ) -> None: ...
-    @property
-    def active(self) -> list[bool]:
-        """Which slots have a gradient."""
+    def __init__(self, rule: str, slots: Slots, ema_before: bool) -> None: ...
     @property
     def captured(self) -> bool:
         """Whether a CUDA graph uses memory that the plan owns."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from fused_ema import _native, optimizer
 from fused_ema import backends as package
-from fused_ema.backends import dense, native
+from fused_ema.backends import dense
+from fused_ema.backends.native import cuda_plan as plan
+
+__all__ = ["NAME", "plan", "unsupported"]
 
 NAME = "shim"
 
 
 def unsupported(bucket) -> str | None:
     return dense.unsupported(bucket, _native.rule_scalars())
-
-
-def plan(bucket):
-    return native.CapturablePlan(bucket) if bucket.key.capturable else native.cuda_plan(bucket)
 
 
 def register() -> None:

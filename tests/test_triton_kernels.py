@@ -113,15 +113,17 @@ class Table:
 
 
 def step_natively(variant: Variant, slots: list[Slot]) -> None:
-    plan = _native.Plan(
-        rule=variant.rule,
+    tensors = _native.Slots(
+        num_scalars=len(SCALARS[variant.rule][0]),
+        frozen=variant.rule == "frozen",
+        capturable=False,
         params=[slot.param for slot in slots],
         steps=[torch.zeros((), dtype=torch.float64) for _ in slots],
         states=[slot.states for slot in slots],
         emas=[slot.averages for slot in slots],
         groups=[slot.row for slot in slots],
-        ema_before=variant.ema_before,
     )
+    plan = _native.Plan(variant.rule, tensors, variant.ema_before)
     assert plan.prepare(Table(variant))
     plan.run()
 

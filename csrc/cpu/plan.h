@@ -1,6 +1,7 @@
 // A bucket of dense CPU tensors, ready to step.
 #pragma once
 
+#include <memory>
 #include <string>
 
 #include "slots.h"
@@ -9,12 +10,10 @@ namespace fused_ema::cpu {
 
 class Plan {
  public:
-  Plan(const std::string& rule, std::vector<py::object> params, std::vector<py::object> steps,
-       std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
-       std::vector<int> groups, bool ema_before);
+  Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before);
 
   // As Slots::prepare.
-  bool prepare(const py::object& fold) { return slots_.prepare(fold); }
+  bool prepare(const py::object& fold) { return slots_->prepare(fold); }
 
   // Steps every parameter with a gradient and moves every average.
   void run();
@@ -27,7 +26,7 @@ class Plan {
   std::string target_;
   KernelInfo kernel_;
   bool ema_before_;
-  Slots slots_;
+  std::shared_ptr<Slots> slots_;
 };
 
 }  // namespace fused_ema::cpu

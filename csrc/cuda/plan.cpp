@@ -4,47 +4,41 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <cstring>
-#include <stdexcept>
 
 #include "cuda/stream.h"
-#include "rules.h"
 
 namespace fused_ema::cuda {
 
-Plan::Plan(const std::string& rule, bool capturable, std::vector<py::object> params,
-           std::vector<py::object> steps, std::vector<std::vector<py::object>> states,
-           std::vector<std::vector<py::object>> emas, std::vector<int> groups, bool ema_before)
-    : kernel_(known(find_kernel(rule, int(states.at(0).size()), stored_type(params.at(0))), rule,
-                    states.at(0).size())),
-      capturable_(capturable),
+Plan::Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before)
+    : kernel_(known(find_kernel(rule, slots->num_states(), slots->stored_type()), rule,
+                    slots->num_states(), slots->num_scalars())),
       ema_before_(ema_before),
-      slots_(kernel_.num_scalars, rule == Frozen::name, capturable, params, std::move(steps),
-             std::move(states), std::move(emas), std::move(groups)),
-      chunks_(slots_.chunks(chunk_elements(stored_type(params.at(0)))).to(slots_.device())) {}
+      slots_(std::move(slots)),
+      chunks_(slots_->chunks(chunk_elements(slots_->stored_type())).to(slots_->device())) {}
 
 void Plan::run(const std::optional<at::Tensor>& scalars,
                const std::optional<at::Tensor>& found_inf) {
-  const c10::DeviceGuard guard(slots_.device());
-  const Stream stream = current_stream(slots_.device());
+  const c10::DeviceGuard guard(slots_->device());
+  const Stream stream = current_stream(slots_->device());
   const int64_t* words = device_words(stream.capturing);
   if (stream.capturing) kept_.push_back(slot_table_);
   kernel_.kernel({chunks_.const_data_ptr<int32_t>(), chunks_.size(0),
-                  slot_table_.const_data_ptr<int64_t>(), static_cast<int>(slots_.size()),
-                  slots_.num_rows(), slots_.num_emas(), ema_before_,
+                  slot_table_.const_data_ptr<int64_t>(), static_cast<int>(slots_->size()),
+                  slots_->num_rows(), slots_->num_emas(), ema_before_,
                   scalars ? scalars->const_data_ptr<double>() : nullptr, words, words_.data(),
-                  slots_.num_changing(), found_inf ? found_inf->const_data_ptr<float>() : nullptr,
-                  slots_.device().index(), stream.handle});
-  slots_.advance();
+                  slots_->num_changing(), found_inf ? found_inf->const_data_ptr<float>() : nullptr,
+                  slots_->device().index(), stream.handle});
+  slots_->advance();
 }
 
 // Packs what changes from step to step and uploads what must lie on the device; the address there
 // of the changing words, null where the launch passes them by value.
 const int64_t* Plan::device_words(bool capturing) {
-  const bool new_slots = !slot_table_.defined() || slots_.num_changed() > slots_.num_changing();
-  const int64_t changing = slots_.num_changing();
-  const int64_t count = new_slots ? slots_.num_words() : changing;
-  words_.resize(slots_.num_words());
-  slots_.pack(words_.data(), count);
+  const bool new_slots = !slot_table_.defined() || slots_->num_changed() > slots_->num_changing();
+  const int64_t changing = slots_->num_changing();
+  const int64_t count = new_slots ? slots_->num_words() : changing;
+  words_.resize(slots_->num_words());
+  slots_->pack(words_.data(), count);
   if (new_slots) slot_table_ = upload(&words_[changing], count - changing, capturing);
   if (fits(changing)) return nullptr;
   changing_ = upload(words_.data(), changing, capturing);
@@ -57,19 +51,19 @@ at::Tensor Plan::upload(const int64_t* words, int64_t count, bool capturing) {
   const bool spared = capturing && spare_.defined() && spare_.numel() >= count;
   at::Tensor host = spared ? std::exchange(spare_, {}) : pinned(count);
   std::memcpy(host.data_ptr(), words, count * sizeof *words);
-  at::Tensor device = at::empty({count}, at::TensorOptions(at::kLong).device(slots_.device()));
+  at::Tensor device = at::empty({count}, at::TensorOptions(at::kLong).device(slots_->device()));
   device.copy_(host.narrow(0, 0, count), /*non_blocking=*/true);
   if (capturing) {
     kept_.insert(kept_.end(), {host, device});
-  } else if (capturable_ && !spare_.defined()) {
-    spare_ = pinned(slots_.num_words());
+  } else if (slots_->capturable() && !spare_.defined()) {
+    spare_ = pinned(slots_->num_words());
   }
   return device;
 }
 
 at::Tensor Plan::pinned(int64_t count) const {
   const auto options = at::TensorOptions(at::kLong).device(at::kCPU);
-  return at::empty({count}, options.pinned_memory(!slots_.device().is_cpu()));
+  return at::empty({count}, options.pinned_memory(!slots_->device().is_cpu()));
 }
 
 }  // namespace fused_ema::cuda

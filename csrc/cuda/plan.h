@@ -1,6 +1,7 @@
 // A bucket of dense tensors on a GPU, ready to step by one launch.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -11,19 +12,15 @@ namespace fused_ema::cuda {
 
 class Plan {
  public:
-  Plan(const std::string& rule, bool capturable, std::vector<py::object> params,
-       std::vector<py::object> steps, std::vector<std::vector<py::object>> states,
-       std::vector<std::vector<py::object>> emas, std::vector<int> groups, bool ema_before);
+  Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before);
 
   // As Slots::prepare.
-  bool prepare(const py::object& fold) { return slots_.prepare(fold); }
+  bool prepare(const py::object& fold) { return slots_->prepare(fold); }
 
   // Steps every parameter with a gradient and moves every average, on the current stream.
   //   scalars: of a capturable bucket, folded on the device: a row of float64 a slot
   //   found_inf: on the device, or none; nothing moves where it is not 0
   void run(const std::optional<at::Tensor>& scalars, const std::optional<at::Tensor>& found_inf);
-
-  std::vector<bool> active() const { return slots_.active(); }
 
   // Whether a CUDA graph uses memory that the plan owns.
   bool captured() const { return !kept_.empty(); }
@@ -34,9 +31,8 @@ class Plan {
   at::Tensor pinned(int64_t count) const;
 
   KernelInfo kernel_;
-  bool capturable_;
   bool ema_before_;
-  Slots slots_;
+  std::shared_ptr<Slots> slots_;
   at::Tensor chunks_;
   at::Tensor slot_table_;         // the slots' words on the device
   at::Tensor changing_;           // the words before them there, where they are too many to pass

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
+from .. import _native
 from ..buckets import Bucket
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -26,13 +26,16 @@ def unsupported(bucket: Bucket, rules: Iterable[str]) -> str | None:
     return None
 
 
-def columns(bucket: Bucket) -> dict[str, list[Any]]:
-    """The bucket's tensors by their part in a step, for the native module."""
-    slots = bucket.slots
-    return {
-        "params": [slot.param for slot in slots],
-        "steps": [slot.state["step"] for slot in slots],
-        "states": [[slot.state[key] for key in bucket.state_keys] for slot in slots],
-        "emas": [[slot.state[key] for key in bucket.key.emas] for slot in slots],
-        "groups": [slot.group for slot in slots],
-    }
+def slots(bucket: Bucket) -> _native.Slots:
+    """The bucket's tensors, for the native module to read at every step."""
+    key, members = bucket.key, bucket.slots
+    return _native.Slots(
+        num_scalars=len(bucket.rule.scalars._fields),
+        frozen=key.states is None,
+        capturable=key.capturable,
+        params=[slot.param for slot in members],
+        steps=[slot.state["step"] for slot in members],
+        states=[[slot.state[name] for name in bucket.state_keys] for slot in members],
+        emas=[[slot.state[name] for name in key.emas] for slot in members],
+        groups=[slot.group for slot in members],
+    )

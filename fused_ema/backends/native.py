@@ -27,7 +27,8 @@ class CapturablePlan:
     def __init__(self, bucket: Bucket) -> None:
         self._device = bucket.key.device
         self._folder = graphs.device_folder(bucket)
-        self._plan = cuda_plan(bucket)
+        self._slots = dense.slots(bucket)
+        self._plan = _native.CudaPlan(bucket.rule.name, self._slots, is_before(bucket))
 
     @property
     def captured(self) -> bool:
@@ -39,21 +40,21 @@ class CapturablePlan:
 
     def run(self) -> None:
         capturing = graphs.is_capturing(self._device)
-        self._folder.run(self._groups, self._plan.active, capturing)
+        self._folder.run(self._groups, self._slots.active, capturing)
         self._plan.run(self._folder.table)
 
 
-def cuda_plan(bucket: Bucket) -> _native.CudaPlan:
-    return _native.CudaPlan(
-        rule=bucket.rule.name,
-        capturable=bucket.key.capturable,
-        ema_before=bucket.key.ema_order == "before",
-        **dense.columns(bucket),
-    )
+def is_before(bucket: Bucket) -> bool:
+    return bucket.key.ema_order == "before"
+
+
+def cuda_plan(bucket: Bucket) -> Plan:
+    if bucket.key.capturable:
+        return CapturablePlan(bucket)
+    return _native.CudaPlan(bucket.rule.name, dense.slots(bucket), is_before(bucket))
 
 
 def plan(bucket: Bucket) -> Plan:
     if bucket.key.device.type == "cuda":
-        return CapturablePlan(bucket) if bucket.key.capturable else cuda_plan(bucket)
-    before = bucket.key.ema_order == "before"
-    return _native.Plan(rule=bucket.rule.name, ema_before=before, **dense.columns(bucket))
+        return cuda_plan(bucket)
+    return _native.Plan(bucket.rule.name, dense.slots(bucket), is_before(bucket))

@@ -113,12 +113,7 @@ class TritonPlan:
         key, scalars = bucket.key, bucket.rule.scalars._fields
         self._device = key.device
         self._folder = graphs.device_folder(bucket) if key.capturable else None
-        self._slots = _native.Slots(
-            num_scalars=len(scalars),
-            frozen=key.states is None,
-            capturable=key.capturable,
-            **dense.columns(bucket),
-        )
+        self._slots = dense.slots(bucket)
         row_size = 0 if key.capturable else len(scalars) + len(key.emas)
         self._words = DeviceWords(self._slots, row_size, key.device)
         self._launch = partial(
