@@ -139,7 +139,7 @@ print(fused_ema.build_info() if hasattr(fused_ema, "build_info") else "no fused_
 ' || true
 tail -n 1 "$out/setup.log" | sed 's/^/    /' | tee -a "$summary"
 
-step gpu-tests 60 gpu-tests.log "$python" -m pytest tests/test_gpu.py --tb=short || true
+step gpu-tests 60 gpu-tests.log "$python" -m pytest tests/test_gpu.py --tb=short --device "$device" || true
 
 jobs=()
 if "$python" -c 'import xdist' 2>/dev/null; then

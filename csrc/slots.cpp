@@ -130,9 +130,15 @@ bool Slots::read_pointers(size_t i, const at::Tensor& param) {
 
 bool Slots::read_counter(size_t i, const at::Tensor& step) {
   if (step.scalar_type() != at::kDouble || step.numel() != 1) return false;
-  if (capturable_) return step.device() == device_;
+  auto* counter = reinterpret_cast<double*>(address(step, sizeof(double)));
+  if (capturable_) {
+    // the device counts where the counter was when the slots were made
+    const bool first = counters_[i] == nullptr;
+    if (first) counters_[i] = counter;
+    return step.device() == device_ && counters_[i] == counter;
+  }
   if (!step.is_cpu()) return false;
-  counters_[i] = reinterpret_cast<double*>(address(step, sizeof(double)));
+  counters_[i] = counter;
   return true;
 }
 

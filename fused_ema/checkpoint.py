@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from .ema import decays, ema_keys, is_constant
 from .rules import Rule
 from .state import loaded
@@ -20,7 +22,7 @@ def to_save(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict of torch's without its unpickler or optimizers would trip over."""
     groups = [
         {
-            **group,
+            **{name: _kept(value) for name, value in group.items()},
             "base_steps": float(group["base_steps"]),
             "ema_decay": group["ema_decay"] if is_constant(group["ema_decay"]) else SCHEDULE,
         }
@@ -30,6 +32,11 @@ def to_save(state_dict: dict[str, Any]) -> dict[str, Any]:
     entries = state_dict["state"].items()
     state = {key: value for key, value in entries if set(value) != {"step"}}
     return {**state_dict, "param_groups": groups, "state": state}
+
+
+def _kept(value: Any) -> Any:
+    """A tensor hyper-parameter as it is at this time: the optimizer's own may be written."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def merged(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,8 @@ def advance(groups: Sequence[dict[str, Any]], kappas: Sequence[float]) -> None:
     """Count a step of every group; ``kappas`` are the values that are known on the host."""
     on_device = []
     for group, kappa in zip(groups, kappas, strict=True):
-        if isinstance(group["base_steps"], Tensor):
+        if group["capturable"]:
+            complete(group)  # the user may have set it
             on_device.append(group)
         else:
             group["base_steps"] += kappa
@@ -36,4 +37,8 @@ def advance(groups: Sequence[dict[str, Any]], kappas: Sequence[float]) -> None:
         alike = [g for g in on_device if isinstance(g["kappa"], Tensor) is in_tensors]
         if alike:
             clocks = [group["base_steps"] for group in alike]
-            torch._foreach_add_(clocks, [group["kappa"] for group in alike])
+            torch._foreach_add_(clocks, [_scalar(group["kappa"]) for group in alike])
+
+
+def _scalar(kappa: Any) -> Any:
+    return kappa.reshape(()) if isinstance(kappa, Tensor) else kappa

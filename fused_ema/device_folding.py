@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .ema import decays
 from .rules import Rule
-from .scaling import decay_weight
+from .scaling import check_range, decay_weight
 
-Group = Mapping[str, Any]
+Group: TypeAlias = Mapping[str, Any]
+Name: TypeAlias = tuple[str, int]  # a field, and which of its numbers
 
 
 @dataclass(frozen=True)
@@ -37,41 +38,60 @@ class DeviceFolder:
         rule: the bucket's rule.
         groups: index of each slot's param group, ascending.
         num_emas: how many averages each slot has.
-        steps: base steps of each slot, one tensor of float64 on the device, counted in place.
+        counters: base steps of the slots, float64 on the device, in one or several tensors that
+            are counted in place.
 
     Attributes:
         table: a row a slot: the rule's scalars, then a weight per average; float64.
     """
 
-    def __init__(self, rule: Rule, groups: Sequence[int], num_emas: int, steps: Tensor) -> None:
+    def __init__(
+        self, rule: Rule, groups: Sequence[int], num_emas: int, counters: Sequence[Tensor]
+    ) -> None:
         self._rule = rule
         self._num_emas = num_emas
         self._indices = sorted(set(groups))
         self._sizes = [groups.count(index) for index in self._indices]
-        self._steps = steps
+        self._counters = counters
+        self._steps = torch.cat(list(counters)) if len(counters) > 1 else counters[0]
         column = [self._indices.index(group) for group in groups]
-        self._column = torch.tensor(column, device=steps.device)
+        self._column = torch.tensor(column, device=self._steps.device)
+        self._flags: list[dict[str, Any]] = []
+        self._names: list[Name] = []
+        self._numbers: list[list[Any]] = []
         self._known: list[list[float | None]] = []
-        self._inputs = steps.new_empty(0)
+        self._inputs = self._steps.new_empty(0)
         self._constants: dict[float, Tensor] = {}
         width = len(rule.scalars._fields) + num_emas
-        self.table = steps.new_zeros(len(groups), width)
+        self.table = self._steps.new_zeros(len(groups), width)
 
     @torch.no_grad()
-    def run(self, groups: Sequence[Group], active: Sequence[bool], capturing: bool) -> None:
-        """Count a step and fold :attr:`table` anew, by operations on the device alone.
+    def prepare(self, groups: Sequence[Group]) -> None:
+        """Look at the optimizer's param groups and ask schedules; count and write nothing.
+
+        Raises:
+            ValueError: a schedule returns a number outside ``[0, 1]``. A tensor on the device is
+                not looked at.
+        """
+        taken = [groups[index] for index in self._indices]
+        self._flags = [{name: group[name] for name in self._rule.flags} for group in taken]
+        self._names = _names(self._rule, taken[0])
+        self._numbers = [[self._number(group, name) for group in taken] for name in self._names]
+
+    @torch.no_grad()
+    def run(self, active: Sequence[bool], capturing: bool) -> None:
+        """Count the prepared step and fold :attr:`table`, by operations on the device alone.
 
         What earlier runs brought there is not used by a graph, nor what a graph brings by others:
         a captured operation is not carried out yet, and may be at any time.
 
         Args:
-            groups: the optimizer's param groups.
             active: which slots have a gradient: their steps are counted.
             capturing: whether a graph is being captured.
         """
         if capturing:
             self._forget()
-        self._fold(groups, active)
+        self._fold(active)
         if capturing:
             self._forget()
 
@@ -80,38 +100,39 @@ class DeviceFolder:
         self._constants.clear()
         self._inputs = self._steps.new_empty(0)
 
-    def _fold(self, groups: Sequence[Group], active: Sequence[bool]) -> None:
-        taken = [groups[index] for index in self._indices]
-        names = self._number_names(taken[0])
-        self._read([[self._number(group, name) for group in taken] for name in names])
-        inputs = dict(zip(names, self._inputs.index_select(1, self._column), strict=True))
-        kappa = inputs["kappa", 0]
-        for begin, end in _true_runs(active):
-            self._steps[begin:end].add_(kappa[begin:end])
-        for run in self._runs(taken):
+    def _fold(self, active: Sequence[bool]) -> None:
+        self._read(self._numbers)
+        of_slots = self._inputs.index_select(1, self._column)
+        inputs = dict(zip(self._names, of_slots, strict=True))
+        self._count(active, inputs["kappa", 0])
+        for run in self._runs():
             part = {name: value[run.begin : run.end] for name, value in inputs.items()}
             columns = [*self._scalars(run, part), *self._weights(part)]
             rows = self.table[run.begin : run.end]
             if columns:
                 torch.stack([self._tensor(c, rows) for c in columns], dim=1, out=rows)
 
-    def _number_names(self, group: Group) -> list[tuple[str, int]]:
-        """The fields that hold numbers; a field of several is named by each of its positions."""
-        return [
-            (field, position)
-            for field in (*self._rule.hyper, "ema_decay")
-            for position, value in enumerate(_values(group, field))
-            if not isinstance(value, bool | str)
-        ]
+    def _count(self, active: Sequence[bool], kappa: Tensor) -> None:
+        apart = len(self._counters) > 1
+        if apart:
+            torch.cat(list(self._counters), out=self._steps)
+        for begin, end in _true_runs(active):
+            self._steps[begin:end].add_(kappa[begin:end])
+        if apart:
+            sizes = [len(counters) for counters in self._counters]
+            torch._foreach_copy_(list(self._counters), list(self._steps.split(sizes)))
 
-    def _number(self, group: Group, name: tuple[str, int]) -> Any:
+    def _number(self, group: Group, name: Name) -> Any:
         """A float, or a tensor on the device: the user's, or what a schedule gives there."""
         field, position = name
         value = _values(group, field)[position]
         if callable(value):
             value = value(group["base_steps"])
-        on_device = isinstance(value, Tensor) and value.device.type == self._steps.device.type
-        return value if on_device else float(value)
+        if isinstance(value, Tensor) and value.device.type == self._steps.device.type:
+            return value
+        if field == "ema_decay":
+            check_range(field, value, 0.0, 1.0)
+        return float(value)
 
     def _read(self, rows: list[list[Any]]) -> None:
         """Bring the groups' numbers to the device: a row a number, a column a group."""
@@ -132,27 +153,25 @@ class DeviceFolder:
             _fill(inputs, row, old)
         self._known = known
 
-    def _runs(self, taken: Sequence[Group]) -> list[Run]:
-        fields = self._rule.hyper
-        flags = [tuple((f, g[f]) for f in fields if isinstance(g[f], bool | str)) for g in taken]
+    def _runs(self) -> list[Run]:
         runs, begin = [], 0
-        for found, members in groupby(zip(flags, self._sizes, strict=True), key=lambda m: m[0]):
+        sized = zip(self._flags, self._sizes, strict=True)
+        for flags, members in groupby(sized, key=lambda member: member[0]):
             end = begin + sum(size for _, size in members)
-            runs.append(Run(begin, end, dict(found)))
+            runs.append(Run(begin, end, flags))
             begin = end
         return runs
 
-    def _scalars(self, run: Run, part: Mapping[tuple[str, int], Tensor]) -> tuple[Any, ...]:
+    def _scalars(self, run: Run, part: Mapping[Name, Tensor]) -> tuple[Any, ...]:
         fields: dict[str, Any] = dict(run.flags)
-        for field in self._rule.hyper:
+        for field in self._rule.numbers:
             values = [value for (name, _), value in part.items() if name == field]
-            if values:
-                fields[field] = tuple(values) if (field, 1) in part else values[0]
+            fields[field] = tuple(values) if (field, 1) in part else values[0]
         scaled = self._rule.scale(fields)
         folded: tuple[Any, ...] = self._rule.fold(scaled, self._steps[run.begin : run.end])
         return folded
 
-    def _weights(self, part: Mapping[tuple[str, int], Tensor]) -> list[Tensor]:
+    def _weights(self, part: Mapping[Name, Tensor]) -> list[Tensor]:
         kappa = part["kappa", 0]
         return [decay_weight(part["ema_decay", k], kappa) for k in range(self._num_emas)]
 
@@ -173,6 +192,12 @@ def _true_runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
             runs.append((begin, end))
         begin = end
     return runs
+
+
+def _names(rule: Rule, group: Group) -> list[Name]:
+    """The fields that hold numbers; a field of several is named by each of its positions."""
+    fields = (*rule.numbers, "ema_decay")
+    return [(field, i) for field in fields for i in range(len(_values(group, field)))]
 
 
 def _values(group: Group, field: str) -> tuple[Any, ...]:

@@ -139,8 +139,8 @@ def apply(moves: Sequence[Move]) -> None:
             held.copy_(source)
         else:
             if isinstance(weight, Tensor):
-                weight = weight.to(held.dtype)
-            ema_update(held, source.to(held.dtype), weight)
+                weight = weight.to(held.device, held.dtype)
+            ema_update(held, source.to(held.device, held.dtype), weight)
 
 
 def _paired(teacher: dict[str, Tensor], source: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from .backends.plan import Scalars
-from .ema import decays, ema_weights, is_constant
+from .ema import decays, ema_weights
 from .rules import Rule
 
 # Fields besides the rule's own that decide in which bucket a group's parameters are.
 PLACING = ("ema_order", "foreach", "fused", "differentiable", "capturable")
+PLAIN = {float, int, bool, str, type(None)}
+
+Group: TypeAlias = Mapping[str, Any]
 
 
 class _Scaled(NamedTuple):
@@ -25,6 +28,18 @@ class _Scaled(NamedTuple):
     kappa: float
     hyper: Any
     weights: tuple[float, ...] | None
+
+
+class Checked(NamedTuple):
+    """A param group without a bad value.
+
+    Attributes:
+        values: the rule's fields and ``ema_decay`` as plain values, see :func:`plain_fields`.
+        hyper: the rule's hyper-parameters at the group's ``kappa``.
+    """
+
+    values: dict[str, Any]
+    hyper: Any
 
 
 class _Held:
@@ -45,26 +60,25 @@ class Folder:
 
     Args:
         rule: the optimizer's rule.
-        scaled: a param group's hyper-parameters at its ``kappa``, by the rule; raises ValueError
-            for a group that holds a bad value.
+        check: what a param group holds; raises ValueError for a bad value.
 
     Attributes:
         groups: the optimizer's param groups.
         kappas: ``kappa`` of every param group, NaN where it is a tensor on a device.
     """
 
-    def __init__(self, rule: Rule, scaled: Callable[[Mapping[str, Any]], Any]) -> None:
+    def __init__(self, rule: Rule, check: Callable[[Group], Checked]) -> None:
         self._rule = rule
-        self._scaled_hyper = scaled
-        self._fields = itemgetter(*rule.hyper, "ema_decay", *PLACING)
-        self.groups: Sequence[Mapping[str, Any]] = ()
+        self._check = check
+        self._given = itemgetter(*rule.hyper, "ema_decay", *PLACING)
+        self.groups: Sequence[Group] = ()
         self._seen: list[tuple[Any, ...]] = []
         self._scaled: list[_Scaled] = []
         self.kappas: list[float] = []
         self._rows: dict[tuple[int, float | None], Scalars] = {}
         self._scheduled: dict[int, tuple[float, ...]] = {}
 
-    def refresh(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+    def refresh(self, groups: Sequence[Group]) -> bool:
         """Take in the groups' current fields; True if a parameter may belong to another bucket.
 
         Raises:
@@ -73,12 +87,13 @@ class Folder:
         self._rows.clear()
         self._scheduled.clear()
         self.groups = groups
-        if self._seen == list(map(self._fields, groups)):
+        fields = list(map(self._fields, groups))
+        if self._seen == fields:
             return False
         known = self._scaled if len(self._scaled) == len(groups) else [None] * len(groups)
         scaled = [
-            old if old is not None and old.fields == self._fields(group) else self._scale(group)
-            for group, old in zip(groups, known, strict=True)
+            old if old is not None and old.fields == given else self._scale(group)
+            for group, given, old in zip(groups, fields, known, strict=True)
         ]
         moved = any(
             old is not new and (old is None or old.place != new.place)
@@ -89,21 +104,24 @@ class Folder:
         self.kappas = [new.kappa for new in scaled]
         return moved
 
-    def _scale(self, group: Mapping[str, Any]) -> _Scaled:
-        hyper, ema_decay = self._scaled_hyper(group), group["ema_decay"]
-        kappa = plain(group["kappa"], group)
+    def _fields(self, group: Group) -> tuple[Any, ...]:
+        """What is compared from step to step, without looking at a device."""
+        given: tuple[Any, ...] = self._given(group)
+        return _remembered(plain(given, group)) if group["capturable"] else given
+
+    def _scale(self, group: Group) -> _Scaled:
+        values, hyper = self._check(group)
+        ema_decay, kappa = values["ema_decay"], values["kappa"]
+        place = tuple(group[field] for field in PLACING)
+        constant = not any(
+            callable(number) or isinstance(number, Tensor) for number in (kappa, *decays(ema_decay))
+        )
         return _Scaled(
-            fields=_remembered(plain(self._fields(group), group)),
-            place=(
-                self._rule.states(group),
-                len(decays(ema_decay)),
-                *(group[field] for field in PLACING),
-            ),
+            fields=_remembered((*values.values(), *place)),
+            place=(self._rule.states(group), len(decays(ema_decay)), *place),
             kappa=math.nan if isinstance(kappa, Tensor) else kappa,
             hyper=hyper,
-            weights=ema_weights(ema_decay, 0.0, kappa)
-            if is_constant(ema_decay) and not isinstance(kappa, Tensor)
-            else None,
+            weights=ema_weights(ema_decay, 0.0, kappa) if constant else None,
         )
 
     def __call__(self, group: int, step: float | None) -> Scalars:
@@ -122,21 +140,45 @@ class Folder:
             return scaled.weights
         if group not in self._scheduled:
             fields = self.groups[group]
-            kappa = plain(fields["kappa"], fields)
-            self._scheduled[group] = ema_weights(fields["ema_decay"], fields["base_steps"], kappa)
+            ema_decay, kappa = (plain(fields[name], fields) for name in ("ema_decay", "kappa"))
+            self._scheduled[group] = ema_weights(ema_decay, fields["base_steps"], kappa)
         return self._scheduled[group]
 
 
-def scale(rule: Rule, group: Mapping[str, Any]) -> Any:
-    """The rule's hyper-parameters at the group's ``kappa``, see :attr:`Rule.scale`."""
-    return rule.scale({field: plain(group[field], group) for field in rule.hyper})
+def plain_fields(rule: Rule, group: Group) -> dict[str, Any]:
+    """The rule's fields of a param group and ``ema_decay``, as :func:`plain` values.
+
+    Raises:
+        ValueError: a tensor requires grad, or holds more than one element.
+    """
+    fields = (*rule.hyper, "ema_decay")
+    for field in fields:
+        _check_tensors(field, group[field])
+    return {field: plain(group[field], group) for field in fields}
 
 
-def plain(value: Any, group: Mapping[str, Any]) -> Any:
+def _check_tensors(field: str, value: Any) -> None:
+    for tensor in value if isinstance(value, tuple | list) else (value,):
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.requires_grad:
+            raise ValueError(
+                f"{field} requires grad, but is folded into float64 numbers; allowed: a number, or "
+                "a tensor of one element that does not require grad"
+            )
+        if tensor.numel() != 1:
+            raise ValueError(
+                f"{field} is a tensor of shape {tuple(tensor.shape)}; allowed: one element"
+            )
+
+
+def plain(value: Any, group: Group) -> Any:
     """``value`` with tensors as numbers and lists as tuples: nothing that may change.
 
     In a capturable group tensors beside the parameters stay tensors: they are for the device.
     """
+    if type(value) in PLAIN:
+        return value
     if isinstance(value, Tensor):
         params = group.get("params") if group.get("capturable") else None
         # as given to a constructor or saved they may be anything: then the value is looked at once

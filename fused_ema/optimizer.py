@@ -15,7 +15,7 @@ from . import averages, checkpoint, clock
 from .backends import NAMES, requested_backend
 from .ema import EmaDecay, check_ema_decay, decays, ema_keys
 from .ema_buffers import EmaBuffers, apply, resolve
-from .folding import scale
+from .folding import Checked, plain_fields
 from .rules import Rule, check_choice
 from .state import complete
 from .stepper import Stepper
@@ -111,8 +111,9 @@ class FusedScaledOptimizer(Optimizer):
         for group in self.param_groups:
             self._check_group({**group, "kappa": value})
         for fields in (self.defaults, *self.param_groups):
-            if isinstance(fields["kappa"], Tensor):
-                fields["kappa"].fill_(value)  # what a captured graph reads
+            given = fields["kappa"]
+            if isinstance(given, Tensor) and given.is_floating_point() and fields["capturable"]:
+                given.fill_(value)  # what a captured graph reads
             else:
                 fields["kappa"] = float(value)
 
@@ -140,13 +141,21 @@ class FusedScaledOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
             self._check_not_swapped("step()")
+        if torch.is_inference_mode_enabled():
+            # what a plan makes there could not be used by a later step outside
+            with torch.inference_mode(False), torch.no_grad():
+                self._take_step()
+        else:
+            self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         self._stepper.prepare(self.param_groups, self.state)
         moves = [] if self._buffers is None else self._buffers.moves(self._buffer_weights())
         self._stepper.run()
         if moves:
             apply(moves)
         clock.advance(self.param_groups, self._stepper.folder.kappas)
-        return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as torch does; ``ema`` in it binds its own teacher tensors.
@@ -376,14 +385,14 @@ class FusedScaledOptimizer(Optimizer):
         check_disjoint([*self._teachers.values(), *pairs.values()], every)
         self._teachers.update(pairs)
 
-    def _check_group(self, group: Mapping[str, Any]) -> Any:
-        """Raise ValueError for a bad value; else the rule's hyper-parameters at ``kappa``."""
-        self.rule.check(group)
-        check_ema_decay(group["ema_decay"])
+    def _check_group(self, group: Mapping[str, Any]) -> Checked:
+        """Raise ValueError for a bad value, also for one that the scaling rules cannot follow."""
+        values = plain_fields(self.rule, group)
+        self.rule.check({**group, **values})
+        check_ema_decay(values["ema_decay"])
         check_choice("ema_order", group["ema_order"], ("after", "before"))
-        scaled = scale(self.rule, group)  # refuses what the rules cannot follow
         requested_backend(group, self.backend)
-        return scaled
+        return Checked(values, self.rule.scale(values))
 
     def _check_not_swapped(self, what: str) -> None:
         if self._swapped:

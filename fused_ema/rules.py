@@ -30,7 +30,9 @@ class Rule:
 
     Attributes:
         name: key of the kernels in every backend.
-        hyper: param-group fields that ``states``, ``scale`` and ``check`` read.
+        numbers: param-group fields that ``states``, ``scale`` and ``check`` read: numbers, or
+            tuples of them; a capturable group may hold tensors of its device there.
+        flags: those of its fields that choose between formulas: bools and names.
         check: raises ValueError for a bad param group.
         states: names of the state tensors that a group needs, in the kernels' order.
         scale: hyper-parameters at the group's ``kappa``: float64, floats or tensors of one shape.
@@ -40,13 +42,19 @@ class Rule:
     """
 
     name: str
-    hyper: tuple[str, ...]
+    numbers: tuple[str, ...]
+    flags: tuple[str, ...]
     check: Callable[[Group], None]
     states: Callable[[Group], tuple[str, ...]]
     scale: Callable[[Group], Any]
     fold: Callable[[Any, Any], Any]
     update: Callable[[Any, Any, Sequence[Any], Any], None]
     scalars: Any
+
+    @property
+    def hyper(self) -> tuple[str, ...]:
+        """All param-group fields that the rule reads."""
+        return (*self.numbers, *self.flags)
 
 
 def ema_update(ema: Values, param: Values, weight: float) -> None:
@@ -68,7 +76,8 @@ class NoScalars(NamedTuple):
 # Parameters that no rule moves; their averages still follow them.
 FROZEN = Rule(
     name="frozen",
-    hyper=("kappa",),
+    numbers=("kappa",),
+    flags=(),
     check=lambda group: None,
     states=lambda group: (),
     scale=lambda hyper: None,
@@ -155,10 +164,8 @@ def update_sgd(param: Values, grad: Values, states: Sequence[Values], c: SgdScal
 
 SGD = Rule(
     name="sgd",
-    hyper=(
-        *("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"),
-        *("kappa", "momentum_scaling"),
-    ),
+    numbers=("lr", "momentum", "dampening", "weight_decay", "kappa"),
+    flags=("nesterov", "maximize", "momentum_scaling"),
     check=check_sgd,
     states=sgd_states,
     scale=scale_sgd,
@@ -267,9 +274,10 @@ def update_adam(param: Values, grad: Values, states: Sequence[Values], c: AdamSc
 
 ADAM = Rule(
     name="adam",
-    hyper=(
-        *("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize"),
-        *("kappa", "beta_scaling", "weight_decay_scaling"),
+    numbers=("lr", "betas", "eps", "weight_decay", "kappa"),
+    flags=(
+        *("decoupled_weight_decay", "amsgrad", "maximize"),
+        *("beta_scaling", "weight_decay_scaling"),
     ),
     check=check_adam,
     states=adam_states,
@@ -281,12 +289,6 @@ ADAM = Rule(
 
 
 def check_shared(group: Group) -> None:
-    for name in ("lr", "weight_decay"):
-        if isinstance(group[name], Tensor) and group[name].requires_grad:
-            raise ValueError(
-                f"{name} requires grad, but is folded into float64 numbers; allowed: a float, or a "
-                "tensor of one element that does not require grad"
-            )
     scaling.check_kappa(group["kappa"])
     scaling.check_range("lr", group["lr"], 0.0, math.inf)
     scaling.check_range("weight_decay", group["weight_decay"], 0.0, math.inf)

@@ -12,7 +12,7 @@ from ._native import Watch
 from .backends import graphs, requested_backend, select
 from .backends.plan import Plan
 from .buckets import make_buckets
-from .folding import Folder
+from .folding import Checked, Folder
 from .rules import Rule
 
 Groups = Sequence[Mapping[str, Any]]
@@ -24,7 +24,7 @@ class Stepper:
     Args:
         rule: the optimizer's rule.
         backend: ``"auto"`` or a backend's name.
-        scaled: see :class:`~fused_ema.folding.Folder`.
+        check: see :class:`~fused_ema.folding.Folder`.
         complete: gives every parameter the state that its group needs.
 
     Attributes:
@@ -37,7 +37,7 @@ class Stepper:
         self,
         rule: Rule,
         backend: str,
-        scaled: Callable[[Mapping[str, Any]], Any],
+        check: Callable[[Mapping[str, Any]], Checked],
         complete: Callable[[], None],
     ) -> None:
         self._rule = rule
@@ -45,10 +45,11 @@ class Stepper:
         self._complete = complete
         self._watch: Watch | None = None
         self._captured: list[Plan] = []  # a CUDA graph outlives the plan that it was captured from
-        self.folder = Folder(rule, scaled)
+        self.folder = Folder(rule, check)
         self.plans: list[Plan] = []
         self.backends: tuple[str, ...] = ()
-        self._host_folded: set[torch.device] = set()
+        self._devices: set[torch.device] = set()
+        self._host_folded = False
 
     def prepare(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Read gradients and fold scalars; no parameter, state or average is written.
@@ -75,7 +76,7 @@ class Stepper:
             plan.run()
 
     def _prepare_plans(self) -> bool:
-        if any(map(graphs.is_capturing, self._host_folded)):
+        if self._host_folded and any(map(graphs.is_capturing, self._devices)):
             raise RuntimeError(
                 "step() is being captured in a CUDA graph, which would repeat this step's scalars "
                 "at every replay; make the optimizer with capturable=True"
@@ -96,7 +97,8 @@ class Stepper:
         self._complete()
         requested = [requested_backend(group, self._backend) for group in groups]
         buckets = make_buckets(self._rule, groups, state, requested)
-        self._host_folded = {b.key.device for b in buckets if not b.key.capturable}
+        self._devices = {bucket.key.device for bucket in buckets}
+        self._host_folded = not all(bucket.key.capturable for bucket in buckets)
         chosen = [(select(bucket), bucket) for bucket in buckets]
         self.backends = tuple(backend.NAME for backend, _ in chosen)
         self.plans = [backend.plan(bucket) for backend, bucket in chosen]

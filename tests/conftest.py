@@ -10,10 +10,6 @@ import shim_backend
 import torch
 from cases import BACKENDS, DEVICE_BACKENDS
 
-# Triton reads it at its import: without a GPU its kernels run on CPU tensors.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -22,15 +18,21 @@ def pytest_addoption(parser):
         help="backends that tests taking `backend` run on, separated by commas",
     )
     parser.addoption(
-        "--device", default="cpu", help="device of the tests that follow an oracle, as in cuda:0"
+        "--device",
+        default="cpu",
+        help="device of the tests that follow an oracle, as in cuda:0, which test_gpu.py needs",
     )
 
 
 def pytest_configure(config):
     torch.set_num_threads(2)
+    device = torch.device(config.getoption("--device"))
+    if device.type == "cpu":
+        # Triton reads it at its import: its kernels run on CPU tensors
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     if "shim" in config.getoption("--backends"):
         shim_backend.register()
-    harness.DEVICE = torch.device(config.getoption("--device"))
+    harness.DEVICE = device
 
 
 def pytest_generate_tests(metafunc):

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fused_ema import ema
 from fused_ema.backends import graphs
 
 
@@ -27,6 +28,7 @@ class Graph(TorchDispatchMode):
     def capture(self, opt: Any) -> None:
         with self.monkeypatch.context() as patch:
             patch.setattr(graphs, "is_capturing", lambda device: True)
+            patch.setattr(ema, "check_range", unless_on_device(ema.check_range))
             launching = [p for p in opt._stepper.plans if hasattr(p, "_launch")]
             for plan in launching:
                 patch.setattr(plan, "_launch", self.recorded(plan._launch))
@@ -42,6 +44,8 @@ class Graph(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a capture cannot wait for the device")
         if func._schema.is_mutable:
             self.calls.append(lambda: func(*args, **kwargs))
             return written(func, args, kwargs)
@@ -53,6 +57,16 @@ class Graph(TorchDispatchMode):
             for tensor in made:
                 spoil(tensor)
         return result
+
+
+def unless_on_device(check: Callable[..., None]) -> Callable[..., None]:
+    """As a tensor here stands for one on a device, it is not looked at."""
+
+    def checked(name: str, value: Any, *limits: float) -> None:
+        if not isinstance(value, torch.Tensor):
+            check(name, value, *limits)
+
+    return checked
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:

@@ -245,3 +245,142 @@ def test_tensor_hyper_parameters_with_any_params_and_a_loaded_state():
         opt.load_state_dict(opt.state_dict())
         opt.step()
         assert float(opt.state[model.weight]["step"]) == 2.0
+
+
+@pytest.mark.parametrize("rho", [1.5, float("nan")])
+def test_a_schedule_out_of_range_moves_nothing(rho):
+    """It is asked before anything moves, in a second bucket as in the first."""
+    first, second = parameters(), parameters()
+    opt = fused_ema.FusedScaledAdamW(
+        [{"params": first}, {"params": second, "ema_order": "before", "ema_decay": lambda t: rho}],
+        ema_decay=0.9,
+        capturable=True,
+        backend="triton",
+    )
+    set_gradients(0, first, second)
+    before = [p.clone() for p in (*first, *second)]
+    with pytest.raises(ValueError, match=r"ema_decay=.* is out of range"):
+        opt.step()
+    assert all(map(torch.equal, before, (*first, *second)))
+    assert float(opt.state[first[0]]["step"]) == 0.0
+
+
+def test_a_new_group_leaves_a_graphs_counters_in_place(monkeypatch):
+    """A graph goes on counting where eager steps look."""
+    first, second, twins_of_first = parameters(), parameters(seed=1), parameters()
+    cls, flags = OPTIMIZERS["AdamW"]
+    for count in (len(first), 1):
+        opt = cls(first[-count:], capturable=True, backend="triton", **flags)
+        twin = cls(twins_of_first[-count:], **flags)
+        graph = Graph(monkeypatch)
+        set_gradients(0, first, twins_of_first)
+        opt.step()
+        twin.step()
+        graph.capture(opt)
+        opt.add_param_group({"params": second})
+        twin.add_param_group({"params": parameters(seed=1)})
+        for step, go_on in enumerate((opt.step, graph.replay, opt.step)):
+            set_gradients(step, first, twins_of_first, second, twin.param_groups[1]["params"])
+            if go_on == graph.replay:
+                for p in twin.param_groups[1]["params"]:
+                    p.grad = None
+            go_on()
+            twin.step()
+            for p, q in zip(first[-count:], twins_of_first[-count:], strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+                assert float(opt.state[p]["step"]) == float(twin.state[q]["step"])
+
+
+def test_a_counter_that_lies_elsewhere_is_seen():
+    params, others = parameters(), parameters()
+    cls, flags = OPTIMIZERS["AdamW"]
+    opt = cls(params, capturable=True, backend="triton", **flags)
+    twin = cls(others, **flags)
+    for step in range(3):
+        set_gradients(step, params, others)
+        if step == 1:
+            for p in params:
+                opt.state[p]["step"].data = torch.tensor(7.0, dtype=torch.float64)
+            for p in others:
+                twin.state[p]["step"].fill_(7.0)
+            twin.param_groups[0]["base_steps"] = opt.param_groups[0]["base_steps"] = 0.0
+        opt.step()
+        twin.step()
+        assert_same(opt, twin)
+
+
+def test_every_group_must_be_capturable(monkeypatch):
+    """What the host does for one group, a replay would not do again."""
+    first, second = parameters(), parameters()
+    groups = [{"params": first}, {"params": second, "capturable": False}]
+    opt = fused_ema.FusedScaledAdamW(groups, capturable=True, backend="triton")
+    set_gradients(0, first, second)
+    opt.step()
+    with pytest.raises(RuntimeError, match="capturable=True"):
+        Graph(monkeypatch).capture(opt)
+
+
+def test_flags_may_be_any_truth_value(monkeypatch):
+    first, second, others = parameters(), parameters(), [parameters(), parameters()]
+    groups = [{"params": first, "maximize": 1}, {"params": second, "maximize": False}]
+    twins_of = [{"params": p, "maximize": m} for p, m in zip(others, (True, False), strict=True)]
+    opt = fused_ema.FusedScaledAdamW(groups, capturable=True, backend="triton")
+    twin = fused_ema.FusedScaledAdamW(twins_of)
+    set_gradients(0, first, second, *others)
+    opt.step()
+    twin.step()
+    assert_same(opt, twin)
+
+
+def test_numbers_on_the_device_are_not_waited_for(monkeypatch):
+    """Neither a tensor kappa or decay, nor one that takes the place of an equal float."""
+    kappa, decay = torch.tensor([2.0]), torch.tensor(0.9, dtype=torch.float64)
+    model, other = (torch.nn.BatchNorm1d(4) for _ in "ab")
+    options = {"ema_buffers": "average", "lr": 1e-2}
+    opt = fused_ema.FusedScaledSGD(
+        *(model.parameters(),),
+        **{**options, "model": model, "kappa": kappa, "ema_decay": decay},
+        capturable=True,
+        backend="triton",
+    )
+    twin = fused_ema.FusedScaledSGD(
+        other.parameters(), model=other, kappa=2.0, ema_decay=0.9, **options
+    )
+    graph = Graph(monkeypatch)
+    for step in range(5):
+        for one in (model, other):
+            torch.manual_seed(step)
+            one(torch.randn(8, 4)).square().sum().backward()
+        if step == 1:
+            opt.param_groups[0]["lr"] = torch.tensor(1e-2, dtype=torch.float64)
+        if step == 2:
+            graph.capture(opt)
+        if step == 3:
+            decay.fill_(0.5)
+            twin.param_groups[0]["ema_decay"] = 0.5
+        opt.step() if step < 2 else graph.replay()
+        twin.step()
+        held = (o._buffers.held[0]["running_mean"] for o in (opt, twin))
+        torch.testing.assert_close(*held, rtol=1e-6, atol=0.0)
+    assert_same(opt, twin, rtol=1e-5, atol=1e-7)
+
+
+def test_a_clock_set_by_hand_goes_on_as_a_tensor():
+    kappa = torch.tensor(2.0)
+    opt = fused_ema.FusedScaledSGD(parameters(), capturable=True, kappa=kappa, backend="triton")
+    opt.step()
+    opt.param_groups[0]["base_steps"] = 10.0
+    opt.step()
+    assert float(opt.param_groups[0]["base_steps"]) == 12.0
+
+
+def test_plans_made_under_inference_mode_can_be_used_outside():
+    params, others = parameters(), parameters()
+    opt = fused_ema.FusedScaledAdamW(params, capturable=True, backend="triton", ema_decay=0.9)
+    twin = fused_ema.FusedScaledAdamW(others, ema_decay=0.9)
+    for step in range(3):
+        set_gradients(step, params, others)
+        with torch.inference_mode(step < 2):
+            opt.step()
+        twin.step()
+        assert_same(opt, twin)

@@ -15,8 +15,6 @@ from twins import set_gradients
 import fused_ema
 from fused_ema.ema import CosineDecay
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 KERNELS = ("native", "triton")
 SHAPES = ((), (0,), (7,), (300, 41), (70_001,))
 
@@ -35,6 +33,12 @@ def launched(step) -> list[str]:
     return [event.name for event in events if not event.name.startswith(("Memcpy", "Memset"))]
 
 
+@pytest.fixture(autouse=True)
+def on_a_gpu(pytestconfig):
+    if not pytestconfig.getoption("--device").startswith("cuda"):
+        pytest.skip("needs a CUDA GPU and --device=cuda:0: on the CPU Triton is interpreted")
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_one_launch_a_bucket(kernels):
     groups = [{"params": parameters(seed=k), "lr": 1e-3 * (k + 1)} for k in range(5)]
@@ -47,10 +51,16 @@ def test_one_launch_a_bucket(kernels):
     assert len(launched(opt.step)) == 1
 
 
+@pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_a_step_does_not_wait_for_the_device(kernels):
+def test_a_step_does_not_wait_for_the_device(kernels, capturable):
     params = parameters()
-    opt = fused_ema.FusedScaledAdamW(params, ema_decay=(0.9, CosineDecay(0.5, 20)), backend=kernels)
+    decays = (0.9, CosineDecay(0.5, 20))
+    if capturable:
+        decays = (torch.tensor(0.9, device="cuda"), *decays[1:])
+    opt = fused_ema.FusedScaledAdamW(
+        params, ema_decay=decays, backend=kernels, capturable=capturable
+    )
     set_gradients(0, params)
     opt.step()
     torch.cuda.set_sync_debug_mode("error")

@@ -35,12 +35,12 @@ class CapturablePlan:
         return self._plan.captured
 
     def prepare(self, fold: Fold) -> bool:
-        self._groups = fold.groups
+        self._folder.prepare(fold.groups)
         return self._plan.prepare(fold)
 
     def run(self) -> None:
         capturing = graphs.is_capturing(self._device)
-        self._folder.run(self._groups, self._slots.active, capturing)
+        self._folder.run(self._slots.active, capturing)
         self._plan.run(self._folder.table)
 
 

@@ -78,7 +78,7 @@ class DeviceWords:
         if host is None or len(host) < total:
             host = self._pinned(total)
         self._slots.pack(host)
-        words = host.to(self._device, non_blocking=True)
+        words = host.to(self._device, non_blocking=True, copy=True)
         self.kept += [host, words]
         self._spare = None
         # what was packed is not in the other memory
@@ -132,7 +132,8 @@ class TritonPlan:
         return bool(self._words.kept)
 
     def prepare(self, fold: Fold) -> bool:
-        self._groups = fold.groups
+        if self._folder is not None:
+            self._folder.prepare(fold.groups)
         return self._slots.prepare(fold)
 
     def run(self) -> None:
@@ -140,7 +141,7 @@ class TritonPlan:
         parts = self._words.captured() if capturing else self._words.current()
         scalars = parts.scalars
         if self._folder is not None:
-            self._folder.run(self._groups, self._slots.active, capturing)
+            self._folder.run(self._slots.active, capturing)
             scalars = self._folder.table
         self._launch(scalars=scalars, rows=parts.rows, grads=parts.grads, slots=parts.slots)
         self._slots.advance()
