@@ -38,7 +38,8 @@ void define_cuda(py::module_& module) {
       .def(py::init<std::string, std::shared_ptr<Slots>, bool>(), arg("rule"), arg("slots"),
            arg("ema_before"))
       .def("prepare", &cuda::Plan::prepare)
-      .def("run", &cuda::Plan::run, arg("scalars") = py::none(), arg("found_inf") = py::none())
+      .def("sum_of_squares", &cuda::Plan::sum_of_squares)
+      .def("run", &cuda::Plan::run, arg("control") = py::none(), arg("scalars") = py::none())
       .def_property_readonly("captured", &cuda::Plan::captured);
   module.attr("HAS_CUDA") = true;
   module.attr("CUDA_VERSION") = cuda::version();
@@ -70,7 +71,8 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init<std::string, std::shared_ptr<Slots>, bool>(), arg("rule"), arg("slots"),
            arg("ema_before"))
       .def("prepare", &cpu::Plan::prepare)
-      .def("run", &cpu::Plan::run)
+      .def("sum_of_squares", &cpu::Plan::sum_of_squares)
+      .def("run", &cpu::Plan::run, arg("control") = py::none())
       .def_property_readonly("target", &cpu::Plan::target)
       .attr("captured") = false;
   py::class_<Watch>(module, "Watch")

@@ -14,17 +14,22 @@ enum class StoredType { float32, float64, bfloat16, float16 };
 //   pointers: param, the rule's states, the averages
 //   grad: null where the averages alone move
 //   row: the rule's scalars, then a weight per average
+//   grad_factor: what gradients are multiplied by
 struct Piece {
   void* const* pointers;
   const void* grad;
   int64_t begin;
   int64_t end;
   const double* row;
+  double grad_factor;
   int num_emas;
   bool ema_before;
 };
 
 using Kernel = void (*)(const Piece&);
+
+// The sum of the squares of elements [begin, end) of a gradient.
+using Squares = double (*)(const void* grad, int64_t begin, int64_t end);
 
 struct KernelInfo {
   Kernel kernel = nullptr;
@@ -53,6 +58,7 @@ std::string chosen_target();
 // The loop for a rule, told apart by its number of states; a null kernel where there is none.
 KernelInfo find_kernel(const std::string& target, const std::string& rule, int num_states,
                        StoredType stored);
+Squares find_squares(const std::string& target, StoredType stored);
 
 }  // namespace cpu
 }  // namespace fused_ema

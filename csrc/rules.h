@@ -1,7 +1,8 @@
 // The optimizers' maths, once for C++, host and device: one functor per rule, and the EMA.
 //
 // fused_ema/rules.py holds the same formulas under the same names and folds the scalars: a row of
-// doubles whose order is that of `scalars` here. Kernels load values, call update(), store them.
+// doubles whose order is that of `scalars` here; `factor` multiplies every gradient. Kernels load
+// values, call update(), store them.
 #pragma once
 
 #include <array>
@@ -23,10 +24,10 @@ FUSED_EMA_INLINE T ema(T average, T param, T weight) {
   return lerp(average, param, weight);
 }
 
-// The gradient to descend: negated to maximize, plus the L2 penalty's weight_decay * param.
+// The gradient to descend: grad_factor * grad, plus the L2 penalty's weight_decay * param.
 template <class T>
-FUSED_EMA_INLINE T directed(T grad, T param, bool maximize, T weight_decay) {
-  grad = maximize ? -grad : grad;
+FUSED_EMA_INLINE T directed(T grad, T param, T grad_factor, T weight_decay) {
+  grad = grad_factor * grad;
   return weight_decay != T(0) ? grad + weight_decay * param : grad;
 }
 
@@ -35,17 +36,17 @@ template <bool has_momentum>
 struct Sgd {
   static constexpr const char* name = "sgd";
   static constexpr int num_states = has_momentum ? 1 : 0;
-  static constexpr std::array scalars{"maximize",    "weight_decay", "momentum", "carry",
+  static constexpr std::array scalars{"grad_factor", "weight_decay", "momentum", "carry",
                                       "grad_weight", "nesterov",     "lr"};
 
   template <class T>
   struct Scalars {
-    bool maximize, nesterov;
-    T weight_decay, momentum, carry, grad_weight, lr;
+    bool nesterov;
+    T grad_factor, weight_decay, momentum, carry, grad_weight, lr;
 
-    FUSED_EMA_INLINE explicit Scalars(const double* row)
-        : maximize(row[0] != 0),
-          nesterov(row[5] != 0),
+    FUSED_EMA_INLINE Scalars(const double* row, double factor)
+        : nesterov(row[5] != 0),
+          grad_factor(T(row[0] * factor)),
           weight_decay(T(row[1])),
           momentum(T(row[2])),
           carry(T(row[3])),
@@ -55,7 +56,7 @@ struct Sgd {
 
   template <class T>
   FUSED_EMA_INLINE static void update(T& param, T grad, T* states, const Scalars<T>& c) {
-    grad = directed(grad, param, c.maximize, c.weight_decay);
+    grad = directed(grad, param, c.grad_factor, c.weight_decay);
     if constexpr (has_momentum) {
       T& momentum_buffer = states[0];
       momentum_buffer = c.carry * momentum_buffer + c.grad_weight * grad;
@@ -71,16 +72,15 @@ template <bool amsgrad>
 struct Adam {
   static constexpr const char* name = "adam";
   static constexpr int num_states = amsgrad ? 3 : 2;
-  static constexpr std::array scalars{"maximize", "weight_decay", "decay", "weight1",
-                                      "weight2",  "step_size",    "eps"};
+  static constexpr std::array scalars{"grad_factor", "weight_decay", "decay", "weight1",
+                                      "weight2",     "step_size",    "eps"};
 
   template <class T>
   struct Scalars {
-    bool maximize;
-    T weight_decay, decay, weight1, weight2, step_size, eps;
+    T grad_factor, weight_decay, decay, weight1, weight2, step_size, eps;
 
-    FUSED_EMA_INLINE explicit Scalars(const double* row)
-        : maximize(row[0] != 0),
+    FUSED_EMA_INLINE Scalars(const double* row, double factor)
+        : grad_factor(T(row[0] * factor)),
           weight_decay(T(row[1])),
           decay(T(row[2])),
           weight1(T(row[3])),
@@ -93,7 +93,7 @@ struct Adam {
   FUSED_EMA_INLINE static void update(T& param, T grad, T* states, const Scalars<T>& c) {
     T& exp_avg = states[0];
     T& exp_avg_sq = states[1];
-    grad = directed(grad, param, c.maximize, c.weight_decay);
+    grad = directed(grad, param, c.grad_factor, c.weight_decay);
     exp_avg = lerp(exp_avg, grad, c.weight1);
     exp_avg_sq = lerp(exp_avg_sq, grad * grad, c.weight2);
     T second = exp_avg_sq;
@@ -115,7 +115,7 @@ struct Frozen {
 
   template <class T>
   struct Scalars {
-    FUSED_EMA_INLINE explicit Scalars(const double*) {}
+    FUSED_EMA_INLINE Scalars(const double*, double) {}
   };
 
   template <class T>

@@ -41,6 +41,9 @@ class Slots {
   // Words before the slots: what changes from step to step.
   int64_t num_changing() const { return num_words() - static_cast<int64_t>(slots_.size()); }
 
+  // Words before the gradients.
+  int64_t grads_at() const { return num_changing() - static_cast<int64_t>(grads_.size()); }
+
   // How many leading words differ from those that were last packed.
   int64_t num_changed() const;
 
@@ -57,6 +60,7 @@ class Slots {
   std::vector<bool> active() const;
 
   size_t size() const { return groups_.size(); }
+  size_t slot_size() const { return 2 + num_states_ + num_emas_; }
   c10::Device device() const { return device_; }
   bool capturable() const { return capturable_; }
   int num_scalars() const { return num_scalars_; }
@@ -66,6 +70,7 @@ class Slots {
   int num_emas() const { return num_emas_; }
   int num_rows() const { return static_cast<int>(rows_.size()); }
   const std::vector<int64_t>& offsets() const { return offsets_; }
+  int64_t numel(size_t i) const { return offsets_[i + 1] - offsets_[i]; }
   const double* row(size_t i) const { return table_.data() + row_of_[i] * row_size(); }
   const void* grad(size_t i) const { return reinterpret_cast<const void*>(grads_[i]); }
   // param, the rule's states, the averages
@@ -90,7 +95,6 @@ class Slots {
   };
 
   size_t row_size() const { return num_scalars_ + num_emas_; }
-  size_t slot_size() const { return 2 + num_states_ + num_emas_; }
   const py::object* tensors(size_t i) const { return &tensors_[i * slot_size()]; }
   int64_t find_row(const Row& row);
   void fold_rows(const py::object& fold);

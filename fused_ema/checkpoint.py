@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from .ema import decays, ema_keys, is_constant
+from .ema_buffers import EmaBuffers
 from .rules import Rule
 from .state import loaded
 
@@ -46,6 +47,53 @@ def merged(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]
     if saved.get("ema_decay") in (None, SCHEDULE):
         kept["ema_decay"] = group["ema_decay"]
     return {**saved, **kept}
+
+
+class Loading:
+    """A state dict on its way into an optimizer: read before torch takes it in, installed after.
+
+    Args:
+        rule: the optimizer's rule.
+        check: raises ValueError for a param group that holds a bad value.
+        buffers: the optimizer's, if it holds any.
+    """
+
+    def __init__(
+        self, rule: Rule, check: Callable[[Mapping[str, Any]], Any], buffers: EmaBuffers | None
+    ) -> None:
+        self._rule = rule
+        self._check = check
+        self._buffers = buffers
+        self._state: dict[Any, Any] = {}
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def read(
+        self, present: Sequence[Mapping[str, Any]], given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Check and copy what is given; what is left of it is for torch to load.
+
+        Raises:
+            ValueError: groups, states or buffers do not match, or a bad value.
+        """
+        groups = list(map(merged, present, given["param_groups"]))
+        for group in groups:
+            self._check(group)
+        self._state = to_load(self._rule, present, groups, given["state"])
+        if self._buffers is not None and "ema_buffers" in given:
+            self._copies += self._buffers.matching(given["ema_buffers"])
+        # groups that have no counterpart are left for torch to refuse
+        groups += given["param_groups"][len(groups) :]
+        return {**given, "param_groups": groups, "state": {}}
+
+    def install(self, state: dict[Any, Any], teachers: Mapping[Tensor, Tensor]) -> None:
+        """Put the copies into ``state``; a teacher's tensors take their values and stay."""
+        state.update(self._state)
+        for param, teacher in teachers.items():
+            if "ema" in self._state.get(param, ()):
+                self._copies.append((teacher, self._state[param]["ema"]))
+                state[param]["ema"] = teacher
+        for held, saved in self._copies:
+            held.detach().copy_(saved)
 
 
 def to_load(

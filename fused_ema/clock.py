@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .gradients import Control
 from .state import counter, counter_device
 
 
@@ -24,7 +25,9 @@ def complete(group: dict[str, Any]) -> None:
     group["base_steps"] = counter(group["base_steps"], device, "base_steps")
 
 
-def advance(groups: Sequence[dict[str, Any]], kappas: Sequence[float]) -> None:
+def advance(
+    groups: Sequence[dict[str, Any]], kappas: Sequence[float], control: Control | None
+) -> None:
     """Count a step of every group; ``kappas`` are the values that are known on the host."""
     on_device = []
     for group, kappa in zip(groups, kappas, strict=True):
@@ -33,12 +36,20 @@ def advance(groups: Sequence[dict[str, Any]], kappas: Sequence[float]) -> None:
             on_device.append(group)
         else:
             group["base_steps"] += kappa
+    amounts = [_amount(group, control) for group in on_device]
     for in_tensors in (True, False):
-        alike = [g for g in on_device if isinstance(g["kappa"], Tensor) is in_tensors]
+        alike = [
+            (group["base_steps"], amount)
+            for group, amount in zip(on_device, amounts, strict=True)
+            if isinstance(amount, Tensor) is in_tensors
+        ]
         if alike:
-            clocks = [group["base_steps"] for group in alike]
-            torch._foreach_add_(clocks, [_scalar(group["kappa"]) for group in alike])
+            torch._foreach_add_(*map(list, zip(*alike, strict=True)))
 
 
-def _scalar(kappa: Any) -> Any:
-    return kappa.reshape(()) if isinstance(kappa, Tensor) else kappa
+def _amount(group: dict[str, Any], control: Control | None) -> Any:
+    kappa = group["kappa"]
+    if isinstance(kappa, Tensor):
+        kappa = kappa.reshape(())
+    taken = None if control is None else control.taken(group["base_steps"].device)
+    return kappa if taken is None else kappa * taken

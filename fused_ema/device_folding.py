@@ -79,7 +79,7 @@ class DeviceFolder:
         self._numbers = [[self._number(group, name) for group in taken] for name in self._names]
 
     @torch.no_grad()
-    def run(self, active: Sequence[bool], capturing: bool) -> None:
+    def run(self, active: Sequence[bool], capturing: bool, control: Tensor | None) -> None:
         """Count the prepared step and fold :attr:`table`, by operations on the device alone.
 
         What earlier runs brought there is not used by a graph, nor what a graph brings by others:
@@ -88,10 +88,11 @@ class DeviceFolder:
         Args:
             active: which slots have a gradient: their steps are counted.
             capturing: whether a graph is being captured.
+            control: see :class:`~fused_ema.backends.plan.Plan`.
         """
         if capturing:
             self._forget()
-        self._fold(active)
+        self._fold(active, control)
         if capturing:
             self._forget()
 
@@ -100,11 +101,12 @@ class DeviceFolder:
         self._constants.clear()
         self._inputs = self._steps.new_empty(0)
 
-    def _fold(self, active: Sequence[bool]) -> None:
+    def _fold(self, active: Sequence[bool], control: Tensor | None) -> None:
         self._read(self._numbers)
         of_slots = self._inputs.index_select(1, self._column)
         inputs = dict(zip(self._names, of_slots, strict=True))
-        self._count(active, inputs["kappa", 0])
+        kappa = inputs["kappa", 0]
+        self._count(active, kappa if control is None else kappa * (control[1] == 0.0))
         for run in self._runs():
             part = {name: value[run.begin : run.end] for name, value in inputs.items()}
             columns = [*self._scalars(run, part), *self._weights(part)]

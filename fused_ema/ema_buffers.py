@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .buckets import COMPUTE_DTYPE
+from .gradients import Control
 from .realmath import surely
 from .rules import check_choice, ema_update
 
@@ -132,15 +133,19 @@ def resolve(
 
 
 @torch.no_grad()
-def apply(moves: Sequence[Move]) -> None:
+def apply(moves: Sequence[Move], control: Control | None) -> None:
     """Carry out the moves, in place."""
     for held, source, weight in moves:
-        if surely(weight == 1.0):
-            held.copy_(source)
-        else:
+        taken = None if control is None else control.taken(held.device)
+        source = source.to(held.device, held.dtype)
+        if not surely(weight == 1.0):
+            if taken is not None:
+                weight = taken * weight
             if isinstance(weight, Tensor):
                 weight = weight.to(held.device, held.dtype)
-            ema_update(held, source.to(held.device, held.dtype), weight)
+            ema_update(held, source, weight)
+        else:
+            held.copy_(source if taken is None else source.where(taken != 0.0, held))
 
 
 def _paired(teacher: dict[str, Tensor], source: Mapping[str, Tensor]) -> dict[str, Tensor]:

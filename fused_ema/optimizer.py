@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import averages, checkpoint, clock
+from . import checkpoint, clock
+from .access import EmaAccess
 from .backends import NAMES, requested_backend
-from .ema import EmaDecay, check_ema_decay, decays, ema_keys
+from .ema import EmaDecay, check_ema_decay, decays
 from .ema_buffers import EmaBuffers, apply, resolve
 from .folding import Checked, plain_fields
+from .gradients import clipped, unscaling
 from .rules import Rule, check_choice
+from .scaling import check_range
 from .state import complete
 from .stepper import Stepper
-from .swap import swapped
 from .teacher import Teacher, check_disjoint, pair
 
 
@@ -32,10 +34,11 @@ class EmaOptions(TypedDict, total=False):
     kappa: float
     model: nn.Module | None
     ema_buffers: str | None
+    max_grad_norm: float | None
     backend: str
 
 
-class FusedScaledOptimizer(Optimizer):
+class FusedScaledOptimizer(EmaAccess):
     """Base of the optimizers: one fused pass a bucket for the step and every average.
 
     Subclasses set :attr:`rule` and give the defaults of torch's namesake.
@@ -56,6 +59,9 @@ class FusedScaledOptimizer(Optimizer):
         model: the student module: gives parameters their names, and buffers to the average.
         ema_buffers: ``"copy"`` (default with ``model``), ``"average"`` or ``"leave"``; see
             :class:`~fused_ema.ema_buffers.EmaBuffers`.
+        max_grad_norm: gradients are scaled down to this norm, over all parameters, where theirs is
+            larger, as by ``torch.nn.utils.clip_grad_norm_``; ``.grad`` is not written. ``>= 0``;
+            None: not at all.
         backend: ``"auto"`` or one of ``"native"``, ``"triton"``, ``"foreach"``, ``"reference"``.
 
     Raises:
@@ -63,6 +69,9 @@ class FusedScaledOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
+
+    # torch.amp.GradScaler leaves unscaling and skipped steps to an optimizer that says so
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -75,10 +84,15 @@ class FusedScaledOptimizer(Optimizer):
         kappa: float = 1.0,
         model: nn.Module | None = None,
         ema_buffers: str | None = None,
+        max_grad_norm: float | None = None,
         backend: str = "auto",
     ) -> None:
         check_choice("backend", backend, ("auto", *NAMES))
+        if max_grad_norm is not None:
+            check_range("max_grad_norm", max_grad_norm, 0.0, math.inf)
         self.backend = backend
+        self.max_grad_norm = max_grad_norm
+        self._grad_norm: Tensor | None = None
         self._teachers: dict[Tensor, Tensor] = {}
         self._names: dict[Tensor, str] = {}
         self._buffers: EmaBuffers | None = None
@@ -118,12 +132,26 @@ class FusedScaledOptimizer(Optimizer):
                 fields["kappa"] = float(value)
 
     @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of the last step's gradients before clipping, over all parameters.
+
+        A 0-dim float64 tensor beside the first parameter, unscaled if a ``GradScaler`` is in use;
+        reading it waits for nothing. None before the first step, and without ``max_grad_norm``
+        (``math.inf`` gives the norm and clips nothing).
+        """
+        return self._grad_norm
+
+    @property
     def backends(self) -> tuple[str, ...]:
         """Names of the backends in use, one a bucket; empty before the first step."""
         return self._stepper.backends
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter and move every average, in place.
+
+        ``torch.amp.GradScaler.step`` calls it: gradients are unscaled on their way into the rule,
+        and where one is not finite nothing moves and nothing is counted. Groups that are not
+        capturable are counted on the host, which then waits for the scaler's check.
 
         Args:
             closure: re-evaluates the model and returns the loss.
@@ -150,12 +178,21 @@ class FusedScaledOptimizer(Optimizer):
         return loss
 
     def _take_step(self) -> None:
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         self._stepper.prepare(self.param_groups, self.state)
+        if found_inf is not None and self._stepper.host_folded:
+            if found_inf.item() != 0.0:
+                return
+            found_inf = None
         moves = [] if self._buffers is None else self._buffers.moves(self._buffer_weights())
-        self._stepper.run()
+        control = unscaling(getattr(self, "grad_scale", None), found_inf)
+        if self.max_grad_norm is not None:
+            sums = self._stepper.sums_of_squares()
+            control, self._grad_norm = clipped(control, sums, self.max_grad_norm)
+        self._stepper.run(control)
         if moves:
-            apply(moves)
-        clock.advance(self.param_groups, self._stepper.folder.kappas)
+            apply(moves, control)
+        clock.advance(self.param_groups, self._stepper.folder.kappas, control)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as torch does; ``ema`` in it binds its own teacher tensors.
@@ -186,69 +223,6 @@ class FusedScaledOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         self._stepper.forget()
-
-    @contextmanager
-    def ema_weights(self, index: int = 0) -> Iterator[None]:
-        """Hold an average in the parameters, in place, while the context is open.
-
-        ``with opt.ema_weights(): evaluate(model)``. On exit, also by an exception, weights and
-        averages are restored bit by bit. Averaged buffers trade places too.
-
-        Args:
-            index: which average, for a tuple ``ema_decay``.
-
-        Raises:
-            IndexError: there is no such average.
-            RuntimeError: already inside; ``step()``, ``state_dict()`` and ``load_state_dict()``
-                raise it inside.
-        """
-        pairs = list(self._averages(index, "ema_weights()").items())
-        if self._buffers is not None:
-            pairs += self._buffers.pairs(index)
-        with swapped(pairs):
-            self._swapped = True
-            try:
-                yield
-            finally:
-                self._swapped = False
-
-    def ema_state_dict(self, model: nn.Module, index: int = 0) -> dict[str, Tensor]:
-        """An average under the keys of ``model.state_dict()``.
-
-        Args:
-            model: the module whose parameters are optimized here. Entries that are not averaged
-                (parameters of no group, buffers unless ``ema_buffers`` holds them) are its own.
-            index: which average, for a tuple ``ema_decay``.
-
-        Returns:
-            Tensors that share memory with the optimizer's; averages keep their dtype.
-
-        Raises:
-            ValueError: ``model`` holds none of the averaged parameters.
-            IndexError: there is no such average.
-        """
-        by_param = self._averages(index, "ema_state_dict()")
-        return averages.state_dict(model, by_param, self._held_buffers(index))
-
-    def copy_ema_to(self, model: nn.Module, index: int = 0) -> None:
-        """Copy an average into a module's parameters and buffers, in place.
-
-        Buffers are copied where ``model=`` made the student's known; parameters that have no
-        average are left as they are.
-
-        Args:
-            model: the optimized module itself, a part of it, or another of the same shapes: paired
-                by name where names are known (``model=`` or ``named_parameters()``), else in order.
-            index: which average, for a tuple ``ema_decay``.
-
-        Raises:
-            ValueError: a name or shape does not match; the message names the first.
-            IndexError: there is no such average.
-        """
-        by_param = self._averages(index, "copy_ema_to()")
-        names = {**self._names, **(self._buffers.names() if self._buffers is not None else {})}
-        in_order = len(self._averaged_groups()) == 1
-        averages.copy_to(model, by_param, self._held_buffers(index), names, in_order)
 
     def state_dict(self) -> StateDict:
         """The state as torch lays it out, the averages under ``ema``, ``ema_1``, ...
@@ -286,32 +260,13 @@ class FusedScaledOptimizer(Optimizer):
             RuntimeError: inside :meth:`ema_weights`.
         """
         self._check_not_swapped("load_state_dict()")
-        state: dict[Any, Any] = {}
-        buffers: list[Any] = []
+        loading = checkpoint.Loading(self.rule, self._check_group, self._buffers)
 
         def read(_: Optimizer, given: StateDict) -> StateDict:
-            present = self.param_groups
-            groups = list(map(checkpoint.merged, present, given["param_groups"]))
-            for group in groups:
-                self._check_group(group)
-            state.update(checkpoint.to_load(self.rule, present, groups, given["state"]))
-            if self._buffers is not None and "ema_buffers" in given:
-                buffers.extend(self._buffers.matching(given["ema_buffers"]))
-            # groups that have no counterpart are left for torch to refuse
-            groups += given["param_groups"][len(groups) :]
-            return {**given, "param_groups": groups, "state": {}}
+            return loading.read(self.param_groups, given)
 
         def install(_: Optimizer) -> None:
-            self.state.update(state)
-            teachers = [
-                (teacher, state[param]["ema"])
-                for param, teacher in self._teachers.items()
-                if "ema" in state.get(param, ())
-            ]
-            for held, saved in (*teachers, *buffers):
-                held.detach().copy_(saved)
-            for param in self._teachers.keys() & state.keys():
-                self.state[param]["ema"] = self._teachers[param]
+            loading.install(self.state, self._teachers)
 
         # last to read and first to act, so that hooks of the user's see what they expect
         hooks = [
@@ -326,12 +281,13 @@ class FusedScaledOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_swapped("copying or pickling the optimizer")
-        own = ("backend", "_teachers", "_names", "_buffers")
+        own = ("backend", "max_grad_norm", "_teachers", "_names", "_buffers")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._swapped = False
+        self._grad_norm = None
         if hasattr(self, "_stepper"):  # loading a state dict: graphs may still use old plans
             self._stepper.forget()
         else:
@@ -348,33 +304,10 @@ class FusedScaledOptimizer(Optimizer):
                 for param in group["params"]:
                     complete(self.rule, group, param, self.state[param], self._teachers.get(param))
 
-    def _held_buffers(self, index: int) -> dict[Tensor, Tensor]:
-        return self._buffers.values(index) if self._buffers is not None else {}
-
     def _buffer_weights(self) -> tuple[float, ...]:
         """The weights of the group with the most averages: buffers belong to no group."""
         weights = [self._stepper.folder.weights(i) for i in range(len(self.param_groups))]
         return max(weights, key=len)
-
-    def _averaged_groups(self) -> list[int]:
-        return [i for i, group in enumerate(self.param_groups) if decays(group["ema_decay"])]
-
-    def _num_emas(self) -> int:
-        return max(len(decays(group["ema_decay"])) for group in self.param_groups)
-
-    def _averages(self, index: int, what: str) -> dict[Tensor, Tensor]:
-        """The average ``index`` of every parameter that has it."""
-        self._check_not_swapped(what)
-        self._complete_state()
-        found = {
-            param: self.state[param][ema_keys(index + 1)[index]]
-            for group in self.param_groups
-            if 0 <= index < len(decays(group["ema_decay"]))
-            for param in group["params"]
-        }
-        if not found:
-            raise IndexError(f"index={index}: no param group has that average; see ema_decay")
-        return found
 
     def _bind(self, teacher: Teacher, groups: list[dict[str, Any]]) -> None:
         params = [p for group in groups for p in group["params"] if p not in self._teachers]
@@ -392,11 +325,8 @@ class FusedScaledOptimizer(Optimizer):
         check_ema_decay(values["ema_decay"])
         check_choice("ema_order", group["ema_order"], ("after", "before"))
         requested_backend(group, self.backend)
-        return Checked(values, self.rule.scale(values))
-
-    def _check_not_swapped(self, what: str) -> None:
-        if self._swapped:
-            raise RuntimeError(
-                f"{what} inside ema_weights(): the parameters hold the average; leave the context "
-                "first"
+        if group["differentiable"] and self.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} with differentiable=True; allowed: None"
             )
+        return Checked(values, self.rule.scale(values))

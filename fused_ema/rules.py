@@ -39,6 +39,8 @@ class Rule:
         fold: the kernels' scalars from ``scale``'s result and the base steps after this step.
         update: one step in place: ``update(param, grad, states, scalars)``; never writes ``grad``.
         scalars: the NamedTuple type that ``fold`` returns; its order is the kernels' table layout.
+            The first of a rule that takes gradients is ``grad_factor``, which kernels also multiply
+            by a step's own factor: one product for maximizing, unscaling and clipping.
     """
 
     name: str
@@ -62,11 +64,16 @@ def ema_update(ema: Values, param: Values, weight: float) -> None:
     ema.lerp_(param, weight)
 
 
-def directed(grad: Values, param: Values, maximize: bool, weight_decay: float) -> Values:
-    """The gradient to descend: negated to maximize, plus the L2 penalty ``weight_decay*p``."""
-    if maximize:
-        grad = grad.neg()
+def directed(grad: Values, param: Values, grad_factor: float, weight_decay: float) -> Values:
+    """The gradient to descend: ``grad_factor*g``, plus the L2 penalty ``weight_decay*p``."""
+    if grad_factor != 1.0:
+        grad = grad.mul(grad_factor)
     return grad.add(param, alpha=weight_decay) if weight_decay != 0.0 else grad
+
+
+def sign(maximize: bool) -> float:
+    """The direction to go in, a factor of the gradient."""
+    return -1.0 if maximize else 1.0
 
 
 class NoScalars(NamedTuple):
@@ -90,7 +97,7 @@ FROZEN = Rule(
 class SgdScaled(NamedTuple):
     """SGD's hyper-parameters at ``kappa``."""
 
-    maximize: bool
+    grad_factor: float
     weight_decay: float
     momentum: float
     grad_weight: float
@@ -102,7 +109,7 @@ class SgdScaled(NamedTuple):
 class SgdScalars(NamedTuple):
     """``carry`` is the momentum, or 0 at the first step, where the buffer becomes the gradient."""
 
-    maximize: bool
+    grad_factor: float
     weight_decay: float
     momentum: float
     carry: float
@@ -129,7 +136,7 @@ def sgd_states(group: Group) -> tuple[str, ...]:
 def scale_sgd(group: Group) -> SgdScaled:
     kappa, mu, rule = group["kappa"], group["momentum"], group["momentum_scaling"]
     return SgdScaled(
-        maximize=group["maximize"],
+        grad_factor=sign(group["maximize"]),
         weight_decay=group["weight_decay"],
         momentum=scaling.momentum(mu, kappa, rule),
         grad_weight=1.0 - group["dampening"],
@@ -142,7 +149,7 @@ def scale_sgd(group: Group) -> SgdScaled:
 def fold_sgd(hyper: SgdScaled, step: Any) -> SgdScalars:
     first = step <= hyper.kappa
     return SgdScalars(
-        hyper.maximize,
+        hyper.grad_factor,
         hyper.weight_decay,
         hyper.momentum,
         where(first, 0.0, hyper.momentum),
@@ -154,7 +161,7 @@ def fold_sgd(hyper: SgdScaled, step: Any) -> SgdScalars:
 
 def update_sgd(param: Values, grad: Values, states: Sequence[Values], c: SgdScalars) -> None:
     """``b <- carry*b + grad_weight*g``; ``p <- p - lr*(g + momentum*b if nesterov else b)``."""
-    grad = directed(grad, param, c.maximize, c.weight_decay)
+    grad = directed(grad, param, c.grad_factor, c.weight_decay)
     if states:
         (momentum_buffer,) = states
         momentum_buffer.mul_(c.carry).add_(grad, alpha=c.grad_weight)
@@ -178,7 +185,7 @@ SGD = Rule(
 class AdamScaled(NamedTuple):
     """Adam's hyper-parameters at ``kappa``; ``log_beta`` is per base step, for bias correction."""
 
-    maximize: bool
+    grad_factor: float
     weight_decay: float
     decay: float
     weight1: float
@@ -192,7 +199,7 @@ class AdamScaled(NamedTuple):
 class AdamScalars(NamedTuple):
     """``weight1``, ``weight2`` are 1 - beta; ``step_size``, ``eps`` hold the bias corrections."""
 
-    maximize: bool
+    grad_factor: float
     weight_decay: float
     decay: float
     weight1: float
@@ -224,7 +231,7 @@ def scale_adam(group: Group) -> AdamScaled:
     weights = [scaling.beta_weight(beta, kappa, group["beta_scaling"]) for beta in group["betas"]]
     log_betas = [log1p(-weight) / kappa for weight in weights]
     return AdamScaled(
-        maximize=group["maximize"],
+        grad_factor=sign(group["maximize"]),
         weight_decay=0.0 if decoupled else weight_decay,
         decay=scaling.decoupled_decay(
             base_lr, lr, weight_decay, kappa, group["weight_decay_scaling"]
@@ -245,7 +252,7 @@ def fold_adam(hyper: AdamScaled, step: Any) -> AdamScalars:
     bias_correction1 = -expm1(step * hyper.log_beta1)
     bias_correction2_sqrt = sqrt(-expm1(step * hyper.log_beta2))
     return AdamScalars(
-        hyper.maximize,
+        hyper.grad_factor,
         hyper.weight_decay,
         hyper.decay,
         hyper.weight1,
@@ -261,7 +268,7 @@ def update_adam(param: Values, grad: Values, states: Sequence[Values], c: AdamSc
     Kingma & Ba 2015; amsgrad: Reddi et al. 2018; decay: Loshchilov & Hutter 2019.
     """
     exp_avg, exp_avg_sq = states[:2]
-    grad = directed(grad, param, c.maximize, c.weight_decay)
+    grad = directed(grad, param, c.grad_factor, c.weight_decay)
     exp_avg.lerp_(grad, c.weight1)
     exp_avg_sq.lerp_(grad.mul(grad), c.weight2)
     if len(states) == 3:

@@ -13,6 +13,7 @@ from .backends import graphs, requested_backend, select
 from .backends.plan import Plan
 from .buckets import make_buckets
 from .folding import Checked, Folder
+from .gradients import Control
 from .rules import Rule
 
 Groups = Sequence[Mapping[str, Any]]
@@ -48,7 +49,7 @@ class Stepper:
         self.folder = Folder(rule, check)
         self.plans: list[Plan] = []
         self.backends: tuple[str, ...] = ()
-        self._devices: set[torch.device] = set()
+        self._devices: list[torch.device] = []
         self._host_folded = False
 
     def prepare(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -70,10 +71,20 @@ class Stepper:
         """Make the plans anew at the next step."""
         self._watch = None
 
-    def run(self) -> None:
+    @property
+    def host_folded(self) -> bool:
+        """Whether the steps of some group are counted on the host."""
+        return self._host_folded
+
+    @torch.no_grad()
+    def sums_of_squares(self) -> list[Tensor]:
+        """Of the gradients of each bucket, as prepared: 0-dim float64 tensors on their devices."""
+        return [plan.sum_of_squares() for plan in self.plans]
+
+    def run(self, control: Control | None) -> None:
         """Step every parameter and move every average, in place, as prepared."""
-        for plan in self.plans:
-            plan.run()
+        for plan, device in zip(self.plans, self._devices, strict=True):
+            plan.run(None if control is None else control.on(device))
 
     def _prepare_plans(self) -> bool:
         if self._host_folded and any(map(graphs.is_capturing, self._devices)):
@@ -97,7 +108,7 @@ class Stepper:
         self._complete()
         requested = [requested_backend(group, self._backend) for group in groups]
         buckets = make_buckets(self._rule, groups, state, requested)
-        self._devices = {bucket.key.device for bucket in buckets}
+        self._devices = [bucket.key.device for bucket in buckets]
         self._host_folded = not all(bucket.key.capturable for bucket in buckets)
         chosen = [(select(bucket), bucket) for bucket in buckets]
         self.backends = tuple(backend.NAME for backend, _ in chosen)

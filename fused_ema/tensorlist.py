@@ -19,13 +19,10 @@ class TensorList:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
 
-    def neg(self) -> TensorList:
-        return TensorList(torch._foreach_neg(self.tensors))
-
     def sqrt(self) -> TensorList:
         return TensorList(torch._foreach_sqrt(self.tensors))
 
-    def mul(self, other: TensorList | float) -> TensorList:
+    def mul(self, other: TensorList | Tensor | float) -> TensorList:
         return TensorList(torch._foreach_mul(self.tensors, _operand(other)))
 
     def div(self, other: TensorList) -> TensorList:
@@ -66,5 +63,5 @@ class TensorList:
         return TensorList([tensor.to(dtype) for tensor in self.tensors])
 
 
-def _operand(other: TensorList | float) -> list[Tensor] | float:
+def _operand(other: TensorList | Tensor | float) -> list[Tensor] | Tensor | float:
     return other.tensors if isinstance(other, TensorList) else other

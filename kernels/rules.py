@@ -43,10 +43,9 @@ def ema(average, param, weight):
 
 
 @device
-def directed(grad, param, maximize, weight_decay):
-    """The gradient to descend: negated to maximize, plus the L2 penalty ``weight_decay*p``."""
-    # a product, because some versions of Triton negate as 0 - grad and lose the sign of a zero
-    grad = tl.where(maximize != 0, -1.0, 1.0) * grad
+def directed(grad, param, grad_factor, weight_decay):
+    """The gradient to descend: ``grad_factor*g``, plus the L2 penalty ``weight_decay*p``."""
+    grad = grad_factor * grad
     return tl.where(weight_decay != 0, grad + weight_decay * param, grad)
 
 
@@ -59,8 +58,8 @@ def frozen(param, grad, states, scalars):
 @device
 def sgd(param, grad, states, scalars):
     """``b <- carry*b + grad_weight*g``; ``p <- p - lr*(g + momentum*b if nesterov else b)``."""
-    maximize, weight_decay, momentum, carry, grad_weight, nesterov, lr = scalars
-    grad = directed(grad, param, maximize, weight_decay)
+    grad_factor, weight_decay, momentum, carry, grad_weight, nesterov, lr = scalars
+    grad = directed(grad, param, grad_factor, weight_decay)
     if len(states) == 1:
         momentum_buffer = carry * states[0] + grad_weight * grad
         grad = tl.where(nesterov != 0, grad + momentum * momentum_buffer, momentum_buffer)
@@ -74,8 +73,8 @@ def adam(param, grad, states, scalars):
 
     ``p <- p - (decay*p + step_size*m/(sqrt(v) + eps))``, with v's running maximum for amsgrad.
     """
-    maximize, weight_decay, decay, weight1, weight2, step_size, eps = scalars
-    grad = directed(grad, param, maximize, weight_decay)
+    grad_factor, weight_decay, decay, weight1, weight2, step_size, eps = scalars
+    grad = directed(grad, param, grad_factor, weight_decay)
     exp_avg = lerp(states[0], grad, weight1)
     exp_avg_sq = lerp(states[1], grad * grad, weight2)
     second = exp_avg_sq

@@ -54,6 +54,18 @@ def load_each(p_first, COUNT: tl.constexpr):
 
 
 @device
+def rule_scalars(p_row, factor, COMPUTE: tl.constexpr, COUNT: tl.constexpr):
+    """Load a rule's scalars, of which the first multiplies gradients, as ``factor`` does."""
+    values = ()
+    for k in tl.static_range(COUNT):
+        value = tl.load(p_row + k)
+        if k == 0:
+            value *= factor
+        values += (value.to(COMPUTE),)
+    return values
+
+
+@device
 def pointer(address, o_block, TYPE: tl.constexpr, WHOLE: tl.constexpr):
     """Point at a block of a tensor; WHOLE promises that its address is a multiple of 16 bytes."""
     p_first = address.to(tl.pointer_type(TYPE))
@@ -135,12 +147,13 @@ def step_slot(
         step_block(RULE, EMA_BEFORE, STORED, COMPUTE, TAIL, False, slot, i, end)
 
 
-POINTERS = ["p_scalars", "p_rows", "p_grads", "p_slots", "p_chunks"]
+POINTERS = ["p_control", "p_scalars", "p_rows", "p_grads", "p_slots", "p_chunks"]
 
 
 # The pointers are not specialized: they point into one buffer, at addresses of any alignment.
 @triton.jit(do_not_specialize=POINTERS)
 def step_kernel(
+    p_control,
     p_scalars,
     p_rows,
     p_grads,
@@ -157,6 +170,8 @@ def step_kernel(
     CHUNK: tl.constexpr,
 ):
     """Step one chunk; :func:`launch` tells what the pointers point at."""
+    if tl.load(p_control + 1) != 0.0:
+        return
     p_chunk = p_chunks + 2 * tl.program_id(0).to(tl.int64)
     i_slot = tl.load(p_chunk).to(tl.int64)
     start = tl.load(p_chunk + 1).to(tl.int64) * CHUNK
@@ -169,7 +184,7 @@ def step_kernel(
     weights = [w.to(COMPUTE) for w in load_each(p_row + NUM_SCALARS, NUM_AVERAGES)]
     if grad != 0:
         states = load_each(p_slot + 2, NUM_STATES)
-        scalars = [scalar.to(COMPUTE) for scalar in load_each(p_row, NUM_SCALARS)]
+        scalars = rule_scalars(p_row, tl.load(p_control), COMPUTE, NUM_SCALARS)
         moving = (param, grad, states, averages, scalars, weights)
         step_slot(RULE, EMA_BEFORE, STORED, COMPUTE, BLOCK, moving, start, end)
     else:
@@ -197,6 +212,7 @@ def launch(
     num_states: int,
     num_averages: int,
     ema_before: bool,
+    control: Tensor,
     scalars: Tensor,
     rows: Tensor,
     grads: Tensor,
@@ -209,6 +225,7 @@ def launch(
         rule: key of :data:`RULES`.
         dtype: of parameters, gradients and states; averages are in the dtype of the arithmetic.
         num_scalars: how many scalars the rule takes.
+        control: float64, what gradients are multiplied by, and not 0 if nothing shall move.
         scalars: float64, rows of the rule's scalars and each average's weight.
         rows: int64, each slot's row.
         grads: int64, the address of each slot's gradient, 0 for none: then the averages alone move.
@@ -220,7 +237,7 @@ def launch(
     stored, compute = TYPES[dtype]
     with torch.accelerator.device_index(chunks.device.index), float_errors_ignored():
         step_kernel[(chunks.shape[0],)](
-            *(scalars, rows, grads, slots, chunks),
+            *(control, scalars, rows, grads, slots, chunks),
             RULES[rule],
             *(num_scalars, num_states, num_averages, ema_before),
             *(stored, compute, block_size(compute), CHUNK),

@@ -32,6 +32,7 @@ class Graph(TorchDispatchMode):
             launching = [p for p in opt._stepper.plans if hasattr(p, "_launch")]
             for plan in launching:
                 patch.setattr(plan, "_launch", self.recorded(plan._launch))
+                patch.setattr(plan, "_squares", self.recorded_sums(plan._squares))
             with self:
                 opt.step()
 
@@ -41,6 +42,15 @@ class Graph(TorchDispatchMode):
 
     def recorded(self, launch: Callable[..., None]) -> Callable[..., None]:
         return lambda **parts: self.calls.append(lambda: launch(**parts))
+
+    def recorded_sums(self, squares: Any) -> Callable[..., torch.Tensor]:
+        sums = torch.full((len(squares.keywords["chunks"]),), float("nan"), dtype=torch.float64)
+
+        def record(**parts: Any) -> torch.Tensor:
+            self.calls.append(lambda: sums.copy_(squares(**parts)))
+            return sums
+
+        return record
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

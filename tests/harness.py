@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from tolerances import COMPUTE_OF, Bounds, assert_local, assert_trajectory, no_e
 
 SKIP_PATTERNS = 3
 Ratios = dict[str, float]
+Taken = Callable[[list[Array | None], list[torch.dtype]], list[Array | None]]
 DEVICE = torch.device("cpu")  # where the problems are, see --device
 STATE_KEYS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -229,13 +230,20 @@ def start_followers(case: Case, problem: Problem) -> list[Follower]:
     return [Follower.start(cohort, configs[cohort.group]) for cohort in problem.cohorts]
 
 
-def follow(opt: Any, case: Case, problem: Problem, steps: int) -> list[Follower]:
-    """Checks every step, and the trajectory where no weight is rounded to 16 bits."""
+def follow(
+    opt: Any, case: Case, problem: Problem, steps: int, taken: Taken | None = None
+) -> list[Follower]:
+    """Checks every step, and the trajectory where no weight is rounded to 16 bits.
+
+    taken: what the rule is to take of a step's gradients, if not the gradients as they are.
+    """
     followers = start_followers(case, problem)
     for step in range(steps):
         set_kappa(case, opt, followers, step)
         grads = problem.set_gradients(step)
         opt.step()
+        if taken is not None:
+            grads = taken(grads, [cohort.dtype for cohort in problem.cohorts])
         for follower, grad in zip(followers, grads, strict=True):
             follower.advance(grad)
             follower.check_step(opt, grad, f"step {step}, group {follower.cohort.group}")

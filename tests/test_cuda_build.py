@@ -19,7 +19,7 @@ EXTENSION = Path(_native.__file__)
 CSRC = Path(__file__).parents[1] / "csrc"
 MAX_REGISTERS = 64
 TYPES = ("f", "d", "NS_8BFloat16E", "NS_4HalfE")  # float, double and the halves, in symbols
-KERNEL = re.compile(rf"_ZN9fused_ema4cuda4stepINS_(\w+?E)({'|'.join(TYPES)})Li(\d+)EE\w+")
+KERNEL = re.compile(rf"_ZN9fused_ema4cuda(4stepINS_\w+?E|7squaresI)({'|'.join(TYPES)})Li(\d+)EE\w+")
 
 
 def nvcc() -> str | None:
@@ -65,6 +65,11 @@ def sass() -> dict[tuple[str, str], list[str]]:
     return {key: opcode.findall(part) for key, part in sections(dump("-sass"), "Function").items()}
 
 
+@pytest.fixture(scope="module")
+def steps(sass) -> dict[tuple[str, str], list[str]]:
+    return {key: ops for key, ops in sass.items() if "4cuda4step" in key[1]}
+
+
 def test_the_kernels_are_built_where_nvcc_is():
     content = EXTENSION.read_bytes()
     if b"__asan_init" in content or os.environ.get("FUSED_EMA_CUDA_SHIM"):
@@ -86,7 +91,7 @@ def test_every_kernel_is_built_for_every_architecture(sass):
     for names in built.values():
         kinds = Counter(KERNEL.match(name).groups()[:2] for name in names)
         # each with small and with large parameters
-        assert len(kinds) == len(rules[1].split(",")) * len(TYPES)
+        assert len(kinds) == (len(rules[1].split(",")) + 1) * len(TYPES)
         assert set(kinds.values()) == {2}
 
 
@@ -101,8 +106,15 @@ def test_registers_suffice(sass):
         assert not [op for op in opcodes if op.startswith(("LDL", "STL"))], key
 
 
-def test_memory_is_accessed_by_16_bytes(sass):
-    for key, opcodes in sass.items():
+def test_squares_are_read_by_16_bytes(sass, steps):
+    kernels = sass.keys() - steps.keys()
+    assert kernels
+    for key in kernels:
+        assert "LDG.E.128" in " ".join(sass[key]), key
+
+
+def test_memory_is_accessed_by_16_bytes(steps):
+    for key, opcodes in steps.items():
         stores = [op for op in opcodes if op.startswith("STG")]
         wide = [op for op in stores if op.startswith("STG.E.128")]
         # the path for single elements has a store for each of these, the one for vectors no other
@@ -111,8 +123,8 @@ def test_memory_is_accessed_by_16_bytes(sass):
         assert not {"LD.E.128", "ST.E.128"} & set(opcodes), key
 
 
-def test_a_vector_is_loaded_before_any_of_it_is_used(sass):
-    for key, opcodes in sass.items():
+def test_a_vector_is_loaded_before_any_of_it_is_used(steps):
+    for key, opcodes in steps.items():
         events = [op[:9] for op in opcodes if op.startswith(("LDG.E.128", "STG", "BRA", "CALL"))]
         longest = dict.fromkeys(events, 0)
         for kind, run in groupby(events):

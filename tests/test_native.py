@@ -28,12 +28,15 @@ def trajectory(name: str, dtype: torch.dtype) -> list[torch.Tensor]:
     shapes = ((0,), (1,), (15,), (16,), (17,), (3, 33), (2 * CHUNK + 5,))
     params = [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
     cls, kwargs = OPTIMIZERS[name]
-    optimizer = cls(params, ema_decay=(0.9, 0.3), kappa=2.0, backend="native", **kwargs)
+    optimizer = cls(
+        params, ema_decay=(0.9, 0.3), kappa=2.0, backend="native", max_grad_norm=5.0, **kwargs
+    )
     for _ in range(4):
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator).to(dtype)
         optimizer.step()
-    return [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+    held = [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+    return [*held, optimizer.grad_norm]
 
 
 def assert_same_bits(tensors, others) -> None:
@@ -131,9 +134,9 @@ def test_one_native_call_a_bucket_and_step(monkeypatch):
             calls.append("prepare")
             return plan.prepare(fold)
 
-        def run(self):
+        def run(self, control):
             calls.append("run")
-            plan.run()
+            plan.run(control)
 
     optimizer._stepper.plans = [Counted()]
     optimizer.step()

@@ -24,14 +24,14 @@ RULE_STATES = (("frozen", 0), ("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3))
 SCALARS = {
     "frozen": ((), (), ()),
     "sgd": (
-        (0.0, 0.0, 0.9, 0.7, 0.8, 0.0, 0.1),
-        (1.0, 0.2, 0.6, 0.5, 0.4, 1.0, 0.03),
-        (0.0, 0.3, 0.9, 0.0, 1.0, 1.0, 0.5),
+        (1.0, 0.0, 0.9, 0.7, 0.8, 0.0, 0.1),
+        (-1.0, 0.2, 0.6, 0.5, 0.4, 1.0, 0.03),
+        (0.3, 0.3, 0.9, 0.0, 1.0, 1.0, 0.5),
     ),
     "adam": (
-        (0.0, 0.2, 0.01, 0.1, 0.001, 0.002, 1e-8),
-        (1.0, 0.0, 0.0, 0.7, 0.6, 0.03, 1e-3),
-        (0.0, 0.3, 0.04, 0.5, 0.1, 0.7, 0.0),
+        (1.0, 0.2, 0.01, 0.1, 0.001, 0.002, 1e-8),
+        (-1.0, 0.0, 0.0, 0.7, 0.6, 0.03, 1e-3),
+        (0.3, 0.3, 0.04, 0.5, 0.1, 0.7, 0.0),
     ),
 }
 EMA_WEIGHTS = ((0.1, 0.0, 0.6), (1.0, 0.3, 1e-7), (0.8, 0.5, 0.01))
@@ -125,7 +125,7 @@ def step_natively(variant: Variant, slots: list[Slot]) -> None:
     )
     plan = _native.Plan(variant.rule, tensors, variant.ema_before)
     assert plan.prepare(Table(variant))
-    plan.run()
+    plan.run(None)
 
 
 def words_of(slot: Slot) -> list[int]:
@@ -164,6 +164,7 @@ def launch(
         variant.states,
         variant.averages,
         variant.ema_before,
+        torch.tensor([1.0, 0.0], dtype=torch.float64),
         scalars.view(torch.float64),
         *others,
         torch.tensor(chunks, dtype=torch.int32).view(-1, 2),

@@ -9,7 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from triton_targets import TARGETS, VARIANTS, Row, Variant
+from triton_targets import SQUARES, TARGETS, VARIANTS, Row, Variant
+
+from fused_ema.kernels import step
 
 # Of a multiprocessor's threads.
 OCCUPANCY = 1 / 2
@@ -50,6 +52,10 @@ def accesses(row: Row, found: list[int]) -> Counter[int]:
 def test_whole_blocks_are_read_in_the_widest_accesses(rows):
     for row in rows:
         v = row.variant
+        if v.rule == SQUARES:
+            blocks = step.CHUNK // step.block_size(v.types[1])
+            assert accesses(row, row.loads) == expected_accesses(v, blocks, 0), row
+            continue
         # with a gradient, and without: then the parameter is read for the averages alone
         expected = expected_accesses(v, 2 + v.states if v.rule != "frozen" else 1, v.averages)
         if v.averages:
@@ -60,8 +66,11 @@ def test_whole_blocks_are_read_in_the_widest_accesses(rows):
 def test_whole_blocks_are_written_in_the_widest_accesses(rows):
     for row in rows:
         v = row.variant
-        expected = expected_accesses(v, 1 + v.states if v.rule != "frozen" else 0, v.averages)
+        moves = v.rule not in ("frozen", SQUARES)
+        expected = expected_accesses(v, 1 + v.states if moves else 0, v.averages)
         expected += expected_accesses(v, 0, v.averages)
+        if v.rule == SQUARES and row.target == "gfx942" and v.dtype != "float64":
+            expected[64] = 1  # of the sum, which is float64
         assert accesses(row, row.stores) == expected, row
 
 
@@ -86,4 +95,4 @@ def test_half_of_the_threads_fit_and_nothing_spills(rows):
 
 def test_threads_exchange_nothing(rows):
     for row in rows:
-        assert row.shared == 0, row
+        assert row.shared == 0 or row.variant.rule == SQUARES, row

@@ -68,6 +68,8 @@ FORMAT = {
     torch.float16: (11, -14),
 }
 
+# A norm's relative error: a square, at most 256 sums in the compute format, halved by the root.
+NORM = 129
 GRADIENT_DECAY, GRADIENT_SUM = 2, 1
 LERP_NEW, LERP_OLD = 5, 3
 SQUARE = 1

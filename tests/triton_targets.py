@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_ema import rules
-from fused_ema.kernels import step
+from fused_ema.kernels import squares, step
 from fused_ema.kernels.rules import RULES
 
 TARGETS = {
@@ -35,7 +35,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 NUM_SCALARS = {"frozen": 0} | {r.name: len(r.scalars._fields) for r in (rules.SGD, rules.ADAM)}
-ARGUMENTS = ("*fp64", "*i64", "*i64", "*i64", "*i32")
+ARGUMENTS = ("*fp64", "*fp64", "*i64", "*i64", "*i64", "*i32")
+SQUARES = "squares"  # the kernel that sums gradients' squares, which is no rule's
+SQUARES_ARGUMENTS = ("*i64", "*i64", "*i32", "*fp64")
 WORKERS = 2
 
 
@@ -62,6 +64,7 @@ VARIANTS = (
     Variant("adam", 2, averages=0),
     Variant("adam", 2, averages=3),
     Variant("adam", 2, ema_before=True),
+    *(Variant(SQUARES, 0, dtype, averages=0) for dtype in DTYPES),
 )
 
 
@@ -99,14 +102,17 @@ class Row:
 
 def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.CompiledKernel:
     stored, compute = variant.types
-    names = step.step_kernel.arg_names
-    constants = (
-        *(RULES[variant.rule], NUM_SCALARS[variant.rule], variant.states, variant.averages),
-        *(variant.ema_before, stored, compute, step.block_size(compute), step.CHUNK),
-    )
-    types = (*ARGUMENTS, *("constexpr" for _ in constants))
-    constexprs = {(len(ARGUMENTS) + i,): value for i, value in enumerate(constants)}
-    source = ASTSource(step.step_kernel, dict(zip(names, types, strict=True)), constexprs)
+    constants = (stored, compute, step.block_size(compute), step.CHUNK)
+    if variant.rule == SQUARES:
+        kernel, pointers = squares.squares_kernel, SQUARES_ARGUMENTS
+        constants = (2, *constants)
+    else:
+        kernel, pointers = step.step_kernel, ARGUMENTS
+        scalars = (RULES[variant.rule], NUM_SCALARS[variant.rule])
+        constants = (*scalars, variant.states, variant.averages, variant.ema_before, *constants)
+    types = (*pointers, *("constexpr" for _ in constants))
+    constexprs = {(len(pointers) + i,): value for i, value in enumerate(constants)}
+    source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), constexprs)
     options = step.compile_options(target.warp_size)
     return triton.compile(source, target=target, options=options)
 

@@ -43,7 +43,7 @@ void ema_loops(const Piece& piece, void* const* emas, const double* weights, int
 
 template <class Rule, class Stored>
 void step_piece(const Piece& piece) {
-  const typename Rule::template Scalars<Compute<Stored>> scalars(piece.row);
+  const typename Rule::template Scalars<Compute<Stored>> scalars(piece.row, piece.grad_factor);
   const double* weights = piece.row + Rule::scalars.size();
   void* const* emas = piece.pointers + 1 + Rule::num_states;
   for (int64_t begin = piece.begin; begin < piece.end; begin += block) {
@@ -53,6 +53,29 @@ void step_piece(const Piece& piece) {
       rule_loop<Rule, Stored>(piece.pointers, piece.grad, begin, count, scalars);
     if (!piece.ema_before) ema_loops<Stored>(piece, emas, weights, begin, count);
   }
+}
+
+// Sums in lanes that no vector is wider than, so that every target adds in the same order.
+template <class Stored>
+double squares(const void* grad, int64_t begin, int64_t end) {
+  constexpr int lanes = 16;
+  const Stored* from = static_cast<const Stored*>(grad) + begin;
+  const int64_t count = end - begin;
+  Compute<Stored> sums[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes)
+    for (int lane = 0; lane < lanes; ++lane)
+      sums[lane] += load(from[i + lane]) * load(from[i + lane]);
+  for (int lane = 0; i < count; ++i, ++lane) sums[lane] += load(from[i]) * load(from[i]);
+  double total = 0;
+  for (const Compute<Stored> sum : sums) total += sum;
+  return total;
+}
+
+Squares find_squares(StoredType stored) {
+  Squares found = nullptr;
+  with_stored_type(stored, [&](auto value) { found = squares<decltype(value)>; });
+  return found;
 }
 
 KernelInfo find_kernel(const std::string& rule, int num_states, StoredType stored) {

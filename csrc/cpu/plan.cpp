@@ -1,8 +1,10 @@
 #include "cpu/plan.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>
+#include <numeric>
 
 namespace fused_ema::cpu {
 
@@ -10,6 +12,8 @@ namespace {
 
 // Elements below which a second thread costs more than it brings.
 constexpr int64_t grain = 32768;
+// Elements of a gradient that are summed on their own: few enough for float to be exact enough.
+constexpr int64_t sum_size = 4096;
 
 }  // namespace
 
@@ -17,31 +21,54 @@ Plan::Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_befor
     : target_(chosen_target()),
       kernel_(known(find_kernel(target_, rule, slots->num_states(), slots->stored_type()), rule,
                     slots->num_states(), slots->num_scalars())),
+      squares_(find_squares(target_, slots->stored_type())),
       ema_before_(ema_before),
-      slots_(std::move(slots)) {}
+      slots_(std::move(slots)),
+      chunks_(slots_->chunks(sum_size)) {}
 
-void Plan::run() {
+at::Tensor Plan::sum_of_squares() const {
+  const std::vector<c10::Storage> held = slots_->storages();
+  const int32_t* chunks = chunks_.const_data_ptr<int32_t>();
+  std::vector<double> sums(chunks_.size(0), 0.0);
+  const auto sum = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t slot = chunks[2 * i];
+      const int64_t first = chunks[2 * i + 1] * sum_size;
+      const int64_t last = std::min(first + sum_size, slots_->numel(slot));
+      if (slots_->grad(slot) != nullptr) sums[i] = squares_(slots_->grad(slot), first, last);
+    }
+  };
+  {
+    const py::gil_scoped_release released;
+    at::parallel_for(0, chunks_.size(0), grain / sum_size, sum);
+  }
+  const double total = std::accumulate(sums.begin(), sums.end(), 0.0);
+  return at::scalar_tensor(total, at::kDouble);
+}
+
+void Plan::run(const std::optional<at::Tensor>& control) {
+  const double grad_factor = control ? *control->const_data_ptr<double>() : 1.0;
   const int64_t total = slots_->offsets().back();
   if (total < grain) {
-    run_elements(0, total);
+    run_elements(0, total, grad_factor);
   } else {
     const std::vector<c10::Storage> held = slots_->storages();
     const py::gil_scoped_release released;
     at::parallel_for(0, total, grain,
-                     [this](int64_t begin, int64_t end) { run_elements(begin, end); });
+                     [&](int64_t begin, int64_t end) { run_elements(begin, end, grad_factor); });
   }
   slots_->advance();
 }
 
 // Shares out elements, not tensors: threads get equal bytes however unequal the tensors are.
-void Plan::run_elements(int64_t begin, int64_t end) const {
+void Plan::run_elements(int64_t begin, int64_t end, double grad_factor) const {
   const std::vector<int64_t>& offsets = slots_->offsets();
   size_t i = std::upper_bound(offsets.begin(), offsets.end(), begin) - offsets.begin() - 1;
   for (; begin < end; ++i) {
     const int64_t stop = std::min(end, offsets[i + 1]);
     if (stop == begin) continue;
     kernel_.kernel({slots_->pointers(i), slots_->grad(i), begin - offsets[i], stop - offsets[i],
-                    slots_->row(i), slots_->num_emas(), ema_before_});
+                    slots_->row(i), grad_factor, slots_->num_emas(), ema_before_});
     begin = stop;
   }
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "slots.h"
@@ -15,18 +16,24 @@ class Plan {
   // As Slots::prepare.
   bool prepare(const py::object& fold) { return slots_->prepare(fold); }
 
+  // The sum of the squares of all gradients, as prepared, the same for any number of threads.
+  at::Tensor sum_of_squares() const;
+
   // Steps every parameter with a gradient and moves every average.
-  void run();
+  //   control: what gradients are multiplied by, first of its float64 numbers; none: by one
+  void run(const std::optional<at::Tensor>& control);
 
   const std::string& target() const { return target_; }
 
  private:
-  void run_elements(int64_t begin, int64_t end) const;
+  void run_elements(int64_t begin, int64_t end, double grad_factor) const;
 
   std::string target_;
   KernelInfo kernel_;
+  Squares squares_;
   bool ema_before_;
   std::shared_ptr<Slots> slots_;
+  at::Tensor chunks_;  // of gradients, as they are summed
 };
 
 }  // namespace fused_ema::cpu

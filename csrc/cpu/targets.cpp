@@ -58,11 +58,10 @@ namespace avx512 {
 
 namespace {
 
-using Finder = KernelInfo (*)(const std::string&, int, StoredType);
-
 struct Target {
   const char* name;
-  Finder find;
+  KernelInfo (*find_kernel)(const std::string&, int, StoredType);
+  Squares (*find_squares)(StoredType);
 };
 
 std::vector<Target> available() {
@@ -70,10 +69,11 @@ std::vector<Target> available() {
 #if FUSED_EMA_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    found.push_back({"avx512", avx512::find_kernel});
-  if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::find_kernel});
+    found.push_back({"avx512", avx512::find_kernel, avx512::find_squares});
+  if (__builtin_cpu_supports("avx2"))
+    found.push_back({"avx2", avx2::find_kernel, avx2::find_squares});
 #endif
-  found.push_back({"baseline", baseline::find_kernel});
+  found.push_back({"baseline", baseline::find_kernel, baseline::find_squares});
   return found;
 }
 
@@ -101,8 +101,14 @@ std::string chosen_target() {
 KernelInfo find_kernel(const std::string& target, const std::string& rule, int num_states,
                        StoredType stored) {
   for (const Target& candidate : available())
-    if (target == candidate.name) return candidate.find(rule, num_states, stored);
+    if (target == candidate.name) return candidate.find_kernel(rule, num_states, stored);
   return {};
+}
+
+Squares find_squares(const std::string& target, StoredType stored) {
+  for (const Target& candidate : available())
+    if (target == candidate.name) return candidate.find_squares(stored);
+  return nullptr;
 }
 
 }  // namespace fused_ema::cpu

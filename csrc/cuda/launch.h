@@ -32,7 +32,7 @@ constexpr int64_t chunk_elements(StoredType stored) {
 //               that is set), each slot's row in it, each slot's gradient, 0 where it has none
 //   words:      a device copy of host_words, or null: then they travel by value, see fits()
 //   scalars:    device, [num_rows][rule's scalars, then a weight per average], or null
-//   found_inf:  device, or null; nothing moves where it is not 0
+//   control:    device: what gradients are multiplied by; not 0 where nothing shall move
 // The caller has made `device` the current one, and the stream is a cudaStream_t of it.
 struct Launch {
   const int32_t* chunks;
@@ -46,7 +46,7 @@ struct Launch {
   const int64_t* words;
   const int64_t* host_words;
   int64_t num_words;
-  const float* found_inf;
+  const double* control;
   int device;
   void* stream;
 };
@@ -65,6 +65,29 @@ struct KernelInfo {
 
 // The kernel for a rule, told apart by its number of states; a null kernel where there is none.
 KernelInfo find_kernel(const std::string& rule, int num_states, StoredType stored);
+
+// A launch that adds up squares, each thread those of some elements of a bucket's gradients.
+//   chunks, slots, words, host_words: as above; slot_size, grads_at: words of a slot, and before
+//               the gradients
+//   sums:       device, one a thread, sums_of(num_chunks) of them
+struct SquaresLaunch {
+  const int32_t* chunks;
+  int64_t num_chunks;
+  const int64_t* slots;
+  int slot_size;
+  int num_slots;
+  const int64_t* words;
+  const int64_t* host_words;
+  int64_t grads_at;
+  double* sums;
+  void* stream;
+};
+
+// The same on every GPU, so that the sum has the same bits on all of them.
+int64_t sums_of(int64_t num_chunks);
+
+using Squares = void (*)(const SquaresLaunch&);
+Squares find_squares(StoredType stored);
 
 // The compiler's version, as in 13000 for 13.0, and what it compiled the kernels for, as in 800.
 int version();

@@ -1,6 +1,7 @@
 #include "cuda/plan.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <cstring>
@@ -12,37 +13,54 @@ namespace fused_ema::cuda {
 Plan::Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before)
     : kernel_(known(find_kernel(rule, slots->num_states(), slots->stored_type()), rule,
                     slots->num_states(), slots->num_scalars())),
+      squares_(find_squares(slots->stored_type())),
       ema_before_(ema_before),
       slots_(std::move(slots)),
-      chunks_(slots_->chunks(chunk_elements(slots_->stored_type())).to(slots_->device())) {}
+      chunks_(slots_->chunks(chunk_elements(slots_->stored_type())).to(slots_->device())),
+      neutral_(at::tensor({1.0, 0.0}, at::kDouble).to(slots_->device())) {}
 
-void Plan::run(const std::optional<at::Tensor>& scalars,
-               const std::optional<at::Tensor>& found_inf) {
+at::Tensor Plan::sum_of_squares() {
   const c10::DeviceGuard guard(slots_->device());
   const Stream stream = current_stream(slots_->device());
-  const int64_t* words = device_words(stream.capturing);
-  if (stream.capturing) kept_.push_back(slot_table_);
-  kernel_.kernel({chunks_.const_data_ptr<int32_t>(), chunks_.size(0),
-                  slot_table_.const_data_ptr<int64_t>(), static_cast<int>(slots_->size()),
-                  slots_->num_rows(), slots_->num_emas(), ema_before_,
-                  scalars ? scalars->const_data_ptr<double>() : nullptr, words, words_.data(),
-                  slots_->num_changing(), found_inf ? found_inf->const_data_ptr<float>() : nullptr,
-                  slots_->device().index(), stream.handle});
+  pack(stream.capturing);
+  const at::Tensor sums = at::empty({sums_of(chunks_.size(0))},
+                                    at::TensorOptions(at::kDouble).device(slots_->device()));
+  squares_({chunks_.const_data_ptr<int32_t>(), chunks_.size(0),
+            slot_table_.const_data_ptr<int64_t>(), static_cast<int>(slots_->slot_size()),
+            static_cast<int>(slots_->size()), device_words(), words_.data(), slots_->grads_at(),
+            sums.mutable_data_ptr<double>(), stream.handle});
+  return sums.sum();
+}
+
+void Plan::run(const std::optional<at::Tensor>& control, const std::optional<at::Tensor>& scalars) {
+  const c10::DeviceGuard guard(slots_->device());
+  const Stream stream = current_stream(slots_->device());
+  pack(stream.capturing);
+  kernel_.kernel(
+      {chunks_.const_data_ptr<int32_t>(), chunks_.size(0), slot_table_.const_data_ptr<int64_t>(),
+       static_cast<int>(slots_->size()), slots_->num_rows(), slots_->num_emas(), ema_before_,
+       scalars ? scalars->const_data_ptr<double>() : nullptr, device_words(), words_.data(),
+       slots_->num_changing(), (control ? *control : neutral_).const_data_ptr<double>(),
+       slots_->device().index(), stream.handle});
   slots_->advance();
 }
 
-// Packs what changes from step to step and uploads what must lie on the device; the address there
-// of the changing words, null where the launch passes them by value.
-const int64_t* Plan::device_words(bool capturing) {
+// Packs what changes from step to step and uploads what must lie on the device, once a step.
+void Plan::pack(bool capturing) {
+  if (std::exchange(packed_, true)) return;
   const bool new_slots = !slot_table_.defined() || slots_->num_changed() > slots_->num_changing();
   const int64_t changing = slots_->num_changing();
   const int64_t count = new_slots ? slots_->num_words() : changing;
   words_.resize(slots_->num_words());
   slots_->pack(words_.data(), count);
   if (new_slots) slot_table_ = upload(&words_[changing], count - changing, capturing);
-  if (fits(changing)) return nullptr;
-  changing_ = upload(words_.data(), changing, capturing);
-  return changing_.const_data_ptr<int64_t>();
+  if (!fits(changing)) changing_ = upload(words_.data(), changing, capturing);
+  if (capturing) kept_.push_back(slot_table_);
+}
+
+// The changing words on the device, null where a launch passes them by value.
+const int64_t* Plan::device_words() const {
+  return fits(slots_->num_changing()) ? nullptr : changing_.const_data_ptr<int64_t>();
 }
 
 // A new tensor each time: what an earlier launch reads is not written, and a captured graph's

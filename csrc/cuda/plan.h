@@ -15,28 +15,38 @@ class Plan {
   Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before);
 
   // As Slots::prepare.
-  bool prepare(const py::object& fold) { return slots_->prepare(fold); }
+  bool prepare(const py::object& fold) {
+    packed_ = false;
+    return slots_->prepare(fold);
+  }
+
+  // The sum of the squares of all gradients, as prepared; on the current stream.
+  at::Tensor sum_of_squares();
 
   // Steps every parameter with a gradient and moves every average, on the current stream.
+  //   control: on the device, or none; see Launch
   //   scalars: of a capturable bucket, folded on the device: a row of float64 a slot
-  //   found_inf: on the device, or none; nothing moves where it is not 0
-  void run(const std::optional<at::Tensor>& scalars, const std::optional<at::Tensor>& found_inf);
+  void run(const std::optional<at::Tensor>& control, const std::optional<at::Tensor>& scalars);
 
   // Whether a CUDA graph uses memory that the plan owns.
   bool captured() const { return !kept_.empty(); }
 
  private:
-  const int64_t* device_words(bool capturing);
+  void pack(bool capturing);
+  const int64_t* device_words() const;
   at::Tensor upload(const int64_t* words, int64_t count, bool capturing);
   at::Tensor pinned(int64_t count) const;
 
   KernelInfo kernel_;
+  Squares squares_;
   bool ema_before_;
   std::shared_ptr<Slots> slots_;
   at::Tensor chunks_;
+  at::Tensor neutral_;            // the control of a step that takes gradients as they are
   at::Tensor slot_table_;         // the slots' words on the device
   at::Tensor changing_;           // the words before them there, where they are too many to pass
   std::vector<int64_t> words_;    // as packed
+  bool packed_ = false;           // since they were prepared
   at::Tensor spare_;              // pinned; a capture must not allocate any
   std::vector<at::Tensor> kept_;  // what graphs read and copy from
 };

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "cuda/squares.cuh"
 #include "cuda/step.cuh"
 #include "dispatch.h"
 
@@ -48,7 +49,7 @@ template <class Rule, class Stored, int bytes>
 void launch_sized(const Launch& launch) {
   Parameters<bytes> parameters;
   parameters.task = {launch.chunks,   launch.num_chunks, launch.slots,     launch.scalars,
-                     launch.words,    launch.found_inf,  launch.num_slots, launch.num_rows,
+                     launch.words,    launch.control,    launch.num_slots, launch.num_rows,
                      launch.num_emas, launch.ema_before};
   if (launch.words == nullptr)
     std::memcpy(parameters.words, launch.host_words, launch.num_words * sizeof(int64_t));
@@ -73,6 +74,35 @@ void launch_step(const Launch& launch) {
     launch_sized<Rule, Stored, small>(launch);
 }
 
+template <class Stored, int num_words>
+void launch_squares_sized(const SquaresLaunch& launch) {
+  GradParameters<num_words> parameters;
+  parameters.task = {launch.chunks,
+                     launch.num_chunks,
+                     launch.slots,
+                     launch.slot_size,
+                     launch.words != nullptr ? launch.words + launch.grads_at : nullptr,
+                     launch.sums};
+  if (launch.words == nullptr)
+    std::memcpy(parameters.grads, launch.host_words + launch.grads_at,
+                launch.num_slots * sizeof(int64_t));
+  void* arguments[] = {&parameters};
+  const auto blocks = static_cast<unsigned>(sums_of(launch.num_chunks) / threads);
+  check(cudaLaunchKernel(squares<Stored, num_words>, dim3(blocks), dim3(threads), arguments, 0,
+                         static_cast<cudaStream_t>(launch.stream)),
+        "to launch the squares kernel");
+}
+
+template <class Stored>
+void launch_squares(const SquaresLaunch& launch) {
+  if (launch.num_chunks == 0) return;
+  constexpr int few = Parameters<small>::capacity;
+  if (launch.words == nullptr && launch.num_slots > few)
+    launch_squares_sized<Stored, Parameters<large>::capacity>(launch);
+  else
+    launch_squares_sized<Stored, few>(launch);
+}
+
 }  // namespace
 
 int version() { return CUDART_VERSION; }
@@ -80,6 +110,14 @@ int version() { return CUDART_VERSION; }
 std::vector<int> architectures() { return {__CUDA_ARCH_LIST__}; }
 
 bool fits(int64_t num_words) { return num_words <= Parameters<large>::capacity; }
+
+int64_t sums_of(int64_t num_chunks) { return std::min(num_chunks, squares_blocks) * threads; }
+
+Squares find_squares(StoredType stored) {
+  Squares found = nullptr;
+  with_stored_type(stored, [&](auto value) { found = launch_squares<decltype(value)>; });
+  return found;
+}
 
 KernelInfo find_kernel(const std::string& rule, int num_states, StoredType stored) {
   KernelInfo found;

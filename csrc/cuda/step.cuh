@@ -23,7 +23,7 @@ struct Task {
   const int64_t* slots;
   const double* scalars;
   const int64_t* words;
-  const float* found_inf;
+  const double* control;
   int num_slots;
   int num_rows;
   int num_emas;
@@ -184,7 +184,7 @@ class RuleScalars {
  public:
   using Scalars = typename Rule::template Scalars<T>;
 
-  __device__ explicit RuleScalars(const double* row) : scalars_(row) {}
+  __device__ RuleScalars(const double* row, const double* control) : scalars_(row, control[0]) {}
   __device__ const Scalars& get() const { return scalars_; }
 
  private:
@@ -198,14 +198,15 @@ class RuleScalars<Rule, double> {
  public:
   using Scalars = typename Rule::template Scalars<double>;
 
-  __device__ explicit RuleScalars(const double* row) : row_(row) {}
+  __device__ RuleScalars(const double* row, const double* control) : row_(row), control_(control) {}
   __device__ Scalars get() const {
     asm volatile("" ::: "memory");
-    return Scalars(row_);
+    return Scalars(row_, control_[0]);
   }
 
  private:
   const double* row_;
+  const double* control_;
 };
 
 template <class Rule, class Stored, int n>
@@ -238,9 +239,10 @@ __device__ void step_pack(const Chunk<Rule, Stored>& chunk, int at, bool ema_bef
                           const RuleScalars<Rule, Compute<Stored>>& scalars,
                           Compute<Stored> weight) {
   constexpr int num_states = Rule::num_states;
-  // More than five packs of 16 bytes would not leave enough registers for the arithmetic.
+  // More packs of 16 bytes would not leave enough registers for the arithmetic; double needs more.
+  constexpr int packs = sizeof(Compute<Stored>) == 8 ? 4 : 5;
   constexpr bool early =
-      (2 + num_states) * n * sizeof(Stored) + n * sizeof(Compute<Stored>) <= 5 * access;
+      (2 + num_states) * n * sizeof(Stored) + n * sizeof(Compute<Stored>) <= packs * access;
   Pack<Stored, n> param, grad, states[num_states + 1];
   Pack<Compute<Stored>, n> average;
   const auto move_average = [&] {
@@ -281,8 +283,9 @@ __device__ void for_each_pack(int count, bool aligned, Visit visit) {
 }
 
 template <bool averaged, class Rule, class Stored>
-__device__ void step_chunk(const Chunk<Rule, Stored>& chunk, bool ema_before) {
-  const RuleScalars<Rule, Compute<Stored>> scalars(chunk.row);
+__device__ void step_chunk(const Chunk<Rule, Stored>& chunk, const double* control,
+                           bool ema_before) {
+  const RuleScalars<Rule, Compute<Stored>> scalars(chunk.row, control);
   const Compute<Stored> weight = averaged ? chunk.weight(0) : 0;
   for_each_pack<Stored>(chunk.count, chunk.aligned, [&](auto size, int at) {
     step_pack<averaged, decltype(size)::value>(chunk, at, ema_before, scalars, weight);
@@ -309,7 +312,7 @@ template <class Rule, class Stored, int bytes>
 __global__ void __launch_bounds__(threads, min_blocks)
     step(const __grid_constant__ Parameters<bytes> parameters) {
   const Task& task = parameters.task;
-  if (task.found_inf != nullptr && *task.found_inf != 0) return;
+  if (task.control[1] != 0) return;
   const int64_t* words = task.words != nullptr ? task.words : parameters.words;
   // The pass of average 0 runs the rule too; it is the last where averages take the old parameter.
   const int passes = task.num_emas > 1 ? task.num_emas : 1;
@@ -320,9 +323,9 @@ __global__ void __launch_bounds__(threads, min_blocks)
       const Chunk<Rule, Stored> chunk(task, words, index);
       const int k = task.ema_before ? passes - 1 - pass : pass;
       if (k == 0 && chunk.grad != nullptr && task.num_emas > 0)
-        step_chunk<true>(chunk, task.ema_before);
+        step_chunk<true>(chunk, task.control, task.ema_before);
       else if (k == 0 && chunk.grad != nullptr)
-        step_chunk<false>(chunk, false);
+        step_chunk<false>(chunk, task.control, false);
       else if (k < task.num_emas)
         follow_chunk(chunk, k);
     }

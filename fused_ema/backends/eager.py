@@ -37,6 +37,7 @@ class EagerPlan:
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         self.rows: list[Row] = []
+        self._device = bucket.key.device
         self._dtype = bucket.compute_dtype
         if self._dtype.is_complex:
             self._dtype = self._dtype.to_real()
@@ -68,21 +69,30 @@ class EagerPlan:
             and all(slot.state[k].shape == param.shape for k in (*(key.states or ()), *key.emas))
         )
 
-    def step_row(self, row: Row, wrap: Wrap) -> None:
+    @torch.no_grad()
+    def sum_of_squares(self) -> Tensor:
+        grads = [real(slot.param.grad) for slot in self.bucket.slots if slot.param.grad is not None]
+        sums = [torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads]
+        return torch.stack([torch.zeros((), dtype=torch.float64, device=self._device), *sums]).sum()
+
+    def step_row(self, row: Row, wrap: Wrap, control: Tensor | None) -> None:
         """Rule and averages of one row, in place."""
         if self.bucket.key.ema_order == "before":
             self._move_averages(row, wrap)
         if row.scalars:
-            self._apply_rule(row, wrap)
+            self._apply_rule(row, wrap, control)
         if self.bucket.key.ema_order == "after":
             self._move_averages(row, wrap)
 
-    def _apply_rule(self, row: Row, wrap: Wrap) -> None:
+    def _apply_rule(self, row: Row, wrap: Wrap, control: Tensor | None) -> None:
         grad = wrap([real(slot.param.grad) for slot in row.slots if slot.param.grad is not None])
+        grad = grad.to(self._dtype)
+        if control is not None:
+            grad = grad.mul(control[0].to(self._dtype))
         states = [[real(slot.state[key]) for slot in row.slots] for key in self.bucket.state_keys]
         stored = [wrap(tensors) for tensors in ([real(slot.param) for slot in row.slots], *states)]
         working = [operand.to(self._dtype) for operand in stored]
-        self.bucket.rule.update(working[0], grad.to(self._dtype), working[1:], row.scalars)
+        self.bucket.rule.update(working[0], grad, working[1:], row.scalars)
         for operand, value in zip(stored, working, strict=True):
             if value is not operand:
                 operand.copy_(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..buckets import Bucket
 from ..tensorlist import TensorList
@@ -20,9 +21,9 @@ def unsupported(bucket: Bucket) -> str | None:
 
 class ForeachPlan(EagerPlan):
     @torch.no_grad()
-    def run(self) -> None:
+    def run(self, control: Tensor | None) -> None:
         for row in self.rows:
-            self.step_row(row, TensorList)
+            self.step_row(row, TensorList, control)
 
 
 def plan(bucket: Bucket) -> ForeachPlan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .. import _native
 from ..buckets import Bucket
 from . import dense, graphs
@@ -38,10 +40,13 @@ class CapturablePlan:
         self._folder.prepare(fold.groups)
         return self._plan.prepare(fold)
 
-    def run(self) -> None:
+    def sum_of_squares(self) -> Tensor:
+        return self._plan.sum_of_squares()
+
+    def run(self, control: Tensor | None) -> None:
         capturing = graphs.is_capturing(self._device)
-        self._folder.run(self._slots.active, capturing)
-        self._plan.run(self._folder.table)
+        self._folder.run(self._slots.active, capturing, control)
+        self._plan.run(control, self._folder.table)
 
 
 def is_before(bucket: Bucket) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
+from torch import Tensor
+
 # The rule's scalars (a NamedTuple, empty without a gradient) and the EMA weights.
 Scalars: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -40,5 +42,13 @@ class Plan(Protocol):
             RuntimeError: a gradient that cannot be used.
         """
 
-    def run(self) -> None:
-        """Step every parameter and move every average, in place."""
+    def sum_of_squares(self) -> Tensor:
+        """Of all gradients, as prepared: a 0-dim float64 tensor on the bucket's device."""
+
+    def run(self, control: Tensor | None) -> None:
+        """Step every parameter and move every average, in place.
+
+        Args:
+            control: two float64 numbers on the bucket's device: what gradients are multiplied by;
+                not 0 if nothing shall move, which only a capturable bucket is asked. None: 1 and 0.
+        """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from operator import itemgetter
 
 import torch
+from torch import Tensor
 
 from ..buckets import Bucket
 from . import eager
@@ -20,11 +21,11 @@ def unsupported(bucket: Bucket) -> str | None:
 class ReferencePlan(EagerPlan):
     """Every slot is a row of its own, so that the operands are plain tensors."""
 
-    def run(self) -> None:
+    def run(self, control: Tensor | None) -> None:
         with torch.set_grad_enabled(self.bucket.key.differentiable):
             for row in self.rows:
                 for slot in row.slots:
-                    self.step_row(row._replace(slots=[slot]), itemgetter(0))
+                    self.step_row(row._replace(slots=[slot]), itemgetter(0), control)
 
 
 def plan(bucket: Bucket) -> ReferencePlan:

@@ -108,6 +108,7 @@ class TritonPlan:
     """A bucket stepped by one launch."""
 
     def __init__(self, bucket: Bucket) -> None:
+        from ..kernels.squares import squares
         from ..kernels.step import CHUNK, launch
 
         key, scalars = bucket.key, bucket.rule.scalars._fields
@@ -116,6 +117,10 @@ class TritonPlan:
         self._slots = dense.slots(bucket)
         row_size = 0 if key.capturable else len(scalars) + len(key.emas)
         self._words = DeviceWords(self._slots, row_size, key.device)
+        self._control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=key.device)
+        chunks = self._slots.chunks(CHUNK).to(key.device)
+        slot_size = 2 + len(bucket.state_keys) + len(key.emas)
+        self._squares = partial(squares, dtype=key.dtype, slot_size=slot_size, chunks=chunks)
         self._launch = partial(
             launch,
             rule=bucket.rule.name,
@@ -124,27 +129,47 @@ class TritonPlan:
             num_states=len(bucket.state_keys),
             num_averages=len(key.emas),
             ema_before=key.ema_order == "before",
-            chunks=self._slots.chunks(CHUNK).to(key.device),
+            chunks=chunks,
         )
+
+        self._parts: Parts | None = None
 
     @property
     def captured(self) -> bool:
         return bool(self._words.kept)
 
     def prepare(self, fold: Fold) -> bool:
+        self._parts = None
         if self._folder is not None:
             self._folder.prepare(fold.groups)
         return self._slots.prepare(fold)
 
-    def run(self) -> None:
+    def sum_of_squares(self) -> Tensor:
+        parts = self._uploaded(graphs.is_capturing(self._device))
+        sums: Tensor = self._squares(grads=parts.grads, slots=parts.slots)
+        return sums.sum()
+
+    def run(self, control: Tensor | None) -> None:
         capturing = graphs.is_capturing(self._device)
-        parts = self._words.captured() if capturing else self._words.current()
+        parts = self._uploaded(capturing)
         scalars = parts.scalars
         if self._folder is not None:
-            self._folder.run(self._slots.active, capturing)
+            self._folder.run(self._slots.active, capturing, control)
             scalars = self._folder.table
-        self._launch(scalars=scalars, rows=parts.rows, grads=parts.grads, slots=parts.slots)
+        self._launch(
+            control=self._control if control is None else control,
+            scalars=scalars,
+            rows=parts.rows,
+            grads=parts.grads,
+            slots=parts.slots,
+        )
         self._slots.advance()
+
+    def _uploaded(self, capturing: bool) -> Parts:
+        """The bucket's words on the device, once a step."""
+        if self._parts is None:
+            self._parts = self._words.captured() if capturing else self._words.current()
+        return self._parts
 
 
 def plan(bucket: Bucket) -> TritonPlan:

@@ -82,11 +82,11 @@ class Bucket {
 
   int64_t num_words() const { return num_rows * row_size_ + 2 * sizes_.size(); }
 
-  // found_inf: null to leave it out.
   struct How {
     bool words_on_device = false;
     bool scalars_on_device = false;
-    const float* found_inf = nullptr;
+    double grad_factor = 1;
+    double found_inf = 0;
     int device = 0;
     void* stream = nullptr;
   };
@@ -109,14 +109,15 @@ class Bucket {
     if (how.words_on_device) launch.words = static_cast<const int64_t*>(words.data());
     launch.host_words = static_cast<const int64_t*>(host_words.data());
     launch.num_words = static_cast<int64_t>(prefix.size());
-    launch.found_inf = how.found_inf;
+    const Block control = Block::of(std::vector<double>{how.grad_factor, how.found_inf});
+    launch.control = static_cast<const double*>(control.data());
     launch.device = how.device;
     launch.stream = how.stream;
     kernel_.kernel(launch);
   }
 
   // One step of the copies by the CPU loop.
-  void expect_step() {
+  void expect_step(double grad_factor = 1) {
     const KernelInfo cpu =
         cpu::find_kernel(cpu::targets().front(), kind_.rule, kind_.num_states, kind_.stored);
     for (size_t i = 0; i < sizes_.size(); ++i) {
@@ -125,8 +126,8 @@ class Bucket {
       const void* grad = sizes_[i].has_grad ? pointers[1] : nullptr;
       pointers.erase(pointers.begin() + 1);
       const double* row = table_.data() + i % num_rows * row_size_;
-      cpu.kernel(
-          {pointers.data(), grad, 0, sizes_[i].numel, row, kind_.num_emas, kind_.ema_before});
+      cpu.kernel({pointers.data(), grad, 0, sizes_[i].numel, row, grad_factor, kind_.num_emas,
+                  kind_.ema_before});
     }
   }
 

@@ -78,15 +78,19 @@ int test_words() {
   return buckets;
 }
 
-int test_found_inf() {
-  const Kind kind{"sgd", 1, StoredType::float32, 2, false};
-  Bucket bucket(kind, edges(kind), 1);
-  for (float found_inf : {1.0f, 0.0f, -1.0f}) {
-    bucket.step({false, false, &found_inf});
-    if (found_inf == 0) bucket.expect_step();
-    bucket.check();
+int test_control() {
+  int buckets = 0;
+  for (StoredType stored : types) {
+    const Kind kind{"sgd", 1, stored, 2, false};
+    Bucket bucket(kind, edges(kind), 1);
+    for (double found_inf : {1.0, 0.0, -1.0}) {
+      bucket.step({false, false, 0.3, found_inf});
+      if (found_inf == 0) bucket.expect_step(0.3);
+      bucket.check();
+    }
+    ++buckets;
   }
-  return 1;
+  return buckets;
 }
 
 int test_empty() {
@@ -130,9 +134,9 @@ int test_errors() {
   const Kind kind{"sgd", 0, StoredType::float32, 1, false};
   Bucket bucket(kind, {{9}}, 1), large(kind, std::vector<Size>(2500, {9}), 1);
   require_error("CUDA refuses to count multiprocessors: invalid device ordinal",
-                [&] { bucket.step({false, false, nullptr, 7}); });
+                [&] { bucket.step({false, false, 1, 0, 7}); });
   require_error("CUDA refuses to launch the step kernel: invalid resource handle",
-                [&] { bucket.step({false, false, nullptr, 0, shim::broken_stream}); });
+                [&] { bucket.step({false, false, 1, 0, 0, shim::broken_stream}); });
   require_error("too many words to pass by value", [&] { large.step({}); });
   bucket.check();
   large.check();
@@ -143,7 +147,7 @@ int test_errors() {
 int run(const std::string& group) {
   if (group == "rules") return test_rules();
   if (group == "words") return test_words();
-  if (group == "found_inf") return test_found_inf();
+  if (group == "control") return test_control();
   if (group == "empty") return test_empty();
   if (group == "accesses") return test_accesses();
   if (group == "errors") return test_errors();

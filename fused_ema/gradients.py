@@ -1,0 +1,79 @@
+"""What becomes of gradients on their way into the rule: unscaled, clipped, or not used at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .realmath import sqrt
+
+# As torch.nn.utils.clip_grad_norm_ adds to the norm, so that a norm of 0 divides.
+EPS = 1e-6
+
+
+class Control:
+    """How a step takes its gradients: multiplied by ``factor``, or not at all.
+
+    Args:
+        factor: 0-dim float64 tensor.
+        found_inf: 0-dim float64 tensor, not 0 if nothing shall move; None if that is decided.
+    """
+
+    def __init__(self, factor: Tensor, found_inf: Tensor | None) -> None:
+        skip = torch.zeros_like(factor) if found_inf is None else found_inf.to(factor.device)
+        self._words = torch.stack([factor, skip])
+        self.found_inf = found_inf
+        self._copies: dict[torch.device, Tensor] = {self._words.device: self._words}
+
+    def on(self, device: torch.device) -> Tensor:
+        """``[factor, found_inf]`` in float64, for kernels."""
+        if device not in self._copies:
+            self._copies[device] = self._words.to(device, non_blocking=True)
+        return self._copies[device]
+
+    def taken(self, device: torch.device) -> Tensor | None:
+        """How many steps are taken, a 0-dim float64 tensor of 1 or 0; None where it is surely 1."""
+        return None if self.found_inf is None else (self.on(device)[1] == 0.0).double()
+
+
+@torch.no_grad()
+def unscaling(grad_scale: Tensor | None, found_inf: Tensor | None) -> Control | None:
+    """Multiply by ``1/grad_scale``; None where there is nothing to do.
+
+    Args:
+        grad_scale: one element; None: 1.
+        found_inf: one element, not 0 if nothing shall move; None if that is decided.
+    """
+    given = grad_scale if grad_scale is not None else found_inf
+    if given is None:
+        return None
+    one = torch.ones((), dtype=torch.float64, device=given.device)
+    skip = None if found_inf is None else found_inf.double().reshape(())
+    return Control(one if grad_scale is None else one / grad_scale.reshape(()), skip)
+
+
+@torch.no_grad()
+def clipped(
+    control: Control | None, squares: Sequence[Tensor], max_norm: float
+) -> tuple[Control, Tensor]:
+    """Also multiply by ``min(1, max_norm/(norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_``.
+
+    Args:
+        control: what gradients are multiplied by before.
+        squares: sums of squares of all gradients, 0-dim float64 tensors on any devices.
+        max_norm: the largest norm that is left as it is.
+
+    Returns:
+        The control, and the norm before clipping: a 0-dim float64 tensor on the first device. A
+        NaN norm makes every gradient NaN, as in torch.
+    """
+    first = squares[0].device
+    norm = sqrt(torch.stack([s.to(first, non_blocking=True) for s in squares]).sum())
+    factor, found_inf = None, None
+    if control is not None:
+        factor, found_inf = control.on(first)[0], control.found_inf
+        norm = norm * factor
+    coefficient = torch.full_like(norm, max_norm).div_(norm + EPS).clamp_(max=1.0)
+    return Control(coefficient if factor is None else coefficient * factor, found_inf), norm
