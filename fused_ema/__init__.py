@@ -4,11 +4,18 @@
 ``kappa``, the EMA's momentum must become ``rho**kappa`` beside the optimizer's own scaling rules.
 """
 
-from . import scaling
+from . import posthoc, scaling
 from .adam import FusedScaledAdam, FusedScaledAdamW
 from .build import build_info
-from .ema import CosineDecay
+from .ema import (
+    CosineDecay,
+    InverseGammaDecay,
+    PowerDecay,
+    WarmUpDecay,
+    decay_from_half_life,
+)
 from .optimizer import FusedScaledOptimizer
+from .progressive import ProgressiveScaling
 from .sgd import FusedScaledSGD
 
 __all__ = [
@@ -17,7 +24,13 @@ __all__ = [
     "FusedScaledAdamW",
     "FusedScaledOptimizer",
     "FusedScaledSGD",
+    "InverseGammaDecay",
+    "PowerDecay",
+    "ProgressiveScaling",
+    "WarmUpDecay",
     "build_info",
+    "decay_from_half_life",
+    "posthoc",
     "scaling",
 ]
 

@@ -79,6 +79,7 @@ def make_buckets(
     groups: Sequence[Mapping[str, Any]],
     state: Mapping[Tensor, dict[str, Any]],
     requested: Sequence[str],
+    averaged: bool = True,
 ) -> list[Bucket]:
     """Group every parameter by what a launch can cover; states must exist already.
 
@@ -87,6 +88,7 @@ def make_buckets(
         groups: its param groups.
         state: its state, complete for every parameter.
         requested: the backend asked for, one a group.
+        averaged: whether averages move.
     """
     members: dict[Key, list[Slot]] = {}
     for index, (group, backend) in enumerate(zip(groups, requested, strict=True)):
@@ -94,7 +96,8 @@ def make_buckets(
             if param.dtype not in COMPUTE_DTYPE:
                 continue
             slot = Slot(param, index, state[param])
-            members.setdefault(_key(rule, group, slot, backend), []).append(slot)
+            key = _key(rule, group, slot, backend, averaged)
+            members.setdefault(key, []).append(slot)
     return [
         Bucket(FROZEN if key.states is None else rule, key, tuple(slots))
         for key, slots in members.items()
@@ -106,9 +109,9 @@ def is_active(param: Tensor) -> bool:
     return param.requires_grad or param.grad is not None
 
 
-def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str) -> Key:
+def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, averaged: bool) -> Key:
     states = rule.states(group) if is_active(slot.param) else None
-    emas = ema_keys(len(decays(group["ema_decay"])))
+    emas = ema_keys(len(decays(group["ema_decay"])) if averaged else 0)
     tensors = [slot.param, *(slot.state[key] for key in (*(states or ()), *emas))]
     return Key(
         slot.param.device,

@@ -1,8 +1,12 @@
-"""``base_steps`` of the param groups: samples seen in base batches, where schedules read rho."""
+"""``base_steps`` of the param groups: samples seen in base batches, where schedules read rho.
+
+Where averages do not move at every step, a group also counts the steps that they have let pass,
+``ema_skips``, and the base steps of those, ``ema_waited``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +49,19 @@ def advance(
         ]
         if alike:
             torch._foreach_add_(*map(list, zip(*alike, strict=True)))
+
+
+def is_due(groups: Sequence[Mapping[str, Any]], every: int) -> bool:
+    """Whether averages that move at every ``every``-th step move at this one."""
+    return every == 1 or int(groups[0].get("ema_skips", 0)) + 1 >= every
+
+
+def wait(groups: Sequence[dict[str, Any]], kappas: Sequence[float], moved: bool) -> None:
+    """Count a step at which averages ``moved``, or not."""
+    for group, kappa in zip(groups, kappas, strict=True):
+        skips, waited = group.get("ema_skips", 0), group.get("ema_waited", 0.0)
+        group["ema_skips"] = 0 if moved else skips + 1
+        group["ema_waited"] = 0.0 if moved else waited + kappa
 
 
 def _amount(group: dict[str, Any], control: Control | None) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .ema import decays
+from .ema import decay_at, decays
 from .rules import Rule
 from .scaling import check_range, decay_weight
 
@@ -127,9 +127,7 @@ class DeviceFolder:
     def _number(self, group: Group, name: Name) -> Any:
         """A float, or a tensor on the device: the user's, or what a schedule gives there."""
         field, position = name
-        value = _values(group, field)[position]
-        if callable(value):
-            value = value(group["base_steps"])
+        value = decay_at(_values(group, field)[position], group["base_steps"], group["kappa"])
         if isinstance(value, Tensor) and value.device.type == self._steps.device.type:
             return value
         if field == "ema_decay":

@@ -2,7 +2,8 @@
 
 A schedule is a callable ``t -> rho`` of the samples seen so far in units of the base batch, so
 that it runs at the same speed at every batch size: at ``kappa`` one step advances ``t`` by
-``kappa`` and uses ``rho(t)**kappa``.
+``kappa`` and uses ``rho(t)**kappa``, read at the step's start. A schedule whose product over
+``kappa`` base steps is known may also have ``geometric_mean(t, kappa)``, see :func:`decay_at`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from .realmath import Real, at_most, cos
+from .realmath import Real, at_most, cos, power
 from .scaling import check_range, decay_weight
 
 Schedule: TypeAlias = Callable[[Any], Any]
@@ -43,6 +44,123 @@ class CosineDecay:
         return 1.0 - (1.0 - self.start) * (cos(math.pi * progress) + 1.0) / 2.0
 
 
+@dataclass(frozen=True)
+class WarmUpDecay:
+    """``rho(t) = min(limit, (1 + t)/(10 + t))`` (TensorFlow's ``ExponentialMovingAverage``).
+
+    Args:
+        limit: the decay that ``rho`` rises to from 0.1, in ``[0, 1]``.
+    """
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        check_range("limit", self.limit, 0.0, 1.0)
+
+    def __call__(self, t: Real) -> Real:
+        """The decay after ``t`` base steps: a float, or a tensor as ``t`` is one."""
+        return at_most((1.0 + t) / (10.0 + t), self.limit)
+
+
+@dataclass(frozen=True)
+class InverseGammaDecay:
+    """``rho(t) = min(limit, 1 - (1 + t/inv_gamma)**-power)`` (Crowson's ``EMAWarmup``).
+
+    Args:
+        limit: the decay that ``rho`` rises to from 0, in ``[0, 1]``.
+        inv_gamma: base steps until the warm-up bends, ``> 0``.
+        power: how fast ``rho`` rises, ``> 0``: at ``inv_gamma = 1`` a ``power`` of 2/3 reaches
+            0.999 at ``t = 31.6e3`` and 0.9999 at ``t = 1e6``.
+    """
+
+    limit: float
+    inv_gamma: float = 1.0
+    power: float = 2.0 / 3.0
+
+    def __post_init__(self) -> None:
+        check_range("limit", self.limit, 0.0, 1.0)
+        check_range("inv_gamma", self.inv_gamma, 0.0, math.inf, ends=("<", "<"))
+        check_range("power", self.power, 0.0, math.inf, ends=("<", "<"))
+
+    def __call__(self, t: Real) -> Real:
+        """The decay after ``t`` base steps: a float, or a tensor as ``t`` is one."""
+        return at_most(1.0 - power(1.0 + t / self.inv_gamma, -self.power), self.limit)
+
+
+@dataclass(frozen=True)
+class PowerDecay:
+    """``rho(t) = (t/(t + 1))**(gamma + 1)``: averages with weights ``tau**gamma`` up to ``t``.
+
+    The power-function average of Karras et al. 2024 (arXiv 2312.02696, Equation 2, which counts
+    the step at hand too: its ``1 - 1/t`` is ``t/(t + 1)`` here). ``rho(0) = 0``: the start is
+    forgotten. A step of ``kappa`` base steps takes their whole product, Equation 127:
+    ``(t/(t + kappa))**(gamma + 1)``; so the average has the same profile at every ``kappa``, and
+    through changes of it.
+
+    Args:
+        gamma: sharpness of the profile, ``0 <= gamma < inf``; 0 is the plain mean.
+    """
+
+    gamma: float
+
+    def __post_init__(self) -> None:
+        check_range("gamma", self.gamma, 0.0, math.inf, ends=("<=", "<"))
+
+    @classmethod
+    def from_sigma_rel(cls, sigma_rel: float) -> PowerDecay:
+        """The profile of a given width.
+
+        The largest root of ``(gamma + 1) = sigma_rel**2 * (gamma + 2)**2 * (gamma + 3)``
+        (Equations 123 and 126) by Viete's formula for a cubic with three real roots.
+
+        Args:
+            sigma_rel: standard deviation of the profile as a share of ``t``, in
+                ``(0, 12**-0.5]``; the paper tracks 0.05 and 0.10.
+
+        Raises:
+            ValueError: ``sigma_rel`` is out of its range.
+        """
+        check_range("sigma_rel", sigma_rel, 0.0, 12.0**-0.5, ends=("<", "<="))
+        u = 1.0 / sigma_rel**2
+        # with gamma + 2 = y - 1/3 it is y**3 - 3*c**2*y + d = 0, and y = 2*c*cos(angle/3)
+        c = math.sqrt((u + 1.0 / 3.0) / 3.0)
+        d = 2.0 / 27.0 + 4.0 / 3.0 * u
+        y = 2.0 * c * math.cos(math.acos(-d / (2.0 * c**3)) / 3.0)
+        return cls(max(y - 7.0 / 3.0, 0.0))
+
+    @property
+    def sigma_rel(self) -> float:
+        """Standard deviation of the profile as a share of ``t`` (Equation 123)."""
+        return math.sqrt((self.gamma + 1.0) / (self.gamma + 3.0)) / (self.gamma + 2.0)
+
+    def __call__(self, t: Real) -> Real:
+        """The decay after ``t`` base steps: a float, or a tensor as ``t`` is one."""
+        return self.geometric_mean(t, 1.0)
+
+    def geometric_mean(self, t: Real, kappa: Any) -> Real:
+        """The decay whose power ``kappa`` is the product over ``kappa`` base steps from ``t``."""
+        result: Real = power(t / (t + kappa), (self.gamma + 1.0) / kappa)
+        return result
+
+
+def decay_from_half_life(half_life_samples: float, base_batch_size: float) -> float:
+    """``rho = 0.5**(base_batch_size / half_life_samples)``, in float64.
+
+    Args:
+        half_life_samples: samples after which a weight counts half, finite and ``> 0``.
+        base_batch_size: samples in a step at ``kappa = 1``, finite and ``> 0``.
+
+    Returns:
+        The constant decay at the base batch size.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    check_range("half_life_samples", half_life_samples, 0.0, math.inf, ends=("<", "<"))
+    check_range("base_batch_size", base_batch_size, 0.0, math.inf, ends=("<", "<"))
+    return math.pow(0.5, base_batch_size / half_life_samples)
+
+
 def decays(ema_decay: EmaDecay) -> tuple[Decay, ...]:
     """``ema_decay`` as a tuple: one entry an average, empty for None."""
     if ema_decay is None:
@@ -71,8 +189,20 @@ def ema_weights(ema_decay: EmaDecay, t: Any, kappa: Any) -> tuple[Any, ...]:
     return tuple(_weight(decay, t, kappa) for decay in decays(ema_decay))
 
 
+def decay_at(decay: Decay, t: Any, kappa: Any) -> Any:
+    """``rho`` of a step of ``kappa`` base steps from ``t``, which is to be raised to ``kappa``.
+
+    A schedule's ``geometric_mean(t, kappa)`` where it has one, else its value at ``t``.
+    """
+    if not callable(decay):
+        return decay
+    if hasattr(decay, "geometric_mean"):
+        return decay.geometric_mean(t, kappa)
+    return decay(t)
+
+
 def _weight(decay: Decay, t: Any, kappa: Any) -> Any:
-    value = decay(t) if callable(decay) else decay
+    value = decay_at(decay, t, kappa)
     if isinstance(t, float):
         value = float(value)
     check_range("ema_decay", value, 0.0, 1.0)

@@ -61,15 +61,19 @@ class Folder:
     Args:
         rule: the optimizer's rule.
         check: what a param group holds; raises ValueError for a bad value.
+        averaged: whether averages move; if not, there are no weights.
 
     Attributes:
         groups: the optimizer's param groups.
         kappas: ``kappa`` of every param group, NaN where it is a tensor on a device.
     """
 
-    def __init__(self, rule: Rule, check: Callable[[Group], Checked]) -> None:
+    def __init__(
+        self, rule: Rule, check: Callable[[Group], Checked], averaged: bool = True
+    ) -> None:
         self._rule = rule
         self._check = check
+        self._averaged = averaged
         self._given = itemgetter(*rule.hyper, "ema_decay", *PLACING)
         self.groups: Sequence[Group] = ()
         self._seen: list[tuple[Any, ...]] = []
@@ -135,13 +139,18 @@ class Folder:
 
     def weights(self, group: int) -> tuple[float, ...]:
         """The EMA weights of a group at this step; a schedule is asked once."""
-        scaled = self._scaled[group]
-        if scaled.weights is not None:
+        if not self._averaged:
+            return ()
+        scaled, fields = self._scaled[group], self.groups[group]
+        waited = fields.get("ema_waited", 0.0)
+        if scaled.weights is not None and waited == 0.0:
             return scaled.weights
         if group not in self._scheduled:
-            fields = self.groups[group]
             ema_decay, kappa = (plain(fields[name], fields) for name in ("ema_decay", "kappa"))
-            self._scheduled[group] = ema_weights(ema_decay, fields["base_steps"], kappa)
+            begin = fields["base_steps"]
+            if waited != 0.0:  # averages take the steps that they have let pass at once
+                begin, kappa = begin - waited, waited + kappa
+            self._scheduled[group] = ema_weights(ema_decay, begin, kappa)
         return self._scheduled[group]
 
 

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 from . import checkpoint, clock
 from .access import EmaAccess
 from .backends import NAMES, requested_backend
-from .ema import EmaDecay, check_ema_decay, decays
+from .ema import EmaDecay, check_ema_decay, decay_from_half_life, decays
 from .ema_buffers import EmaBuffers, apply, resolve
 from .folding import Checked, plain_fields
 from .gradients import clipped, unscaling
@@ -31,6 +31,9 @@ class EmaOptions(TypedDict, total=False):
     ema_decay: EmaDecay
     ema: Teacher | None
     ema_order: str
+    ema_every: int
+    half_life_samples: float | None
+    base_batch_size: float | None
     kappa: float
     model: nn.Module | None
     ema_buffers: str | None
@@ -54,6 +57,11 @@ class FusedScaledOptimizer(EmaAccess):
             keeps the average, starting at the weights.
         ema_order: ``"after"``: the average takes in the new weights (the paper's Algorithm 1);
             ``"before"``: the old ones (its theory).
+        ema_every: the averages move at every ``ema_every``-th step, ``>= 1``, by
+            ``rho**(kappa*ema_every)``; steps between save their traffic.
+        half_life_samples: another way to say a constant ``ema_decay``, with ``base_batch_size``:
+            :func:`~fused_ema.ema.decay_from_half_life`.
+        base_batch_size: what ``kappa = 1`` stands for, for :meth:`set_batch_size`.
         kappa: batch size / base batch size, ``> 0``. Scales learning rate, betas, eps, weight decay
             and ``rho`` together, at every step, by :mod:`fused_ema.scaling`.
         model: the student module: gives parameters their names, and buffers to the average.
@@ -81,6 +89,9 @@ class FusedScaledOptimizer(EmaAccess):
         ema_decay: EmaDecay = None,
         ema: Teacher | None = None,
         ema_order: str = "after",
+        ema_every: int = 1,
+        half_life_samples: float | None = None,
+        base_batch_size: float | None = None,
         kappa: float = 1.0,
         model: nn.Module | None = None,
         ema_buffers: str | None = None,
@@ -88,9 +99,17 @@ class FusedScaledOptimizer(EmaAccess):
         backend: str = "auto",
     ) -> None:
         check_choice("backend", backend, ("auto", *NAMES))
+        if not isinstance(ema_every, int) or ema_every < 1:
+            raise ValueError(f"ema_every={ema_every!r} is out of range; allowed: an int >= 1")
+        if base_batch_size is not None:
+            check_range("base_batch_size", base_batch_size, 0, math.inf, ends=("<", "<"))
+        if half_life_samples is not None:
+            ema_decay = _half_life(half_life_samples, base_batch_size, ema_decay)
         if max_grad_norm is not None:
             check_range("max_grad_norm", max_grad_norm, 0.0, math.inf)
         self.backend = backend
+        self.ema_every = ema_every
+        self.base_batch_size = base_batch_size
         self.max_grad_norm = max_grad_norm
         self._grad_norm: Tensor | None = None
         self._teachers: dict[Tensor, Tensor] = {}
@@ -131,6 +150,16 @@ class FusedScaledOptimizer(EmaAccess):
             else:
                 fields["kappa"] = float(value)
 
+    def set_batch_size(self, batch_size: float) -> None:
+        """Set :attr:`kappa` to ``batch_size / base_batch_size``.
+
+        Raises:
+            ValueError: the optimizer was made without ``base_batch_size``, or as for :attr:`kappa`.
+        """
+        if self.base_batch_size is None:
+            raise ValueError("base_batch_size=None; allowed: a number, given to the optimizer")
+        self.kappa = batch_size / self.base_batch_size
+
     @property
     def grad_norm(self) -> Tensor | None:
         """Norm of the last step's gradients before clipping, over all parameters.
@@ -144,7 +173,7 @@ class FusedScaledOptimizer(EmaAccess):
     @property
     def backends(self) -> tuple[str, ...]:
         """Names of the backends in use, one a bucket; empty before the first step."""
-        return self._stepper.backends
+        return self._stepper.backends or self._between.backends
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter and move every average, in place.
@@ -179,20 +208,26 @@ class FusedScaledOptimizer(EmaAccess):
 
     def _take_step(self) -> None:
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        self._stepper.prepare(self.param_groups, self.state)
-        if found_inf is not None and self._stepper.host_folded:
+        averaged = clock.is_due(self.param_groups, self.ema_every)
+        stepper = self._stepper if averaged else self._between
+        stepper.prepare(self.param_groups, self.state)
+        if found_inf is not None and stepper.host_folded:
             if found_inf.item() != 0.0:
                 return
             found_inf = None
-        moves = [] if self._buffers is None else self._buffers.moves(self._buffer_weights())
+        moves = []
+        if self._buffers is not None and averaged:
+            moves = self._buffers.moves(self._buffer_weights())
         control = unscaling(getattr(self, "grad_scale", None), found_inf)
         if self.max_grad_norm is not None:
-            sums = self._stepper.sums_of_squares()
+            sums = stepper.sums_of_squares()
             control, self._grad_norm = clipped(control, sums, self.max_grad_norm)
-        self._stepper.run(control)
+        stepper.run(control)
         if moves:
             apply(moves, control)
-        clock.advance(self.param_groups, self._stepper.folder.kappas, control)
+        clock.advance(self.param_groups, stepper.folder.kappas, control)
+        if self.ema_every > 1:
+            clock.wait(self.param_groups, stepper.folder.kappas, averaged)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as torch does; ``ema`` in it binds its own teacher tensors.
@@ -222,7 +257,7 @@ class FusedScaledOptimizer(EmaAccess):
         except Exception:
             self.param_groups.pop()
             raise
-        self._stepper.forget()
+        self._forget_plans()
 
     def state_dict(self) -> StateDict:
         """The state as torch lays it out, the averages under ``ema``, ``ema_1``, ...
@@ -281,7 +316,8 @@ class FusedScaledOptimizer(EmaAccess):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_swapped("copying or pickling the optimizer")
-        own = ("backend", "max_grad_norm", "_teachers", "_names", "_buffers")
+        options = ("backend", "ema_every", "base_batch_size", "max_grad_norm")
+        own = (*options, "_teachers", "_names", "_buffers")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -289,12 +325,19 @@ class FusedScaledOptimizer(EmaAccess):
         self._swapped = False
         self._grad_norm = None
         if hasattr(self, "_stepper"):  # loading a state dict: graphs may still use old plans
-            self._stepper.forget()
+            self._forget_plans()
         else:
             self._make_stepper()
 
     def _make_stepper(self) -> None:
-        self._stepper = Stepper(self.rule, self.backend, self._check_group, self._complete_state)
+        self._stepper, self._between = (
+            Stepper(self.rule, self.backend, self._check_group, self._complete_state, averaged)
+            for averaged in (True, False)
+        )
+
+    def _forget_plans(self) -> None:
+        self._stepper.forget()
+        self._between.forget()
 
     def _complete_state(self) -> None:
         # an average made under the user's inference_mode could never be stepped
@@ -329,4 +372,15 @@ class FusedScaledOptimizer(EmaAccess):
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm} with differentiable=True; allowed: None"
             )
+        if group["capturable"] and self.ema_every > 1:
+            raise ValueError(f"ema_every={self.ema_every} with capturable=True; allowed: 1")
         return Checked(values, self.rule.scale(values))
+
+
+def _half_life(samples: float, base_batch_size: float | None, ema_decay: EmaDecay) -> float:
+    if base_batch_size is None or ema_decay is not None:
+        raise ValueError(
+            f"half_life_samples={samples} with base_batch_size={base_batch_size}, "
+            f"ema_decay={ema_decay}; allowed: a base batch size and no other decay"
+        )
+    return decay_from_half_life(samples, base_batch_size)

@@ -46,8 +46,8 @@ def sqrt(x: Real) -> Real:
     return math.sqrt(x) if _is_number(x) else x.sqrt()
 
 
-def power(x: Real, y: Real) -> Real:
-    """``x**y``."""
+def power(x: Real, y: Any) -> Real:
+    """``x**y``; ``y`` may be a float beside a tensor."""
     if _is_number(x) and _is_number(y):
         return float(x**y)
     result: Real = x**y

@@ -27,6 +27,7 @@ class Stepper:
         backend: ``"auto"`` or a backend's name.
         check: see :class:`~fused_ema.folding.Folder`.
         complete: gives every parameter the state that its group needs.
+        averaged: whether averages move; if not, they are left as they are.
 
     Attributes:
         folder: the scalars of the step at hand.
@@ -40,13 +41,15 @@ class Stepper:
         backend: str,
         check: Callable[[Mapping[str, Any]], Checked],
         complete: Callable[[], None],
+        averaged: bool = True,
     ) -> None:
         self._rule = rule
         self._backend = backend
         self._complete = complete
+        self._averaged = averaged
         self._watch: Watch | None = None
         self._captured: list[Plan] = []  # a CUDA graph outlives the plan that it was captured from
-        self.folder = Folder(rule, check)
+        self.folder = Folder(rule, check, averaged)
         self.plans: list[Plan] = []
         self.backends: tuple[str, ...] = ()
         self._devices: list[torch.device] = []
@@ -107,7 +110,7 @@ class Stepper:
         self._captured += [plan for plan in self.plans if plan.captured]
         self._complete()
         requested = [requested_backend(group, self._backend) for group in groups]
-        buckets = make_buckets(self._rule, groups, state, requested)
+        buckets = make_buckets(self._rule, groups, state, requested, self._averaged)
         self._devices = [bucket.key.device for bucket in buckets]
         self._host_folded = not all(bucket.key.capturable for bucket in buckets)
         chosen = [(select(bucket), bucket) for bucket in buckets]

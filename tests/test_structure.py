@@ -12,7 +12,7 @@ PACKAGE = Path(fused_ema.__file__).parent
 LAYERS = (
     ("realmath", "_native", "kernels"),
     ("scaling", "tensorlist"),
-    ("ema",),
+    ("ema", "posthoc", "progressive"),
     ("rules",),
     ("buckets", "device_folding", "build", "gradients"),
     ("state", "swap", "ema_buffers"),

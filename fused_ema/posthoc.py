@@ -1,0 +1,133 @@
+"""Post-hoc EMA: an average of any length, after training, from snapshots of two that were tracked.
+
+Karras et al. 2024 (arXiv 2312.02696, section 3.2): averages by
+:class:`~fused_ema.ema.PowerDecay` are stored now and then; the profile wanted is fitted by theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .scaling import check_range
+
+
+def solve_weights(
+    times: Sequence[float], gammas: Sequence[float], t: float, gamma: float
+) -> list[float]:
+    """Weights with which stored power-function averages add up to the one of ``gamma`` at ``t``.
+
+    Least squares between averaging profiles ``(gamma + 1) * tau**gamma / t**(gamma + 1)``,
+    ``0 <= tau <= t`` (Equation 121): normal equations of their inner products (Algorithm 3, in
+    float64), then divided by the sum of the weights, so that what never moved stays as it is.
+
+    Args:
+        times: when each average was stored, in base steps or samples, ``> 0``.
+        gammas: each average's exponent, ``0 <= gamma < inf``.
+        t: when the wanted average ends, in the unit of ``times``; at most the latest of them.
+        gamma: the wanted exponent, ``0 <= gamma < inf``.
+
+    Returns:
+        A weight for each stored average, of either sign; they add up to 1.
+
+    Raises:
+        ValueError: an argument is out of its range, or there is not one exponent for each time.
+    """
+    if len(times) != len(gammas) or not times:
+        raise ValueError(
+            f"gammas has {len(gammas)} entries, times has {len(times)}; allowed: one for each, "
+            "at least one"
+        )
+    for stored, exponent in zip(times, gammas, strict=True):
+        check_range("times", stored, 0.0, math.inf, ends=("<", "<"))
+        check_range("gammas", exponent, 0.0, math.inf, ends=("<=", "<"))
+    check_range("t", t, 0.0, max(times), ends=("<", "<="))
+    check_range("gamma", gamma, 0.0, math.inf, ends=("<=", "<"))
+    ends = torch.tensor(times, dtype=torch.float64, device="cpu")
+    exponents = torch.tensor(gammas, dtype=torch.float64, device="cpu")
+    gram = inner_product(ends[:, None], exponents[:, None], ends, exponents)
+    target = inner_product(ends, exponents, ends.new_tensor(t), ends.new_tensor(gamma))
+    # profiles of unit norm, and no inverse: neighbours are nearly, equals exactly, dependent
+    norms = gram.diagonal() ** 0.5
+    fit = torch.linalg.lstsq(
+        gram / norms.outer(norms), (target / norms)[:, None], driver="gelsd"
+    ).solution
+    weights = fit[:, 0] / norms
+    result: list[float] = (weights / weights.sum()).tolist()
+    return result
+
+
+def inner_product(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
+    """Integral over ``tau`` of the product of two averaging profiles (Equation 151).
+
+    ``(gamma_a + 1)*(gamma_b + 1)/(gamma_a + gamma_b + 1) * (earlier/later)**g / later``, where
+    ``g`` is the exponent of the profile that ends later.
+
+    Args:
+        t_a, t_b: ends of the profiles, ``> 0``; float64, shapes that broadcast.
+        gamma_a, gamma_b: their exponents, ``>= 0``, likewise.
+    """
+    earlier, later = torch.minimum(t_a, t_b), torch.maximum(t_a, t_b)
+    exponent = torch.where(t_a < t_b, gamma_b, gamma_a)
+    factor = (gamma_a + 1.0) * (gamma_b + 1.0) / (gamma_a + gamma_b + 1.0)
+    return factor * (earlier / later) ** exponent / later
+
+
+@torch.no_grad()
+def reconstruct(snapshots: Iterable[Mapping[str, Any]], weights: Sequence[float]) -> dict[str, Any]:
+    """``sum(weight * snapshot)`` over state dicts: the average fitted (section 3.2).
+
+    Floating and complex tensors are summed in float64 and rounded to their dtype once; buffers
+    too, so BatchNorm's statistics are better computed anew. All else is the last snapshot's.
+
+    Args:
+        snapshots: state dicts of the same keys, shapes and dtypes, such as copies of
+            ``optimizer.ema_state_dict(model)``; a generator may load one after the other.
+        weights: one for each snapshot, in their order, as from :func:`solve_weights`.
+
+    Returns:
+        A state dict, its sums in memory of their own.
+
+    Raises:
+        ValueError: snapshots differ in a key, shape or dtype, or are not as many as ``weights``.
+    """
+    sums: dict[str, Tensor] = {}
+    last: Mapping[str, Any] | None = None
+    for index, (snapshot, weight) in enumerate(zip_longest(snapshots, weights)):
+        if snapshot is None or weight is None:
+            raise ValueError(f"weights has {len(weights)} entries; allowed: one for each snapshot")
+        if last is not None:
+            _check_alike(snapshot, last, index)
+        for key, value in snapshot.items():
+            if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+                if key not in sums:
+                    wide = torch.promote_types(value.dtype, torch.float64)
+                    sums[key] = torch.zeros_like(value, dtype=wide)
+                sums[key].add_(value, alpha=weight)
+        last = snapshot
+    if last is None:
+        raise ValueError("snapshots is empty; allowed: at least one state dict")
+    return {key: sums[key].to(value.dtype) if key in sums else value for key, value in last.items()}
+
+
+def _check_alike(snapshot: Mapping[str, Any], other: Mapping[str, Any], index: int) -> None:
+    differing = sorted(snapshot.keys() ^ other.keys())
+    if differing:
+        key = differing[0]
+        place = "lacks" if key in other else "alone has"
+        raise ValueError(f"snapshots[{index}] {place} {key!r}; allowed: the same keys in all")
+    for key, value in snapshot.items():
+        if _layout(value) != _layout(other[key]):
+            raise ValueError(
+                f"snapshots[{index}][{key!r}] is {_layout(value)}, in the one before "
+                f"{_layout(other[key])}; allowed: the same in all"
+            )
+
+
+def _layout(value: Any) -> str:
+    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else "no tensor"

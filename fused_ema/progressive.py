@@ -1,0 +1,139 @@
+"""Progressive scaling: the batch size grows during training, and ``kappa`` with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from .scaling import check_range
+
+UNITS = ("epochs", "samples")
+
+
+class Scaled(Protocol):
+    """An optimizer that scales itself by ``kappa``, batch size / base batch size."""
+
+    kappa: float
+
+
+class ProgressiveScaling:
+    """SGD with Progressive Scaling (Busbridge et al. 2023, Algorithm 1, its body reconstructed).
+
+    ``kappa = B_e / B`` in epoch ``e``, set on the optimizer, which scales everything by it;
+    moments, averages and the positions of schedules go on. It works like a learning-rate scheduler
+    and beside one: made after the optimizer, it sets the first ``kappa``; then ``step()`` after
+    each epoch. Reading :attr:`batch_size` to draw the batches is the training loop's part.
+
+    Args:
+        optimizer: one with ``kappa``, the same in all its param groups; its ``kappa`` is modified.
+        base_batch_size: batch size that the hyper-parameters are for, ``> 0``; over all processes,
+            as every batch size here.
+        batch_sizes: batch size from each epoch on, as in ``{0: 4096, 60: 24576}``; keys are ints
+            ``>= 0``, one of them 0.
+        unit: what the keys count: ``"epochs"``, or ``"samples"`` seen.
+
+    Attributes:
+        position: epochs done, or samples seen.
+
+    Raises:
+        TypeError: ``optimizer`` has no ``kappa``.
+        ValueError: a bad key, batch size or unit; the param groups differ in ``kappa``, or cannot
+            follow one of the batch sizes. The optimizer is unchanged then.
+    """
+
+    def __init__(
+        self,
+        optimizer: Scaled,
+        base_batch_size: float,
+        batch_sizes: Mapping[int, float],
+        *,
+        unit: str = "epochs",
+    ) -> None:
+        if unit not in UNITS:
+            raise ValueError(f"unit={unit!r} is not known; allowed: 'epochs', 'samples'")
+        if not hasattr(optimizer, "kappa"):  # raises ValueError where the groups differ
+            raise TypeError(f"optimizer: received a {type(optimizer).__name__}; it has no kappa")
+        check_range("base_batch_size", base_batch_size, 0, math.inf, ends=("<", "<"))
+        _check_batch_sizes(batch_sizes)
+        self.unit = unit
+        self.base_batch_size = base_batch_size
+        self.batch_sizes = dict(sorted(batch_sizes.items()))
+        self.position = 0
+        self._optimizer = optimizer
+        self._check_reachable()
+        optimizer.kappa = self.kappa
+
+    @property
+    def batch_size(self) -> float:
+        """Batch size to train with at the present position, over all processes."""
+        return self._batch_size_at(self.position)
+
+    @property
+    def kappa(self) -> float:
+        """``batch_size / base_batch_size`` at the present position."""
+        return self.batch_size / self.base_batch_size
+
+    def step(self, samples: int | None = None) -> None:
+        """Move on: an epoch, or ``samples`` more; sets the optimizer's ``kappa`` at a change.
+
+        Args:
+            samples: with ``unit="samples"``, how many were seen since the last call, ``>= 0``;
+                with ``unit="epochs"`` it is not given.
+
+        Raises:
+            ValueError: ``samples`` does not go with the unit, or the optimizer's param groups
+                cannot follow the next ``kappa``. Nothing has changed then.
+        """
+        if (samples is None) != (self.unit == "epochs"):
+            wanted = "a count >= 0" if self.unit == "samples" else "None, a call is an epoch"
+            raise ValueError(f"samples={samples!r} with unit={self.unit!r}; allowed: {wanted}")
+        position = self.position + _count("samples", 1 if samples is None else samples)
+        if self._batch_size_at(position) != self.batch_size:
+            self._optimizer.kappa = self._batch_size_at(position) / self.base_batch_size
+        self.position = position
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and its unit; batch sizes are configuration, and may change at a resume."""
+        return {"unit": self.unit, "position": self.position}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on at a saved position; sets the optimizer's ``kappa``, so load the optimizer first.
+
+        Raises:
+            ValueError: the saved unit is another, the position is no count, or the optimizer's
+                param groups cannot follow. Nothing has changed then.
+        """
+        if state_dict["unit"] != self.unit:
+            raise ValueError(f"state_dict: unit={state_dict['unit']!r}; allowed: {self.unit!r}")
+        position = _count("state_dict: position", state_dict["position"])
+        self._optimizer.kappa = self._batch_size_at(position) / self.base_batch_size
+        self.position = position
+
+    def _batch_size_at(self, position: int) -> float:
+        return self.batch_sizes[max(start for start in self.batch_sizes if start <= position)]
+
+    def _check_reachable(self) -> None:
+        """Let the optimizer refuse a batch size before training rather than in it."""
+        before = self._optimizer.kappa
+        try:
+            for batch_size in self.batch_sizes.values():
+                self._optimizer.kappa = batch_size / self.base_batch_size
+        finally:
+            self._optimizer.kappa = before
+
+
+def _check_batch_sizes(batch_sizes: Mapping[int, float]) -> None:
+    for start, batch_size in batch_sizes.items():
+        _count("batch_sizes: key", start)
+        check_range(f"batch_sizes[{start}]", batch_size, 0, math.inf, ends=("<", "<"))
+    if 0 not in batch_sizes:
+        raise ValueError(
+            f"batch_sizes={dict(batch_sizes)!r} has none for the start; allowed: a key 0"
+        )
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name}={value!r} is out of range; allowed: an int >= 0")
+    return value
