@@ -14,6 +14,7 @@ from .ema import (
     WarmUpDecay,
     decay_from_half_life,
 )
+from .migrate import load_ema
 from .optimizer import FusedScaledOptimizer
 from .progressive import ProgressiveScaling
 from .sgd import FusedScaledSGD
@@ -30,6 +31,7 @@ __all__ = [
     "WarmUpDecay",
     "build_info",
     "decay_from_half_life",
+    "load_ema",
     "posthoc",
     "scaling",
 ]

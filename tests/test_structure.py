@@ -20,7 +20,7 @@ LAYERS = (
     ("averages", "clock", "folding"),
     ("stepper", "access"),
     ("optimizer",),
-    ("adam", "sgd"),
+    ("adam", "sgd", "migrate"),
     ("__init__",),
     ("demo",),
 )

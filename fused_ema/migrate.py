@@ -1,0 +1,212 @@
+"""Averages that other packages have saved, read into an optimizer's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .optimizer import FusedScaledOptimizer
+
+# What DistributedDataParallel, AveragedModel, ModelEmaV3 and torch.compile put before every key.
+WRAPPERS = ("module.", "_orig_mod.")
+
+
+class LoadedEma(NamedTuple):
+    """What :func:`load_ema` read.
+
+    Attributes:
+        layout: whose state it was taken for.
+        updates: how many updates that average has seen, None where the state does not tell.
+        unused: entries of the model that the state holds and the optimizer does not average.
+    """
+
+    layout: str
+    updates: int | None
+    unused: tuple[str, ...]
+
+
+class Layout(NamedTuple):
+    """How a package saves its average: a state that holds all ``marks`` is its."""
+
+    name: str
+    marks: frozenset[str]
+    entries: Callable[[Mapping[str, Any], nn.Module], dict[str, Any]]
+    updates: str | None = None
+    buffers: bool = True
+
+
+def load_ema(
+    optimizer: FusedScaledOptimizer, model: nn.Module, state: Mapping[str, Any], index: int = 0
+) -> LoadedEma:
+    """Copy an average that another package has saved into an optimizer's, in place.
+
+    ``state`` is the ``state_dict()`` of torch's ``AveragedModel``, timm's ``ModelEmaV3``,
+    ema-pytorch's ``EMA`` or diffusers' ``EMAModel``, told apart by their keys, or of a plain module
+    (wrapped in DistributedDataParallel or torch.compile or not). Averages keep their dtype and
+    memory, so that a teacher stays what it is; weights and the model's own buffers are not touched.
+    Where the state counts its updates, ``base_steps`` of every param group becomes that number, so
+    that schedules go on: another package's update is one at the base batch size.
+
+    Args:
+        optimizer: holds the average, and any buffers with it (``ema_buffers="average"`` or a
+            teacher with buffers); modified in place.
+        model: the optimized module, or a part of it; gives the averages their names. diffusers'
+            tensors belong to its parameters in order: to all of them or, where the number of
+            tensors says so, to those that require a gradient.
+        state: see above.
+        index: which average, for a tuple ``ema_decay``.
+
+    Raises:
+        ValueError: a name, shape, dtype or count does not fit, the message names the first; or
+            ``model`` holds none of the averaged parameters. Nothing has changed then.
+        IndexError: there is no such average.
+        RuntimeError: inside ``ema_weights()``.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state: received a {type(state).__name__}; allowed: a state dict")
+    layout = next(known for known in LAYOUTS if known.marks <= state.keys())
+    entries = layout.entries(state, model)
+    held = _held(optimizer, model, index)
+    _check_names(entries, model, _required(held, model, layout))
+    used = {name: entries[name] for name in held if name in entries}
+    for name, value in used.items():
+        _check_value(name, value, held[name])
+    updates = _updates(state, layout)
+    with torch.no_grad():
+        for name, value in used.items():
+            held[name].copy_(value)
+    if updates is not None:
+        _set_base_steps(optimizer, updates)
+    return LoadedEma(layout.name, updates, tuple(sorted(entries.keys() - held.keys())))
+
+
+def _prefixed(prefix: str, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Entries of a module's state dict that lies under ``prefix``."""
+    found = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    return _without(_wrapping(found), found)
+
+
+def _shadows(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Tensors of diffusers, which have no names, under their parameters' names."""
+    shadows = state["shadow_params"]
+    named = _named_parameters(model)
+    trained = [name for name, param in named if param.requires_grad]
+    names = [name for name, _ in named] if len(shadows) == len(named) else trained
+    if len(shadows) != len(names):
+        raise ValueError(
+            f"state: 'shadow_params' holds {len(shadows)} tensors; allowed: {len(named)}, the "
+            f"model's parameters, or {len(trained)}, those that require a gradient"
+        )
+    return dict(zip(names, shadows, strict=True))
+
+
+LAYOUTS = (
+    Layout(
+        "diffusers.EMAModel",
+        frozenset({"shadow_params", "optimization_step"}),
+        _shadows,
+        updates="optimization_step",
+        buffers=False,
+    ),
+    Layout(
+        "ema_pytorch.EMA",
+        frozenset({"initted", "step"}),
+        partial(_prefixed, "ema_model."),
+        updates="step",
+    ),
+    Layout(
+        "torch.optim.swa_utils.AveragedModel",
+        frozenset({"n_averaged"}),
+        partial(_prefixed, "module."),
+        updates="n_averaged",
+    ),
+    Layout("module", frozenset(), partial(_prefixed, "")),  # ModelEmaV3's too
+)
+
+
+def _wrapping(keys: Iterable[str]) -> str:
+    """What wrappers have put before every key."""
+    names, found = list(keys), ""
+    while names and (prefix := next((w for w in WRAPPERS if _all_start(names, found + w)), "")):
+        found += prefix
+    return found
+
+
+def _all_start(names: Iterable[str], prefix: str) -> bool:
+    return all(name.startswith(prefix) for name in names)
+
+
+def _without(prefix: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {name[len(prefix) :]: value for name, value in entries.items()}
+
+
+def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The model's parameters, without its own wrappers in their names."""
+    wrapping = len(_wrapping(model.state_dict()))
+    return [(name[wrapping:], param) for name, param in model.named_parameters()]
+
+
+def _held(optimizer: FusedScaledOptimizer, model: nn.Module, index: int) -> dict[str, Tensor]:
+    """The average's tensors that are the optimizer's, not the model's, without its wrappers."""
+    average, own = optimizer.ema_state_dict(model, index), model.state_dict()
+    held = {
+        name: value
+        for name, value in average.items()
+        if isinstance(value, Tensor) and not value.is_set_to(own[name])
+    }
+    return _without(_wrapping(own), held)
+
+
+def _required(held: Iterable[str], model: nn.Module, layout: Layout) -> list[str]:
+    """The names that a state must have."""
+    params = {name for name, _ in _named_parameters(model)}
+    return [name for name in held if layout.buffers or name in params]
+
+
+def _check_names(entries: Iterable[str], model: nn.Module, required: Iterable[str]) -> None:
+    own = model.state_dict()
+    allowed = _without(_wrapping(own), own)
+    for name in entries:
+        if name not in allowed:
+            raise ValueError(f"state: {name!r} is not in the model; allowed: its state_dict's keys")
+    for name in required:
+        if name not in entries:
+            raise ValueError(f"state: {name!r} is missing; allowed: every entry of the average")
+
+
+def _check_value(name: str, value: Any, held: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"state: {name!r} is a {type(value).__name__}; allowed: a tensor")
+    if value.shape != held.shape:
+        raise ValueError(
+            f"state: {name!r} has shape {tuple(value.shape)}; allowed: the average's "
+            f"{tuple(held.shape)}"
+        )
+    if not torch.can_cast(value.dtype, held.dtype):
+        raise ValueError(
+            f"state: {name!r} has dtype {value.dtype}; allowed: what casts to the average's "
+            f"{held.dtype}"
+        )
+
+
+def _updates(state: Mapping[str, Any], layout: Layout) -> int | None:
+    if layout.updates is None:
+        return None
+    value = state[layout.updates]
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if not (isinstance(value, int | float) and value >= 0 and float(value).is_integer()):
+        raise ValueError(f"state: {layout.updates!r} is {value!r}; allowed: a count >= 0")
+    return int(value)
+
+
+def _set_base_steps(optimizer: FusedScaledOptimizer, updates: int) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["base_steps"], Tensor):
+            group["base_steps"].fill_(updates)  # what a captured graph counts on
+        else:
+            group["base_steps"] = float(updates)
