@@ -10,8 +10,15 @@ namespace fused_ema {
 
 enum class StoredType { float32, float64, bfloat16, float16 };
 
+// How a parameter and what belongs to it are stored. The type is that of parameter and gradient;
+// with a master, the parameter is a copy of weights in the arithmetic's type, as are the states.
+struct Storage {
+  StoredType type;
+  bool master;
+};
+
 // Elements [begin, end) of one parameter.
-//   pointers: param, the rule's states, the averages
+//   pointers: param, its master if there is one, the rule's states, the averages
 //   grad: null where the averages alone move
 //   row: the rule's scalars, then a weight per average
 //   grad_factor: what gradients are multiplied by
@@ -57,7 +64,7 @@ std::string chosen_target();
 
 // The loop for a rule, told apart by its number of states; a null kernel where there is none.
 KernelInfo find_kernel(const std::string& target, const std::string& rule, int num_states,
-                       StoredType stored);
+                       Storage storage);
 Squares find_squares(const std::string& target, StoredType stored);
 
 }  // namespace cpu

@@ -53,17 +53,21 @@ void bump_version(const py::object& object) {
 
 }  // namespace
 
-Slots::Slots(int num_scalars, bool frozen, bool capturable, std::vector<py::object> params,
-             std::vector<py::object> steps, std::vector<std::vector<py::object>> states,
-             std::vector<std::vector<py::object>> emas, std::vector<int> groups)
+Slots::Slots(int num_scalars, bool frozen, bool capturable, bool master,
+             std::vector<py::object> params, std::vector<py::object> steps,
+             std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
+             std::vector<int> groups)
     : num_scalars_(num_scalars),
       frozen_(frozen),
       capturable_(capturable),
+      master_(master),
       stored_(unpack(params.at(0)).scalar_type()),
       average_(at::toOpMathType(stored_)),
+      state_(master ? average_ : stored_),
       device_(unpack(params.at(0)).device()),
       stored_size_(static_cast<int64_t>(c10::elementSize(stored_))),
       average_size_(static_cast<int64_t>(c10::elementSize(average_))),
+      state_size_(static_cast<int64_t>(c10::elementSize(state_))),
       num_states_(static_cast<int>(states.at(0).size())),
       num_emas_(static_cast<int>(emas.at(0).size())),
       groups_(std::move(groups)) {
@@ -121,8 +125,8 @@ bool Slots::read_pointers(size_t i, const at::Tensor& param) {
   for (size_t k = 2; k < slot_size(); ++k) {
     const bool is_state = k < size_t(2 + num_states_);
     const at::Tensor& held = unpack(tensor[k]);
-    if (!as_planned(held, i, is_state ? stored_ : average_)) return false;
-    const int64_t itemsize = is_state ? stored_size_ : average_size_;
+    if (!as_planned(held, i, is_state ? state_ : average_)) return false;
+    const int64_t itemsize = is_state ? state_size_ : average_size_;
     put(words[k], reinterpret_cast<int64_t>(address(held, itemsize)));
   }
   return true;
@@ -271,16 +275,16 @@ std::vector<c10::Storage> Slots::storages() const {
   return held;
 }
 
-StoredType Slots::stored_type() const {
+Storage Slots::storage() const {
   switch (stored_) {
     case at::kFloat:
-      return StoredType::float32;
+      return {StoredType::float32, master_};
     case at::kDouble:
-      return StoredType::float64;
+      return {StoredType::float64, master_};
     case at::kBFloat16:
-      return StoredType::bfloat16;
+      return {StoredType::bfloat16, master_};
     case at::kHalf:
-      return StoredType::float16;
+      return {StoredType::float16, master_};
     default:
       throw std::invalid_argument(std::string("no kernel for dtype ") + at::toString(stored_));
   }

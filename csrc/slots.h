@@ -21,10 +21,11 @@ namespace py = pybind11;
 //   scalars  a row of doubles: the rule's scalars, then a weight per average
 //   rows     the row of each slot
 //   grads    each slot's gradient, null without one: the averages alone move
-//   slots    numel, param, the rule's states, the averages
+//   slots    numel, param, its master if there is one, the rule's states, the averages
 class Slots {
  public:
-  Slots(int num_scalars, bool frozen, bool capturable, std::vector<py::object> params,
+  // The first of `states` is the master where there is one.
+  Slots(int num_scalars, bool frozen, bool capturable, bool master, std::vector<py::object> params,
         std::vector<py::object> steps, std::vector<std::vector<py::object>> states,
         std::vector<std::vector<py::object>> emas, std::vector<int> groups);
 
@@ -64,16 +65,17 @@ class Slots {
   c10::Device device() const { return device_; }
   bool capturable() const { return capturable_; }
   int num_scalars() const { return num_scalars_; }
-  int num_states() const { return num_states_; }
-  // Throws std::invalid_argument where no kernel knows it.
-  StoredType stored_type() const;
+  // The rule's states.
+  int num_states() const { return num_states_ - master_; }
+  // Throws std::invalid_argument where no kernel knows the type.
+  Storage storage() const;
   int num_emas() const { return num_emas_; }
   int num_rows() const { return static_cast<int>(rows_.size()); }
   const std::vector<int64_t>& offsets() const { return offsets_; }
   int64_t numel(size_t i) const { return offsets_[i + 1] - offsets_[i]; }
   const double* row(size_t i) const { return table_.data() + row_of_[i] * row_size(); }
   const void* grad(size_t i) const { return reinterpret_cast<const void*>(grads_[i]); }
-  // param, the rule's states, the averages
+  // param, its master if there is one, the rule's states, the averages
   void* const* pointers(size_t i) const {
     return reinterpret_cast<void* const*>(&slots_[i * slot_size() + 1]);
   }
@@ -107,12 +109,15 @@ class Slots {
   int num_scalars_;
   bool frozen_;
   bool capturable_;
-  at::ScalarType stored_;   // parameters, gradients, states
+  bool master_;
+  at::ScalarType stored_;   // parameters and gradients
   at::ScalarType average_;  // arithmetic and averages
+  at::ScalarType state_;    // the master and the rule's states
   c10::Device device_;
   int64_t stored_size_;
   int64_t average_size_;
-  int num_states_;
+  int64_t state_size_;
+  int num_states_;  // with the master
   int num_emas_;
   std::vector<py::object> tensors_;  // per slot: param, step, states, averages
   std::vector<int> groups_;

@@ -9,7 +9,8 @@ class Slots:
     """A bucket's tensors as the words that a device kernel reads.
 
     ``[scalars: rows x W float64 | row of each slot | gradients | slots]``; a slot is its number of
-    elements, then addresses: parameter, states, averages.
+    elements, then addresses: parameter, states, averages. The first of the states is the master
+    where there is one.
     """
 
     def __init__(
@@ -17,6 +18,7 @@ class Slots:
         num_scalars: int,
         frozen: bool,
         capturable: bool,
+        master: bool,
         params: Sequence[Tensor],
         steps: Sequence[Tensor],
         states: Sequence[Sequence[Tensor]],

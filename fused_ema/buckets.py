@@ -36,6 +36,7 @@ class Key(NamedTuple):
     """What all slots of a bucket share.
 
     ``states`` are the rule's state tensors, None for frozen parameters, whose averages alone move.
+    ``master`` tells whether parameters are rounded copies of weights that the optimizer holds.
     ``layout`` is ``"dense"`` when parameter, states and averages are plain memory in the same order
     without gaps, else ``"strided"``: views with gaps, and tensor subclasses.
     """
@@ -44,6 +45,7 @@ class Key(NamedTuple):
     dtype: torch.dtype
     layout: str
     states: tuple[str, ...] | None
+    master: bool
     emas: tuple[str, ...]
     ema_order: str
     differentiable: bool
@@ -66,12 +68,22 @@ class Bucket:
 
     @property
     def state_keys(self) -> tuple[str, ...]:
-        """Names of the rule's states, none for frozen parameters."""
-        return self.key.states or ()
+        """Names of the states that kernels take: the master if there is one, then the rule's."""
+        return _state_keys(self.key.states, self.key.master)
 
     def __str__(self) -> str:
         key = self.key
         return f"{len(self.slots)} {key.layout} {key.dtype} parameter(s) on {key.device}"
+
+
+def _state_keys(states: tuple[str, ...] | None, master: bool) -> tuple[str, ...]:
+    return (*(("master",) if master else ()), *(states or ()))
+
+
+def has_master(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether the optimizer holds the parameter's weights, in the dtype of the arithmetic."""
+    rounded = COMPUTE_DTYPE.get(param.dtype, param.dtype) != param.dtype
+    return bool(group["master_weights"]) and rounded and is_active(param)
 
 
 def make_buckets(
@@ -112,12 +124,14 @@ def is_active(param: Tensor) -> bool:
 def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, averaged: bool) -> Key:
     states = rule.states(group) if is_active(slot.param) else None
     emas = ema_keys(len(decays(group["ema_decay"])) if averaged else 0)
-    tensors = [slot.param, *(slot.state[key] for key in (*(states or ()), *emas))]
+    master = has_master(group, slot.param)
+    tensors = [slot.param, *(slot.state[key] for key in (*_state_keys(states, master), *emas))]
     return Key(
         slot.param.device,
         slot.param.dtype,
         "dense" if all(map(is_plain, tensors)) and _same_order(tensors) else "strided",
         states,
+        master,
         emas,
         group["ema_order"],
         group["differentiable"],

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .buckets import COMPUTE_DTYPE, has_master
 from .ema import decays, ema_keys, is_constant
 from .ema_buffers import EmaBuffers
 from .rules import Rule
@@ -110,8 +111,13 @@ def to_load(
     rest = dict(saved_state)
     state: dict[Any, Any] = {}
     for group, saved in zip(groups, saved_groups, strict=False):
-        keys, emas = rule.states(saved), ema_keys(len(decays(saved["ema_decay"])))
+        states, emas = rule.states(saved), ema_keys(len(decays(saved["ema_decay"])))
         for param, key in zip(group["params"], saved["params"], strict=False):
             if key in rest:
-                state[param] = loaded(rest.pop(key), param, keys, emas)
+                compute = COMPUTE_DTYPE.get(param.dtype, param.dtype)
+                dtypes = dict.fromkeys(("master", *emas), compute)
+                dtypes |= dict.fromkeys(
+                    states, compute if has_master(saved, param) else param.dtype
+                )
+                state[param] = loaded(rest.pop(key), param, dtypes)
     return {**rest, **state}

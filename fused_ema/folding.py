@@ -14,7 +14,7 @@ from .ema import decays, ema_weights
 from .rules import Rule
 
 # Fields besides the rule's own that decide in which bucket a group's parameters are.
-PLACING = ("ema_order", "foreach", "fused", "differentiable", "capturable")
+PLACING = ("ema_order", "foreach", "fused", "differentiable", "capturable", "master_weights")
 PLAIN = {float, int, bool, str, type(None)}
 
 Group: TypeAlias = Mapping[str, Any]

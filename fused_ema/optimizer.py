@@ -38,6 +38,7 @@ class EmaOptions(TypedDict, total=False):
     model: nn.Module | None
     ema_buffers: str | None
     max_grad_norm: float | None
+    master_weights: bool
     backend: str
 
 
@@ -70,6 +71,9 @@ class FusedScaledOptimizer(EmaAccess):
         max_grad_norm: gradients are scaled down to this norm, over all parameters, where theirs is
             larger, as by ``torch.nn.utils.clip_grad_norm_``; ``.grad`` is not written. ``>= 0``;
             None: not at all.
+        master_weights: hold the weights of bfloat16 and float16 parameters in float32, with their
+            moments: ``state[p]["master"]``. The rule and the averages follow those, and the
+            parameter becomes their rounded copy at every step.
         backend: ``"auto"`` or one of ``"native"``, ``"triton"``, ``"foreach"``, ``"reference"``.
 
     Raises:
@@ -96,6 +100,7 @@ class FusedScaledOptimizer(EmaAccess):
         model: nn.Module | None = None,
         ema_buffers: str | None = None,
         max_grad_norm: float | None = None,
+        master_weights: bool = False,
         backend: str = "auto",
     ) -> None:
         check_choice("backend", backend, ("auto", *NAMES))
@@ -118,6 +123,7 @@ class FusedScaledOptimizer(EmaAccess):
         self._swapped = False
         self._make_stepper()
         shared = {"ema_decay": ema_decay, "ema_order": ema_order, "kappa": kappa, "base_steps": 0.0}
+        shared["master_weights"] = master_weights
         self._check_group({**defaults, **shared})
         if model is not None:
             self._names = {param: name for name, param in model.named_parameters()}

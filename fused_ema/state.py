@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .buckets import COMPUTE_DTYPE, dense_order, is_active
+from .buckets import COMPUTE_DTYPE, dense_order, has_master, is_active
 from .ema import decays, ema_keys
 from .rules import Rule
 
@@ -23,11 +23,11 @@ def complete(
 ) -> None:
     """Give ``state`` all that a step needs, in place: what is there already keeps its values.
 
-    Moments start at zero in the parameter's dtype, as in torch; averages start as a copy of the
-    weights in the compute dtype, the first one is ``teacher`` where there is one; ``step`` counts
-    base steps (``kappa`` a step) in float64, on the parameter's device if the group is capturable,
-    else on the CPU. Tensors left behind by ``model.to(...)`` follow their
-    parameter, a teacher never does.
+    Moments start at zero in the parameter's dtype, as in torch, or in its master's; a master and
+    averages start as a copy of the weights in the compute dtype, the first average is ``teacher``
+    where there is one; ``step`` counts base steps (``kappa`` a step) in float64, on the parameter's
+    device if the group is capturable, else on the CPU. Tensors left behind by ``model.to(...)``
+    follow their parameter, a teacher never does.
 
     Raises:
         TypeError: the parameter's dtype is not a floating one.
@@ -43,7 +43,13 @@ def complete(
     if param.is_conj() or param.is_neg():
         raise TypeError("params: a parameter is a lazily conjugated or negated view; resolve it")
     if is_active(param):
-        _complete_rule_states(rule.states(group), param, state)
+        _complete_rule_states(rule.states(group), param, state, weight_dtype(group, param))
+    if not has_master(group, param):
+        state.pop("master", None)  # it would be left behind
+    elif state.get("master") is None:
+        state["master"] = param.detach().to(COMPUTE_DTYPE[param.dtype], copy=True)
+    else:
+        state["master"] = _beside(state["master"], param, COMPUTE_DTYPE[param.dtype], "master")
     state["step"] = counter(state.get("step", 0.0), counter_device(group, param), "state 'step'")
     dtype = COMPUTE_DTYPE[param.dtype]
     for key in emas:
@@ -56,7 +62,14 @@ def complete(
             state[key] = _beside(state[key], param, dtype, key)
 
 
-def _complete_rule_states(keys: tuple[str, ...], param: Tensor, state: dict[str, Any]) -> None:
+def weight_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
+    """Dtype of what the rule steps and of its states."""
+    return COMPUTE_DTYPE[param.dtype] if has_master(group, param) else param.dtype
+
+
+def _complete_rule_states(
+    keys: tuple[str, ...], param: Tensor, state: dict[str, Any], dtype: torch.dtype
+) -> None:
     fresh = all(state.get(key) is None for key in keys)
     if keys and "step" not in state:
         # torch's SGD keeps no count; a buffer that exists has seen at least one gradient
@@ -65,9 +78,9 @@ def _complete_rule_states(keys: tuple[str, ...], param: Tensor, state: dict[str,
         state["step"] = 0.0
     for key in keys:
         if state.get(key) is None:
-            state[key] = torch.zeros_like(param, memory_format=torch.preserve_format).detach()
+            state[key] = torch.zeros_like(param, dtype=dtype).detach()
         else:
-            state[key] = _beside(state[key], param, param.dtype, key)
+            state[key] = _beside(state[key], param, dtype, key)
 
 
 def counter_device(group: Mapping[str, Any], param: Tensor) -> torch.device:
@@ -118,24 +131,19 @@ def check_teacher(teacher: Tensor, param: Tensor, name: str) -> None:
 
 
 def loaded(
-    saved: Mapping[str, Any], param: Tensor, keys: Iterable[str], averages: Iterable[str]
+    saved: Mapping[str, Any], param: Tensor, keys: Mapping[str, torch.dtype]
 ) -> dict[str, Any]:
     """A copy of one parameter's saved state, laid out like the parameter.
 
     Args:
         saved: the state as ``state_dict`` holds it; None values count as missing.
         param: the parameter that it is for.
-        keys: names of states that must have the parameter's shape; they take its dtype.
-        averages: names of the averages; they take the compute dtype.
+        keys: names of states that must have the parameter's shape, and their dtypes.
 
     Raises:
         ValueError: a state has another shape than the parameter.
     """
     state: dict[str, Any] = {}
-    dtypes = {
-        **dict.fromkeys(keys, param.dtype),
-        **dict.fromkeys(averages, COMPUTE_DTYPE.get(param.dtype, param.dtype)),
-    }
     for key, value in saved.items():
         if value is None:
             continue
@@ -143,7 +151,7 @@ def loaded(
             if not float(value) >= 0.0:
                 raise ValueError(f"state_dict: 'step' is {float(value)}; allowed: 'step' >= 0")
             state[key] = torch.tensor(float(value), dtype=torch.float64, device="cpu")
-        elif key not in dtypes:
+        elif key not in keys:
             state[key] = copy.deepcopy(value)
         elif not isinstance(value, Tensor):
             raise ValueError(f"state_dict: {key!r} is a {type(value).__name__}; allowed: a tensor")
@@ -153,5 +161,5 @@ def loaded(
                 f"{tuple(param.shape)}"
             )
         else:
-            state[key] = torch.empty_like(param, dtype=dtypes[key]).detach().copy_(value)
+            state[key] = torch.empty_like(param, dtype=keys[key]).detach().copy_(value)
     return state

@@ -79,6 +79,7 @@ def step_block(
     RULE: tl.constexpr,
     EMA_BEFORE: tl.constexpr,
     STORED: tl.constexpr,
+    WEIGHT: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -87,26 +88,29 @@ def step_block(
     end,
 ):
     """Step a slot's elements from ``start`` on: BLOCK of them, unless ``end`` comes first."""
-    param, grad, states, averages, scalars, weights = slot
+    param, copy, grad, states, averages, scalars, weights = slot
     # 64 bits, and the same for all tensors: a running pointer for each costs more registers
     o_block = start + tl.arange(0, BLOCK).to(tl.int64)
     m_block = None if WHOLE else o_block < end
-    p_param = pointer(param, o_block, STORED, WHOLE)
+    p_param = pointer(param, o_block, WEIGHT, WHOLE)
     # loads come before the first store, so that they are under way at once
     b_param = tl.load(p_param, m_block).to(COMPUTE)
-    EARLY: tl.constexpr = len(averages) > 0 and COMPUTE.is_fp32()
+    FEW: tl.constexpr = len(states) < (3 if WEIGHT != STORED else 4)  # for the registers there are
+    EARLY: tl.constexpr = len(averages) > 0 and COMPUTE.is_fp32() and FEW
     if EARLY:
         p_average = pointer(averages[0], o_block, COMPUTE, WHOLE)
         b_average = tl.load(p_average, m_block)
     if RULE is not frozen:
-        p_states = [pointer(state, o_block, STORED, WHOLE) for state in states]
+        p_states = [pointer(state, o_block, WEIGHT, WHOLE) for state in states]
         b_states = [tl.load(p_state, m_block).to(COMPUTE) for p_state in p_states]
         b_grad = tl.load(pointer(grad, o_block, STORED, WHOLE), m_block).to(COMPUTE)
         b_moved, b_states = RULE(b_param, b_grad, b_states, scalars)
-        b_stored = b_moved.to(STORED)
+        b_stored = b_moved.to(WEIGHT)
         tl.store(p_param, b_stored, m_block)
+        if WEIGHT != STORED:
+            tl.store(pointer(copy, o_block, STORED, WHOLE), b_moved.to(STORED), m_block)
         for k in tl.static_range(len(states)):
-            tl.store(p_states[k], b_states[k].to(STORED), m_block)
+            tl.store(p_states[k], b_states[k].to(WEIGHT), m_block)
         if not EMA_BEFORE:
             b_param = b_stored.to(COMPUTE)
     if EARLY:
@@ -123,6 +127,7 @@ def step_slot(
     RULE: tl.constexpr,
     EMA_BEFORE: tl.constexpr,
     STORED: tl.constexpr,
+    WEIGHT: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     slot,
@@ -130,8 +135,8 @@ def step_slot(
     end,
 ):
     """Step a slot's elements from ``start`` to ``end``: whole blocks of aligned tensors first."""
-    param, grad, states, averages, _, _ = slot
-    bits = param | grad
+    param, copy, grad, states, averages, _, _ = slot
+    bits = param | copy | grad
     for k in tl.static_range(len(states)):
         bits |= states[k]
     for k in tl.static_range(len(averages)):
@@ -139,12 +144,12 @@ def step_slot(
     whole = tl.where(bits % 16 == 0, (end - start) // BLOCK * BLOCK, 0)
     first, tail, last = bound(start), bound(start + whole), bound(end)
     for i in range(first, tail, BLOCK):
-        step_block(RULE, EMA_BEFORE, STORED, COMPUTE, BLOCK, True, slot, i, end)
+        step_block(RULE, EMA_BEFORE, STORED, WEIGHT, COMPUTE, BLOCK, True, slot, i, end)
     # Of another size: blocks of the same one would be laid out over the threads alike, for the wide
     # accesses, and masked stores, which are narrow, would exchange elements between threads first.
     TAIL: tl.constexpr = BLOCK // 2 if COMPUTE.is_fp32() else BLOCK
     for i in range(tail, last, TAIL):
-        step_block(RULE, EMA_BEFORE, STORED, COMPUTE, TAIL, False, slot, i, end)
+        step_block(RULE, EMA_BEFORE, STORED, WEIGHT, COMPUTE, TAIL, False, slot, i, end)
 
 
 POINTERS = ["p_control", "p_scalars", "p_rows", "p_grads", "p_slots", "p_chunks"]
@@ -165,6 +170,7 @@ def step_kernel(
     NUM_AVERAGES: tl.constexpr,
     EMA_BEFORE: tl.constexpr,
     STORED: tl.constexpr,
+    WEIGHT: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -175,21 +181,23 @@ def step_kernel(
     p_chunk = p_chunks + 2 * tl.program_id(0).to(tl.int64)
     i_slot = tl.load(p_chunk).to(tl.int64)
     start = tl.load(p_chunk + 1).to(tl.int64) * CHUNK
-    p_slot = p_slots + i_slot * (2 + NUM_STATES + NUM_AVERAGES)
+    STATES: tl.constexpr = 3 if WEIGHT != STORED else 2  # after numel, the parameter, its master
+    p_slot = p_slots + i_slot * (STATES + NUM_STATES + NUM_AVERAGES)
     end = tl.minimum(start + CHUNK, tl.load(p_slot))
-    param = tl.load(p_slot + 1)
-    averages = load_each(p_slot + 2 + NUM_STATES, NUM_AVERAGES)
+    copy = tl.load(p_slot + 1)
+    param = tl.load(p_slot + STATES - 1)
+    averages = load_each(p_slot + STATES + NUM_STATES, NUM_AVERAGES)
     grad = tl.load(p_grads + i_slot)
     p_row = p_scalars + tl.load(p_rows + i_slot) * (NUM_SCALARS + NUM_AVERAGES)
     weights = [w.to(COMPUTE) for w in load_each(p_row + NUM_SCALARS, NUM_AVERAGES)]
     if grad != 0:
-        states = load_each(p_slot + 2, NUM_STATES)
+        states = load_each(p_slot + STATES, NUM_STATES)
         scalars = rule_scalars(p_row, tl.load(p_control), COMPUTE, NUM_SCALARS)
-        moving = (param, grad, states, averages, scalars, weights)
-        step_slot(RULE, EMA_BEFORE, STORED, COMPUTE, BLOCK, moving, start, end)
+        moving = (param, copy, grad, states, averages, scalars, weights)
+        step_slot(RULE, EMA_BEFORE, STORED, WEIGHT, COMPUTE, BLOCK, moving, start, end)
     else:
-        resting = (param, grad, (), averages, (), weights)
-        step_slot(frozen, EMA_BEFORE, STORED, COMPUTE, BLOCK, resting, start, end)
+        resting = (param, copy, grad, (), averages, (), weights)
+        step_slot(frozen, EMA_BEFORE, STORED, WEIGHT, COMPUTE, BLOCK, resting, start, end)
 
 
 def compile_options(warp_size: int) -> dict[str, Any]:
@@ -208,6 +216,7 @@ def launch_options() -> dict[str, Any]:
 def launch(
     rule: str,
     dtype: torch.dtype,
+    master: bool,
     num_scalars: int,
     num_states: int,
     num_averages: int,
@@ -223,13 +232,16 @@ def launch(
 
     Args:
         rule: key of :data:`RULES`.
-        dtype: of parameters, gradients and states; averages are in the dtype of the arithmetic.
+        dtype: of parameters and gradients, and of states; averages are in that of the arithmetic.
+        master: whether parameters are copies of weights that, with the states, are in the dtype of
+            the arithmetic too.
         num_scalars: how many scalars the rule takes.
         control: float64, what gradients are multiplied by, and not 0 if nothing shall move.
         scalars: float64, rows of the rule's scalars and each average's weight.
         rows: int64, each slot's row.
         grads: int64, the address of each slot's gradient, 0 for none: then the averages alone move.
-        slots: int64, each slot's ``numel`` and addresses of parameter, states and averages.
+        slots: int64, each slot's ``numel`` and addresses of parameter, its master if there is one,
+            states and averages.
         chunks: int32 pairs, slot and which CHUNK elements of it; every element is in one chunk.
     """
     if not chunks.shape[0]:
@@ -240,6 +252,6 @@ def launch(
             *(control, scalars, rows, grads, slots, chunks),
             RULES[rule],
             *(num_scalars, num_states, num_averages, ema_before),
-            *(stored, compute, block_size(compute), CHUNK),
+            *(stored, compute if master else stored, compute, block_size(compute), CHUNK),
             **launch_options(),
         )

@@ -18,8 +18,16 @@ from fused_ema import _native
 EXTENSION = Path(_native.__file__)
 CSRC = Path(__file__).parents[1] / "csrc"
 MAX_REGISTERS = 64
-TYPES = ("f", "d", "NS_8BFloat16E", "NS_4HalfE")  # float, double and the halves, in symbols
-KERNEL = re.compile(rf"_ZN9fused_ema4cuda(4stepINS_\w+?E|7squaresI)({'|'.join(TYPES)})Li(\d+)EE\w+")
+# float, double and the halves, in symbols, and how they are stored
+TYPES = ("f", "d", "NS_8BFloat16E", "NS_4HalfE")
+LAYOUTS = (
+    *(f"NS_5PlainI{stored}EE" for stored in TYPES),
+    *(f"NS_6MasterI{stored}EE" for stored in TYPES[2:]),
+)
+KERNEL = re.compile(
+    rf"_ZN9fused_ema4cuda(?:4step(INS_\w+?E)({'|'.join(LAYOUTS)})|7squares(I)({'|'.join(TYPES)}))"
+    r"Li\d+EE\w+"
+)
 
 
 def nvcc() -> str | None:
@@ -89,9 +97,9 @@ def test_every_kernel_is_built_for_every_architecture(sass):
         assert "target sm_90" in dump("-ptx")
     rules = re.search(r"AllRules = RuleList<(.+)>;", (CSRC / "rules.h").read_text())
     for names in built.values():
-        kinds = Counter(KERNEL.match(name).groups()[:2] for name in names)
+        kinds = Counter(KERNEL.match(name).groups() for name in names)
         # each with small and with large parameters
-        assert len(kinds) == (len(rules[1].split(",")) + 1) * len(TYPES)
+        assert len(kinds) == len(rules[1].split(", ")) * len(LAYOUTS) + len(TYPES)
         assert set(kinds.values()) == {2}
 
 
@@ -116,7 +124,9 @@ def test_squares_are_read_by_16_bytes(sass, steps):
 def test_memory_is_accessed_by_16_bytes(steps):
     for key, opcodes in steps.items():
         stores = [op for op in opcodes if op.startswith("STG")]
-        wide = [op for op in stores if op.startswith("STG.E.128")]
+        # halves beside floats go by as many elements, half as many bytes
+        whole = ("STG.E.128", "STG.E.64") if "6Master" in key[1] else ("STG.E.128",)
+        wide = [op for op in stores if op.startswith(whole)]
         # the path for single elements has a store for each of these, the one for vectors no other
         assert 2 <= len(wide) >= len(stores) - len(wide), key
         # generic accesses, which look for the kind of memory first

@@ -51,7 +51,9 @@ def parity(tmp_path_factory) -> Path:
     return folder / "parity"
 
 
-@pytest.mark.parametrize("group", ["rules", "words", "control", "empty", "accesses", "errors"])
+@pytest.mark.parametrize(
+    "group", ["rules", "masters", "words", "control", "empty", "accesses", "errors"]
+)
 def test_the_kernel_gives_the_bits_of_the_cpu_loop(parity, group):
     result = run(parity, group)
     assert result.returncode == 0, result.stderr

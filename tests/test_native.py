@@ -112,9 +112,11 @@ def test_every_adam_loop_is_vectorised(target, instruction):
     ).stdout
     functions = re.split(r"\n(?=[0-9a-f]+ <)", listing)
     for amsgrad in ("false", "true"):
-        for stored in ("float", "double", "fused_ema::BFloat16", "fused_ema::Half"):
-            name = f"cpu::{target}::step_piece<fused_ema::Adam<{amsgrad}>, {stored}>"
-            loop = f"cpu::{target}::rule_loop<fused_ema::Adam<{amsgrad}>, {stored}>"
+        halves = ("fused_ema::BFloat16", "fused_ema::Half")
+        plain = [f"fused_ema::Plain<{stored}>" for stored in ("float", "double", *halves)]
+        for layout in (*plain, *(f"fused_ema::Master<{stored}>" for stored in halves)):
+            name = f"cpu::{target}::step_piece<fused_ema::Adam<{amsgrad}>, {layout} >"
+            loop = f"cpu::{target}::rule_loop<fused_ema::Adam<{amsgrad}>, {layout} >"
             bodies = [f for f in functions if name in f[:300] or loop in f[:300]]
             assert bodies, name
             assert any(re.search(instruction, body) for body in bodies), name

@@ -117,6 +117,7 @@ def step_natively(variant: Variant, slots: list[Slot]) -> None:
         num_scalars=len(SCALARS[variant.rule][0]),
         frozen=variant.rule == "frozen",
         capturable=False,
+        master=False,
         params=[slot.param for slot in slots],
         steps=[torch.zeros((), dtype=torch.float64) for _ in slots],
         states=[slot.states for slot in slots],
@@ -160,6 +161,7 @@ def launch(
     step.launch(
         variant.rule,
         variant.dtype,
+        False,
         len(SCALARS[variant.rule][0]),
         variant.states,
         variant.averages,
@@ -229,9 +231,10 @@ def blocks(monkeypatch) -> list[tuple[bool, int]]:
     """Of every block that is stepped, whether it is taken as whole and aligned, and its start."""
     taken = []
 
-    def recorded(rule, ema_before, stored, compute, block, whole, slot, start, end):
+    def recorded(rule, ema_before, stored, weight, compute, block, whole, slot, start, end):
         taken.append((whole, start))
-        return step_block(rule, ema_before, stored, compute, block, whole, slot, start, end)
+        types = (stored, weight, compute)
+        return step_block(rule, ema_before, *types, block, whole, slot, start, end)
 
     step_block = step.step_block
     monkeypatch.setattr(step, "step_block", recorded)

@@ -50,6 +50,7 @@ class Variant:
     dtype: str = "float32"
     averages: int = 1
     ema_before: bool = False
+    master: bool = False
 
     @property
     def types(self) -> tuple[tl.dtype, tl.dtype]:
@@ -64,6 +65,7 @@ VARIANTS = (
     Variant("adam", 2, averages=0),
     Variant("adam", 2, averages=3),
     Variant("adam", 2, ema_before=True),
+    *(Variant("adam", states, "bfloat16", master=True) for states in (2, 3)),
     *(Variant(SQUARES, 0, dtype, averages=0) for dtype in DTYPES),
 )
 
@@ -102,14 +104,16 @@ class Row:
 
 def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.CompiledKernel:
     stored, compute = variant.types
-    constants = (stored, compute, step.block_size(compute), step.CHUNK)
+    constants = (compute, step.block_size(compute), step.CHUNK)
+    weight = compute if variant.master else stored
     if variant.rule == SQUARES:
         kernel, pointers = squares.squares_kernel, SQUARES_ARGUMENTS
-        constants = (2, *constants)
+        constants = (2, stored, *constants)
     else:
         kernel, pointers = step.step_kernel, ARGUMENTS
         scalars = (RULES[variant.rule], NUM_SCALARS[variant.rule])
-        constants = (*scalars, variant.states, variant.averages, variant.ema_before, *constants)
+        kind = (*scalars, variant.states, variant.averages, variant.ema_before)
+        constants = (*kind, stored, weight, *constants)
     types = (*pointers, *("constexpr" for _ in constants))
     constexprs = {(len(pointers) + i,): value for i, value in enumerate(constants)}
     source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), constexprs)
@@ -203,13 +207,14 @@ def compile_all() -> Iterable[Row]:
 
 
 def print_table(rows: Iterable[Row]) -> None:
-    form = "{:7} {:6} {:>6} {:9} {:>4} {:6} {:>9} {:>9} {:>7} {:>6}  {:26}  {:26}"
+    form = "{:7} {:7} {:>6} {:16} {:>4} {:6} {:>9} {:>9} {:>7} {:>6}  {:26}  {:26}"
     names = ("target", "rule", "states", "dtype", "EMAs", "order", "registers", "occupancy")
     print(form.format(*names, "spilled", "shared", "vector loads", "vector stores"))
     for row in rows:
         v = row.variant
         order = "before" if v.ema_before else "after"
-        cells = (row.target, v.rule, v.states, v.dtype, v.averages, order, row.registers)
+        dtype = f"{v.dtype}, master" if v.master else v.dtype
+        cells = (row.target, v.rule, v.states, dtype, v.averages, order, row.registers)
         accesses = (summary(row.loads), summary(row.stores))
         print(form.format(*cells, f"{row.occupancy:.0%}", row.spilled, row.shared, *accesses))
 

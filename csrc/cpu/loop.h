@@ -5,53 +5,60 @@
 constexpr int64_t block = 256;
 
 // Scalars by value: behind a reference the stores might change them, and nothing would vectorise.
-template <class Rule, class Stored>
+template <class Rule, class Layout>
 void rule_loop(void* const* pointers, const void* grads, int64_t begin, int64_t count,
-               typename Rule::template Scalars<Compute<Stored>> scalars) {
-  constexpr int num_states = Rule::num_states;
-  Stored* param = static_cast<Stored*>(pointers[0]) + begin;
-  const Stored* grad = static_cast<const Stored*>(grads) + begin;
-  Stored* state[num_states + 1] = {};
-  for (int k = 0; k < num_states; ++k) state[k] = static_cast<Stored*>(pointers[1 + k]) + begin;
+               typename Rule::template Scalars<Compute<typename Layout::Weight>> scalars) {
+  using Param = typename Layout::Param;
+  using Weight = typename Layout::Weight;
+  constexpr int num_states = Rule::num_states, first = Layout::has_master;
+  Param* param = static_cast<Param*>(pointers[0]) + begin;
+  Weight* weight = static_cast<Weight*>(pointers[first]) + begin;
+  const Param* grad = static_cast<const Param*>(grads) + begin;
+  Weight* state[num_states + 1] = {};
+  for (int k = 0; k < num_states; ++k)
+    state[k] = static_cast<Weight*>(pointers[first + 1 + k]) + begin;
   FUSED_EMA_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
-    Compute<Stored> states[num_states + 1];
+    Compute<Weight> states[num_states + 1];
     for (int k = 0; k < num_states; ++k) states[k] = load(state[k][i]);
-    Compute<Stored> value = load(param[i]);
+    Compute<Weight> value = load(weight[i]);
     Rule::update(value, load(grad[i]), states, scalars);
-    param[i] = store<Stored>(value);
-    for (int k = 0; k < num_states; ++k) state[k][i] = store<Stored>(states[k]);
+    weight[i] = store<Weight>(value);
+    if constexpr (Layout::has_master) param[i] = store<Param>(value);
+    for (int k = 0; k < num_states; ++k) state[k][i] = store<Weight>(states[k]);
   }
 }
 
-template <class Stored>
-void ema_loop(Compute<Stored>* average, const Stored* param, int64_t count,
-              Compute<Stored> weight) {
+template <class Weight>
+void ema_loop(Compute<Weight>* average, const Weight* param, int64_t count,
+              Compute<Weight> weight) {
   FUSED_EMA_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) average[i] = ema(average[i], load(param[i]), weight);
 }
 
-template <class Stored>
+template <class Layout>
 void ema_loops(const Piece& piece, void* const* emas, const double* weights, int64_t begin,
                int64_t count) {
-  const Stored* param = static_cast<const Stored*>(piece.pointers[0]) + begin;
+  using Weight = typename Layout::Weight;
+  const Weight* param = static_cast<const Weight*>(piece.pointers[Layout::has_master]) + begin;
   for (int k = 0; k < piece.num_emas; ++k) {
-    auto* average = static_cast<Compute<Stored>*>(emas[k]) + begin;
-    ema_loop<Stored>(average, param, count, static_cast<Compute<Stored>>(weights[k]));
+    auto* average = static_cast<Compute<Weight>*>(emas[k]) + begin;
+    ema_loop<Weight>(average, param, count, static_cast<Compute<Weight>>(weights[k]));
   }
 }
 
-template <class Rule, class Stored>
+template <class Rule, class Layout>
 void step_piece(const Piece& piece) {
-  const typename Rule::template Scalars<Compute<Stored>> scalars(piece.row, piece.grad_factor);
+  using Value = Compute<typename Layout::Weight>;
+  const typename Rule::template Scalars<Value> scalars(piece.row, piece.grad_factor);
   const double* weights = piece.row + Rule::scalars.size();
-  void* const* emas = piece.pointers + 1 + Rule::num_states;
+  void* const* emas = piece.pointers + 1 + Layout::has_master + Rule::num_states;
   for (int64_t begin = piece.begin; begin < piece.end; begin += block) {
     const int64_t count = piece.end - begin < block ? piece.end - begin : block;
-    if (piece.ema_before) ema_loops<Stored>(piece, emas, weights, begin, count);
+    if (piece.ema_before) ema_loops<Layout>(piece, emas, weights, begin, count);
     if (piece.grad != nullptr)
-      rule_loop<Rule, Stored>(piece.pointers, piece.grad, begin, count, scalars);
-    if (!piece.ema_before) ema_loops<Stored>(piece, emas, weights, begin, count);
+      rule_loop<Rule, Layout>(piece.pointers, piece.grad, begin, count, scalars);
+    if (!piece.ema_before) ema_loops<Layout>(piece, emas, weights, begin, count);
   }
 }
 
@@ -78,12 +85,12 @@ Squares find_squares(StoredType stored) {
   return found;
 }
 
-KernelInfo find_kernel(const std::string& rule, int num_states, StoredType stored) {
+KernelInfo find_kernel(const std::string& rule, int num_states, Storage storage) {
   KernelInfo found;
   with_rule(AllRules{}, rule, num_states, [&](auto candidate) {
     using Rule = decltype(candidate);
-    with_stored_type(stored, [&](auto value) {
-      found = {step_piece<Rule, decltype(value)>, static_cast<int>(Rule::scalars.size())};
+    with_layout(storage, [&](auto layout) {
+      found = {step_piece<Rule, decltype(layout)>, static_cast<int>(Rule::scalars.size())};
     });
   });
   return found;

@@ -19,9 +19,9 @@ constexpr int64_t sum_size = 4096;
 
 Plan::Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before)
     : target_(chosen_target()),
-      kernel_(known(find_kernel(target_, rule, slots->num_states(), slots->stored_type()), rule,
+      kernel_(known(find_kernel(target_, rule, slots->num_states(), slots->storage()), rule,
                     slots->num_states(), slots->num_scalars())),
-      squares_(find_squares(target_, slots->stored_type())),
+      squares_(find_squares(target_, slots->storage().type)),
       ema_before_(ema_before),
       slots_(std::move(slots)),
       chunks_(slots_->chunks(sum_size)) {}

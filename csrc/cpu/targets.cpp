@@ -60,7 +60,7 @@ namespace {
 
 struct Target {
   const char* name;
-  KernelInfo (*find_kernel)(const std::string&, int, StoredType);
+  KernelInfo (*find_kernel)(const std::string&, int, Storage);
   Squares (*find_squares)(StoredType);
 };
 
@@ -99,9 +99,9 @@ std::string chosen_target() {
 }
 
 KernelInfo find_kernel(const std::string& target, const std::string& rule, int num_states,
-                       StoredType stored) {
+                       Storage storage) {
   for (const Target& candidate : available())
-    if (target == candidate.name) return candidate.find_kernel(rule, num_states, stored);
+    if (target == candidate.name) return candidate.find_kernel(rule, num_states, storage);
   return {};
 }
 

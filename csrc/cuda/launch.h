@@ -27,7 +27,8 @@ constexpr int64_t chunk_elements(StoredType stored) {
 
 // One launch: a bucket of slots, each a parameter with what belongs to it.
 //   chunks:     device, [num_chunks][2]: slot, and which chunk of it
-//   slots:      device, per slot: numel; addresses of param, the rule's states and the averages
+//   slots:      device, per slot: numel; addresses of param, its master if there is one, the rule's
+//               states and the averages
 //   host_words: what may change at each step: the scalar table (as in `scalars`; left out where
 //               that is set), each slot's row in it, each slot's gradient, 0 where it has none
 //   words:      a device copy of host_words, or null: then they travel by value, see fits()
@@ -64,7 +65,7 @@ struct KernelInfo {
 };
 
 // The kernel for a rule, told apart by its number of states; a null kernel where there is none.
-KernelInfo find_kernel(const std::string& rule, int num_states, StoredType stored);
+KernelInfo find_kernel(const std::string& rule, int num_states, Storage storage);
 
 // A launch that adds up squares, each thread those of some elements of a bucket's gradients.
 //   chunks, slots, words, host_words: as above; slot_size, grads_at: words of a slot, and before

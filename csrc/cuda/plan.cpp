@@ -11,12 +11,12 @@
 namespace fused_ema::cuda {
 
 Plan::Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before)
-    : kernel_(known(find_kernel(rule, slots->num_states(), slots->stored_type()), rule,
+    : kernel_(known(find_kernel(rule, slots->num_states(), slots->storage()), rule,
                     slots->num_states(), slots->num_scalars())),
-      squares_(find_squares(slots->stored_type())),
+      squares_(find_squares(slots->storage().type)),
       ema_before_(ema_before),
       slots_(std::move(slots)),
-      chunks_(slots_->chunks(chunk_elements(slots_->stored_type())).to(slots_->device())),
+      chunks_(slots_->chunks(chunk_elements(slots_->storage().type)).to(slots_->device())),
       neutral_(at::tensor({1.0, 0.0}, at::kDouble).to(slots_->device())) {}
 
 at::Tensor Plan::sum_of_squares() {

@@ -45,7 +45,7 @@ int resident_blocks(Function* kernel, int device) {
   return blocks;
 }
 
-template <class Rule, class Stored, int bytes>
+template <class Rule, class Layout, int bytes>
 void launch_sized(const Launch& launch) {
   Parameters<bytes> parameters;
   parameters.task = {launch.chunks,   launch.num_chunks, launch.slots,     launch.scalars,
@@ -54,7 +54,7 @@ void launch_sized(const Launch& launch) {
   if (launch.words == nullptr)
     std::memcpy(parameters.words, launch.host_words, launch.num_words * sizeof(int64_t));
   void* arguments[] = {&parameters};
-  const auto kernel = step<Rule, Stored, bytes>;
+  const auto kernel = step<Rule, Layout, bytes>;
   const int64_t blocks =
       std::min<int64_t>(launch.num_chunks, resident_blocks(kernel, launch.device));
   check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments, 0,
@@ -62,16 +62,16 @@ void launch_sized(const Launch& launch) {
         "to launch the step kernel");
 }
 
-template <class Rule, class Stored>
+template <class Rule, class Layout>
 void launch_step(const Launch& launch) {
   if (launch.num_chunks == 0) return;
   const bool by_value = launch.words == nullptr;
   if (by_value && !fits(launch.num_words))
     throw std::runtime_error("too many words to pass by value");
   if (by_value && launch.num_words > Parameters<small>::capacity)
-    launch_sized<Rule, Stored, large>(launch);
+    launch_sized<Rule, Layout, large>(launch);
   else
-    launch_sized<Rule, Stored, small>(launch);
+    launch_sized<Rule, Layout, small>(launch);
 }
 
 template <class Stored, int num_words>
@@ -119,12 +119,12 @@ Squares find_squares(StoredType stored) {
   return found;
 }
 
-KernelInfo find_kernel(const std::string& rule, int num_states, StoredType stored) {
+KernelInfo find_kernel(const std::string& rule, int num_states, Storage storage) {
   KernelInfo found;
   with_rule(AllRules{}, rule, num_states, [&](auto candidate) {
     using Rule = decltype(candidate);
-    with_stored_type(stored, [&](auto value) {
-      found = {launch_step<Rule, decltype(value)>, static_cast<int>(Rule::scalars.size())};
+    with_layout(storage, [&](auto layout) {
+      found = {launch_step<Rule, decltype(layout)>, static_cast<int>(Rule::scalars.size())};
     });
   });
   return found;

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cuda/launch.h"
+#include "dispatch.h"
 #include "rules.h"
 
 namespace fused_ema::cuda {
@@ -61,6 +62,25 @@ __device__ inline void write_wide(void* to, uint4 value) {
 #endif
 }
 
+// Half as wide, of halves beside floats.
+__device__ inline uint2 read_half(const void* from) {
+#if defined(__CUDA_ARCH__)
+  uint2 value;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(from));
+  return value;
+#else
+  return *static_cast<const uint2*>(from);
+#endif
+}
+
+__device__ inline void write_half(void* to, uint2 value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(value.x), "r"(value.y) : "memory");
+#else
+  *static_cast<uint2*>(to) = value;
+#endif
+}
+
 // Starts a load as far as the L2 cache, for which no register has to wait.
 __device__ inline void prefetch([[maybe_unused]] const void* from) {
 #if defined(__CUDA_ARCH__)
@@ -76,6 +96,9 @@ class Pack {
     __builtin_assume(__isGlobal(from));
     if constexpr (n == 1) {
       set(0, *from);
+    } else if constexpr (size == 2) {
+      const uint2 part = read_half(from);
+      std::memcpy(words_, &part, sizeof part);
     } else {
 #pragma unroll
       for (int i = 0; i < size; i += 4) {
@@ -89,6 +112,10 @@ class Pack {
     __builtin_assume(__isGlobal(to));
     if constexpr (n == 1) {
       *to = get(0);
+    } else if constexpr (size == 2) {
+      uint2 part;
+      std::memcpy(&part, words_, sizeof part);
+      write_half(to, part);
     } else {
 #pragma unroll
       for (int i = 0; i < size; i += 4) {
@@ -127,15 +154,19 @@ class Pack {
 };
 
 // A chunk of a slot: where its tensors are, and its row of the scalar table.
-template <class Rule, class Stored>
+template <class Rule, class Layout>
 struct Chunk {
-  using Average = Compute<Stored>;
+  using Param = typename Layout::Param;
+  using Weight = typename Layout::Weight;
+  using Average = Compute<Weight>;
   static constexpr int num_states = Rule::num_states;
   static constexpr int num_scalars = Rule::scalars.size();
-  static constexpr int64_t elements = chunk_bytes / sizeof(Stored);
+  static constexpr int first_state = 2 + Layout::has_master;
+  static constexpr int first_average = first_state + num_states;
+  static constexpr int64_t elements = chunk_bytes / sizeof(Param);
 
   const int64_t* tensors;
-  const Stored* grad;  // null: the rule does not run
+  const Param* grad;  // null: the rule does not run
   const double* row;
   int64_t begin;
   int count;
@@ -144,7 +175,7 @@ struct Chunk {
   __device__ Chunk(const Task& task, const int64_t* words, int64_t index) {
     const int64_t slot = task.chunks[2 * index];
     begin = task.chunks[2 * index + 1] * elements;
-    tensors = task.slots + slot * (2 + num_states + task.num_emas);
+    tensors = task.slots + slot * (first_average + task.num_emas);
     const int64_t left = tensors[0] - begin;
     count = static_cast<int>(left < elements ? left : elements);
 
@@ -154,21 +185,22 @@ struct Chunk {
     const int64_t* rows = words + (in_words ? int64_t{task.num_rows} * row_size : 0);
     row = table + rows[slot] * row_size;
     const int64_t grad_address = rows[task.num_slots + slot];
-    grad = grad_address != 0 ? reinterpret_cast<const Stored*>(grad_address) + begin : nullptr;
+    grad = grad_address != 0 ? reinterpret_cast<const Param*>(grad_address) + begin : nullptr;
 
     // a chunk begins at a multiple of the widest access, so that the tensors' addresses decide
     int64_t low_bits = grad_address;
 #pragma unroll
-    for (int k = 0; k <= num_states; ++k) low_bits |= tensors[1 + k];
+    for (int k = 1; k < first_average; ++k) low_bits |= tensors[k];
 #pragma unroll 1
-    for (int k = 0; k < task.num_emas; ++k) low_bits |= tensors[2 + num_states + k];
+    for (int k = 0; k < task.num_emas; ++k) low_bits |= tensors[first_average + k];
     aligned = low_bits % access == 0;
   }
 
   // Addresses are looked up (in the L1 cache) for each access: kept, each would take two registers.
-  __device__ Stored* param() const { return at<Stored>(1); }
-  __device__ Stored* state(int k) const { return at<Stored>(2 + k); }
-  __device__ Average* average(int k) const { return at<Average>(2 + num_states + k); }
+  __device__ Param* copy() const { return at<Param>(1); }
+  __device__ Weight* param() const { return at<Weight>(first_state - 1); }
+  __device__ Weight* state(int k) const { return at<Weight>(first_state + k); }
+  __device__ Average* average(int k) const { return at<Average>(first_average + k); }
   __device__ Average weight(int k) const { return static_cast<Average>(row[num_scalars + k]); }
 
  private:
@@ -209,8 +241,8 @@ class RuleScalars<Rule, double> {
   const double* control_;
 };
 
-template <class Rule, class Stored, int n>
-__device__ void update(Pack<Stored, n>& param, const Pack<Stored, n>& grad, Pack<Stored, n>* states,
+template <class Rule, class Stored, class Grad, int n>
+__device__ void update(Pack<Stored, n>& param, const Pack<Grad, n>& grad, Pack<Stored, n>* states,
                        const RuleScalars<Rule, Compute<Stored>>& scalars) {
   constexpr int num_states = Rule::num_states;
 #pragma unroll
@@ -234,17 +266,21 @@ __device__ void follow(Pack<Compute<Stored>, n>& average, const Pack<Stored, n>&
 }
 
 // Steps n neighbours, and moves their first average where `averaged`.
-template <bool averaged, int n, class Rule, class Stored>
-__device__ void step_pack(const Chunk<Rule, Stored>& chunk, int at, bool ema_before,
-                          const RuleScalars<Rule, Compute<Stored>>& scalars,
-                          Compute<Stored> weight) {
+template <bool averaged, int n, class Rule, class Layout>
+__device__ void step_pack(const Chunk<Rule, Layout>& chunk, int at, bool ema_before,
+                          const RuleScalars<Rule, Compute<typename Layout::Weight>>& scalars,
+                          Compute<typename Layout::Weight> weight) {
+  using Param = typename Layout::Param;
+  using Weight = typename Layout::Weight;
   constexpr int num_states = Rule::num_states;
   // More packs of 16 bytes would not leave enough registers for the arithmetic; double needs more.
-  constexpr int packs = sizeof(Compute<Stored>) == 8 ? 4 : 5;
+  constexpr int packs = sizeof(Compute<Weight>) == 8 ? 4 : 5;
   constexpr bool early =
-      (2 + num_states) * n * sizeof(Stored) + n * sizeof(Compute<Stored>) <= packs * access;
-  Pack<Stored, n> param, grad, states[num_states + 1];
-  Pack<Compute<Stored>, n> average;
+      n * (sizeof(Param) + (1 + num_states) * sizeof(Weight) + sizeof(Compute<Weight>)) <=
+      packs * access;
+  Pack<Param, n> grad;
+  Pack<Weight, n> param, states[num_states + 1];
+  Pack<Compute<Weight>, n> average;
   const auto move_average = [&] {
     if constexpr (!early) average.read(chunk.average(0) + at);
     follow(average, param, weight);
@@ -261,6 +297,12 @@ __device__ void step_pack(const Chunk<Rule, Stored>& chunk, int at, bool ema_bef
   if (averaged && ema_before) move_average();
   update(param, grad, states, scalars);
   param.write(chunk.param() + at);
+  if constexpr (Layout::has_master) {
+    Pack<Param, n> copy;
+#pragma unroll
+    for (int i = 0; i < n; ++i) copy.set(i, store<Param>(param.get(i)));
+    copy.write(chunk.copy() + at);
+  }
 #pragma unroll
   for (int k = 0; k < num_states; ++k) states[k].write(chunk.state(k) + at);
   // the new parameter as it is in memory: rounded
@@ -282,23 +324,25 @@ __device__ void for_each_pack(int count, bool aligned, Visit visit) {
     visit(std::integral_constant<int, 1>{}, at);
 }
 
-template <bool averaged, class Rule, class Stored>
-__device__ void step_chunk(const Chunk<Rule, Stored>& chunk, const double* control,
+template <bool averaged, class Rule, class Layout>
+__device__ void step_chunk(const Chunk<Rule, Layout>& chunk, const double* control,
                            bool ema_before) {
-  const RuleScalars<Rule, Compute<Stored>> scalars(chunk.row, control);
-  const Compute<Stored> weight = averaged ? chunk.weight(0) : 0;
-  for_each_pack<Stored>(chunk.count, chunk.aligned, [&](auto size, int at) {
+  using Weight = typename Layout::Weight;
+  const RuleScalars<Rule, Compute<Weight>> scalars(chunk.row, control);
+  const Compute<Weight> weight = averaged ? chunk.weight(0) : 0;
+  for_each_pack<Weight>(chunk.count, chunk.aligned, [&](auto size, int at) {
     step_pack<averaged, decltype(size)::value>(chunk, at, ema_before, scalars, weight);
   });
 }
 
 // Moves average k of a chunk, nothing else.
-template <class Rule, class Stored>
-__device__ void follow_chunk(const Chunk<Rule, Stored>& chunk, int k) {
-  const Compute<Stored> weight = chunk.weight(k);
-  for_each_pack<Stored>(chunk.count, chunk.aligned, [&](auto size, int at) {
-    Pack<Stored, decltype(size)::value> param;
-    Pack<Compute<Stored>, decltype(size)::value> average;
+template <class Rule, class Layout>
+__device__ void follow_chunk(const Chunk<Rule, Layout>& chunk, int k) {
+  using Weight = typename Layout::Weight;
+  const Compute<Weight> weight = chunk.weight(k);
+  for_each_pack<Weight>(chunk.count, chunk.aligned, [&](auto size, int at) {
+    Pack<Weight, decltype(size)::value> param;
+    Pack<Compute<Weight>, decltype(size)::value> average;
     param.read(chunk.param() + at);
     average.read(chunk.average(k) + at);
     follow(average, param, weight);
@@ -308,7 +352,7 @@ __device__ void follow_chunk(const Chunk<Rule, Stored>& chunk, int k) {
 
 // A grid that fills the GPU and whose blocks go from chunk to chunk. In every pass over a chunk a
 // thread meets the same elements, so that no thread ever waits for another.
-template <class Rule, class Stored, int bytes>
+template <class Rule, class Layout, int bytes>
 __global__ void __launch_bounds__(threads, min_blocks)
     step(const __grid_constant__ Parameters<bytes> parameters) {
   const Task& task = parameters.task;
@@ -320,7 +364,7 @@ __global__ void __launch_bounds__(threads, min_blocks)
   for (int64_t index = blockIdx.x; index < task.num_chunks; index += gridDim.x) {
 #pragma unroll 1
     for (int pass = 0; pass < passes; ++pass) {
-      const Chunk<Rule, Stored> chunk(task, words, index);
+      const Chunk<Rule, Layout> chunk(task, words, index);
       const int k = task.ema_before ? passes - 1 - pass : pass;
       if (k == 0 && chunk.grad != nullptr && task.num_emas > 0)
         step_chunk<true>(chunk, task.control, task.ema_before);

@@ -33,6 +33,7 @@ def slots(bucket: Bucket) -> _native.Slots:
         num_scalars=len(bucket.rule.scalars._fields),
         frozen=key.states is None,
         capturable=key.capturable,
+        master=key.master,
         params=[slot.param for slot in members],
         steps=[slot.state["step"] for slot in members],
         states=[[slot.state[name] for name in bucket.state_keys] for slot in members],

@@ -66,7 +66,9 @@ class EagerPlan:
         return (
             param.dtype == key.dtype
             and param.device == key.device
-            and all(slot.state[k].shape == param.shape for k in (*(key.states or ()), *key.emas))
+            and all(
+                slot.state[k].shape == param.shape for k in (*self.bucket.state_keys, *key.emas)
+            )
         )
 
     @torch.no_grad()
@@ -90,12 +92,16 @@ class EagerPlan:
         if control is not None:
             grad = grad.mul(control[0].to(self._dtype))
         states = [[real(slot.state[key]) for slot in row.slots] for key in self.bucket.state_keys]
-        stored = [wrap(tensors) for tensors in ([real(slot.param) for slot in row.slots], *states)]
+        params = [real(slot.param) for slot in row.slots]
+        master = self.bucket.key.master
+        stored = [wrap(tensors) for tensors in (states if master else [params, *states])]
         working = [operand.to(self._dtype) for operand in stored]
         self.bucket.rule.update(working[0], grad, working[1:], row.scalars)
         for operand, value in zip(stored, working, strict=True):
             if value is not operand:
                 operand.copy_(value)
+        if master:
+            wrap(params).copy_(stored[0])
         for slot in row.slots:
             slot.state["step"] += row.kappa
 
@@ -103,7 +109,10 @@ class EagerPlan:
     def _move_averages(self, row: Row, wrap: Wrap) -> None:
         for key, weight in zip(self.bucket.key.emas, row.weights, strict=True):
             ema = wrap([real(slot.state[key]) for slot in row.slots])
-            param = wrap([real(slot.param) for slot in row.slots])
+            held = [
+                slot.state["master"] if self.bucket.key.master else slot.param for slot in row.slots
+            ]
+            param = wrap([real(weight) for weight in held])
             ema_update(ema, param.to(self._dtype), weight)
 
 

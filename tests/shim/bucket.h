@@ -47,6 +47,9 @@ struct Kind {
   StoredType stored;
   int num_emas;
   bool ema_before;
+  bool master = false;
+
+  Storage storage() const { return {stored, master}; }
 };
 
 // misaligned: the tensor whose address is not a multiple of 16, -1 for none, -2 for all. Tensors
@@ -69,7 +72,7 @@ class Bucket {
  public:
   Bucket(const Kind& kind, const std::vector<Size>& sizes, unsigned seed)
       : kind_(kind), sizes_(sizes), random_(seed) {
-    kernel_ = cuda::find_kernel(kind.rule, kind.num_states, kind.stored);
+    kernel_ = cuda::find_kernel(kind.rule, kind.num_states, kind.storage());
     row_size_ = kernel_.num_scalars + kind.num_emas;
     for (const Size& size : sizes_) {
       slots_.push_back(make_tensors(size));
@@ -119,7 +122,7 @@ class Bucket {
   // One step of the copies by the CPU loop.
   void expect_step(double grad_factor = 1) {
     const KernelInfo cpu =
-        cpu::find_kernel(cpu::targets().front(), kind_.rule, kind_.num_states, kind_.stored);
+        cpu::find_kernel(cpu::targets().front(), kind_.rule, kind_.num_states, kind_.storage());
     for (size_t i = 0; i < sizes_.size(); ++i) {
       std::vector<void*> pointers;
       for (const Block& tensor : expected_[i]) pointers.push_back(tensor.data());
@@ -144,19 +147,20 @@ class Bucket {
  private:
   static constexpr int num_rows = 3;
 
-  int num_tensors() const { return 2 + kind_.num_states + kind_.num_emas; }
+  int num_tensors() const { return 2 + kind_.master + kind_.num_states + kind_.num_emas; }
 
   std::vector<Block> make_tensors(const Size& size) {
     std::vector<Block> tensors;
     for (int k = 0; k < num_tensors(); ++k) {
-      const bool average = k >= 2 + kind_.num_states;
+      // averages, and with a master all but the parameter and its gradient
+      const bool average = k >= 2 + (kind_.master ? 0 : kind_.num_states);
       const int64_t bytes = average ? average_bytes(kind_.stored) : stored_bytes(kind_.stored);
       const bool misaligned = size.misaligned == -2 || size.misaligned == k;
       tensors.emplace_back(size.numel * bytes, misaligned ? bytes : 0);
       with_stored_type(kind_.stored, [&](auto value) {
         using Stored = decltype(value);
         if (average)
-          fill<Compute<Stored>>(tensors.back(), size.numel, false);
+          fill<Compute<Stored>>(tensors.back(), size.numel, kind_.master && k >= 2);
         else
           fill<Stored>(tensors.back(), size.numel, k >= 2);
       });

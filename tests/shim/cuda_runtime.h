@@ -22,7 +22,11 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// CUDA's compiler lets it stand for any 16 bytes.
+// CUDA's compiler lets them stand for any 8 and 16 bytes.
+struct alignas(8) [[gnu::may_alias]] uint2 {
+  uint32_t x, y;
+};
+
 struct alignas(16) [[gnu::may_alias]] uint4 {
   uint32_t x, y, z, w;
 };

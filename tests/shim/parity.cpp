@@ -21,7 +21,7 @@ void require(bool condition, const std::string& what) {
 std::vector<Size> edges(const Kind& kind) {
   const int64_t vector = 16 / stored_bytes(kind.stored);
   const int64_t chunk = cuda::chunk_elements(kind.stored);
-  const int last = 1 + kind.num_states + kind.num_emas;
+  const int last = 1 + kind.master + kind.num_states + kind.num_emas;
   std::vector<Size> sizes;
   for (int64_t numel : {int64_t{0}, int64_t{1}, vector - 1, vector, vector + 1, chunk - 1, chunk,
                         chunk + 1, 3 * chunk + vector + 3})
@@ -54,6 +54,20 @@ int step_every_kind(RuleList<Rules...>) {
 }
 
 int test_rules() { return step_every_kind(AllRules{}); }
+
+int test_masters() {
+  int buckets = 0;
+  for (StoredType stored : {StoredType::bfloat16, StoredType::float16})
+    for (int num_emas : {0, 1, 3})
+      for (bool before : {false, true})
+        for (int num_states : {2, 3}) {
+          buckets += step_kind({"adam", num_states, stored, num_emas, before, true});
+          buckets += step_kind({"sgd", num_states - 2, stored, num_emas, before, true});
+        }
+  require(cuda::find_kernel("adam", 2, {StoredType::float32, true}).kernel == nullptr,
+          "a master of float32 is none");
+  return buckets;
+}
 
 // Steps buckets whose words just fit, or just do not, into the small and the large parameters.
 int test_words() {
@@ -140,12 +154,14 @@ int test_errors() {
   require_error("too many words to pass by value", [&] { large.step({}); });
   bucket.check();
   large.check();
-  require(cuda::find_kernel("sgd", 2, StoredType::float32).kernel == nullptr, "no such rule");
+  require(cuda::find_kernel("sgd", 2, {StoredType::float32, false}).kernel == nullptr,
+          "no such rule");
   return 2;
 }
 
 int run(const std::string& group) {
   if (group == "rules") return test_rules();
+  if (group == "masters") return test_masters();
   if (group == "words") return test_words();
   if (group == "control") return test_control();
   if (group == "empty") return test_empty();
