@@ -54,10 +54,10 @@ void define_cuda(py::module_& module) {
 PYBIND11_MODULE(_native, module) {
   using py::arg;
   py::class_<Slots, std::shared_ptr<Slots>>(module, "Slots")
-      .def(
-          py::init<int, bool, bool, bool, Objects, Objects, ObjectLists, ObjectLists, std::vector<int>>(),
-          arg("num_scalars"), arg("frozen"), arg("capturable"), arg("master"), arg("params"), arg("steps"),
-          arg("states"), arg("emas"), arg("groups"))
+      .def(py::init<int, bool, bool, bool, bool, Objects, Objects, ObjectLists, ObjectLists,
+                    std::vector<int>>(),
+           arg("num_scalars"), arg("frozen"), arg("takes_grads"), arg("capturable"), arg("master"),
+           arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"))
       .def("prepare", &Slots::prepare)
       .def("advance", &Slots::advance)
       .def_property_readonly("num_words", &Slots::num_words)

@@ -53,12 +53,13 @@ void bump_version(const py::object& object) {
 
 }  // namespace
 
-Slots::Slots(int num_scalars, bool frozen, bool capturable, bool master,
+Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bool master,
              std::vector<py::object> params, std::vector<py::object> steps,
              std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
              std::vector<int> groups)
     : num_scalars_(num_scalars),
       frozen_(frozen),
+      takes_grads_(takes_grads),
       capturable_(capturable),
       master_(master),
       stored_(unpack(params.at(0)).scalar_type()),
@@ -95,8 +96,9 @@ bool Slots::prepare(const py::object& fold) {
   for (size_t i = 0; i < size(); ++i) {
     const at::Tensor& param = unpack(tensors(i)[0]);
     const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
-    if (!read_pointers(i, param) || (grad.defined() && frozen_)) return false;
-    Row row{groups_[i], grad.defined(), 0.0};
+    const bool active = takes_grads_ && grad.defined();
+    if (!read_pointers(i, param) || (active && frozen_)) return false;
+    Row row{groups_[i], active, 0.0};
     if (row.active && !capturable_) row.step = *counters_[i] + kappas[groups_[i]];
     const auto address =
         reinterpret_cast<int64_t>(row.active ? grad_pointer(grad, param) : nullptr);

@@ -24,10 +24,13 @@ namespace py = pybind11;
 //   slots    numel, param, its master if there is one, the rule's states, the averages
 class Slots {
  public:
-  // The first of `states` is the master where there is one.
-  Slots(int num_scalars, bool frozen, bool capturable, bool master, std::vector<py::object> params,
-        std::vector<py::object> steps, std::vector<std::vector<py::object>> states,
-        std::vector<std::vector<py::object>> emas, std::vector<int> groups);
+  //   frozen: a gradient means that the bucket must be made anew
+  //   takes_grads: gradients are looked at
+  //   states: the first is the master where there is one
+  Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bool master,
+        std::vector<py::object> params, std::vector<py::object> steps,
+        std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
+        std::vector<int> groups);
 
   // Reads gradients and pointers and folds the scalars; writes nothing. False: a tensor lies
   // differently now, or a frozen parameter has a gradient, and the bucket must be made anew.
@@ -108,6 +111,7 @@ class Slots {
 
   int num_scalars_;
   bool frozen_;
+  bool takes_grads_;
   bool capturable_;
   bool master_;
   at::ScalarType stored_;   // parameters and gradients

@@ -6,6 +6,7 @@
 
 from . import posthoc, scaling
 from .adam import FusedScaledAdam, FusedScaledAdamW
+from .any_optimizer import FusedEMA
 from .build import build_info
 from .ema import (
     CosineDecay,
@@ -21,6 +22,7 @@ from .sgd import FusedScaledSGD
 
 __all__ = [
     "CosineDecay",
+    "FusedEMA",
     "FusedScaledAdam",
     "FusedScaledAdamW",
     "FusedScaledOptimizer",

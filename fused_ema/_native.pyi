@@ -17,6 +17,7 @@ class Slots:
         self,
         num_scalars: int,
         frozen: bool,
+        takes_grads: bool,
         capturable: bool,
         master: bool,
         params: Sequence[Tensor],

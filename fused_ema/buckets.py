@@ -35,7 +35,8 @@ class Slot(NamedTuple):
 class Key(NamedTuple):
     """What all slots of a bucket share.
 
-    ``states`` are the rule's state tensors, None for frozen parameters, whose averages alone move.
+    ``states`` are the rule's state tensors, None for frozen parameters, whose averages alone move,
+    and which must not have a gradient.
     ``master`` tells whether parameters are rounded copies of weights that the optimizer holds.
     ``layout`` is ``"dense"`` when parameter, states and averages are plain memory in the same order
     without gaps, else ``"strided"``: views with gaps, and tensor subclasses.
@@ -62,6 +63,11 @@ class Bucket:
     slots: tuple[Slot, ...]
 
     @property
+    def takes_grads(self) -> bool:
+        """Whether gradients matter: to step by, or to be refused."""
+        return self.rule is not FROZEN or self.key.states is None
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of arithmetic and averages."""
         return COMPUTE_DTYPE[self.key.dtype]
@@ -80,10 +86,10 @@ def _state_keys(states: tuple[str, ...] | None, master: bool) -> tuple[str, ...]
     return (*(("master",) if master else ()), *(states or ()))
 
 
-def has_master(group: Mapping[str, Any], param: Tensor) -> bool:
+def has_master(rule: Rule, group: Mapping[str, Any], param: Tensor) -> bool:
     """Whether the optimizer holds the parameter's weights, in the dtype of the arithmetic."""
     rounded = COMPUTE_DTYPE.get(param.dtype, param.dtype) != param.dtype
-    return bool(group["master_weights"]) and rounded and is_active(param)
+    return bool(group["master_weights"]) and rounded and is_active(rule, param)
 
 
 def make_buckets(
@@ -116,15 +122,16 @@ def make_buckets(
     ]
 
 
-def is_active(param: Tensor) -> bool:
+def is_active(rule: Rule, param: Tensor) -> bool:
     """Whether the rule itself moves the parameter; a frozen one has averages only."""
-    return param.requires_grad or param.grad is not None
+    return rule is not FROZEN and (param.requires_grad or param.grad is not None)
 
 
 def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, averaged: bool) -> Key:
-    states = rule.states(group) if is_active(slot.param) else None
+    # to a rule that moves nothing gradients are nothing
+    states = rule.states(group) if rule is FROZEN or is_active(rule, slot.param) else None
     emas = ema_keys(len(decays(group["ema_decay"])) if averaged else 0)
-    master = has_master(group, slot.param)
+    master = has_master(rule, group, slot.param)
     tensors = [slot.param, *(slot.state[key] for key in (*_state_keys(states, master), *emas))]
     return Key(
         slot.param.device,

@@ -117,7 +117,7 @@ def to_load(
                 compute = COMPUTE_DTYPE.get(param.dtype, param.dtype)
                 dtypes = dict.fromkeys(("master", *emas), compute)
                 dtypes |= dict.fromkeys(
-                    states, compute if has_master(saved, param) else param.dtype
+                    states, compute if has_master(rule, saved, param) else param.dtype
                 )
                 state[param] = loaded(rest.pop(key), param, dtypes)
     return {**rest, **state}

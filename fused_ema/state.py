@@ -36,15 +36,15 @@ def complete(
     """
     emas = ema_keys(len(decays(group["ema_decay"])))
     if param.dtype not in COMPUTE_DTYPE:
-        if not is_active(param) and not emas:
+        if not is_active(rule, param) and not emas:
             return  # quantized weights among the frozen ones: nothing is asked of them
         allowed = ", ".join(map(str, COMPUTE_DTYPE))
         raise TypeError(f"params: a parameter has dtype {param.dtype}; allowed: {allowed}")
     if param.is_conj() or param.is_neg():
         raise TypeError("params: a parameter is a lazily conjugated or negated view; resolve it")
-    if is_active(param):
-        _complete_rule_states(rule.states(group), param, state, weight_dtype(group, param))
-    if not has_master(group, param):
+    if is_active(rule, param):
+        _complete_rule_states(rule.states(group), param, state, weight_dtype(rule, group, param))
+    if not has_master(rule, group, param):
         state.pop("master", None)  # it would be left behind
     elif state.get("master") is None:
         state["master"] = param.detach().to(COMPUTE_DTYPE[param.dtype], copy=True)
@@ -62,9 +62,9 @@ def complete(
             state[key] = _beside(state[key], param, dtype, key)
 
 
-def weight_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
+def weight_dtype(rule: Rule, group: Mapping[str, Any], param: Tensor) -> torch.dtype:
     """Dtype of what the rule steps and of its states."""
-    return COMPUTE_DTYPE[param.dtype] if has_master(group, param) else param.dtype
+    return COMPUTE_DTYPE[param.dtype] if has_master(rule, group, param) else param.dtype
 
 
 def _complete_rule_states(

@@ -20,7 +20,7 @@ LAYERS = (
     ("averages", "clock", "folding"),
     ("stepper", "access"),
     ("optimizer",),
-    ("adam", "sgd", "migrate"),
+    ("adam", "any_optimizer", "sgd", "migrate"),
     ("__init__",),
     ("demo",),
 )

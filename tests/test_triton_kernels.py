@@ -116,6 +116,7 @@ def step_natively(variant: Variant, slots: list[Slot]) -> None:
     tensors = _native.Slots(
         num_scalars=len(SCALARS[variant.rule][0]),
         frozen=variant.rule == "frozen",
+        takes_grads=True,
         capturable=False,
         master=False,
         params=[slot.param for slot in slots],

@@ -32,6 +32,7 @@ def slots(bucket: Bucket) -> _native.Slots:
     return _native.Slots(
         num_scalars=len(bucket.rule.scalars._fields),
         frozen=key.states is None,
+        takes_grads=bucket.takes_grads,
         capturable=key.capturable,
         master=key.master,
         params=[slot.param for slot in members],

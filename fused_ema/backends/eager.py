@@ -49,7 +49,7 @@ class EagerPlan:
             step = None
             if not self._as_planned(slot):
                 return False
-            if slot.param.grad is not None:
+            if slot.param.grad is not None and self.bucket.takes_grads:
                 if key.states is None:
                     return False
                 check_grad(slot.param.grad, slot.param)

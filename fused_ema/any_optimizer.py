@@ -1,0 +1,160 @@
+"""The fused average after the step of any other optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import zip_longest
+from operator import is_
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .ema import EmaDecay
+from .optimizer import FusedScaledOptimizer
+from .rules import FROZEN, check_choice
+from .teacher import Teacher
+
+
+class FusedEMA(FusedScaledOptimizer):
+    """Averages of the parameters of any ``torch.optim.Optimizer``, moved when it steps.
+
+    ``zeta <- rho**kappa * zeta + (1 - rho**kappa) * theta`` (Busbridge et al. 2023, Definition
+    1.2), one launch a bucket, by a hook of ``optimizer.step()``. ``kappa`` scales the averages'
+    decay alone: the other optimizer's learning rate and the rest are left to you. Its param groups
+    are followed, also one that is added later; ``param_groups[i]`` here may hold its own
+    ``ema_decay`` and ``kappa``. A step that a ``GradScaler`` skips moves nothing.
+
+    It is used like the averages of the fused optimizers: :meth:`ema_weights`,
+    :meth:`ema_state_dict`, :meth:`copy_ema_to`, :attr:`kappa`, :meth:`set_batch_size`. Its
+    ``state_dict()`` holds the averages and their clock, and is saved beside the optimizer's. A copy
+    or pickle of both together is a working pair.
+
+    Args:
+        optimizer: steps the parameters; it is not modified but for the hook.
+        ema_decay, ema, ema_order, ema_every, half_life_samples, base_batch_size, kappa, model,
+            ema_buffers, backend: see :class:`~fused_ema.optimizer.FusedScaledOptimizer`. With
+            ``ema_order="before"`` the averages move before the step.
+        capturable: fold the averages' weights on the device, for a captured step.
+
+    Raises:
+        TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, whose hooks are needed.
+        ValueError: it has averages of its own (pass ``ema_decay`` to it), or a bad value.
+    """
+
+    rule = FROZEN
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        ema_decay: EmaDecay = None,
+        *,
+        ema: Teacher | None = None,
+        ema_order: str = "after",
+        ema_every: int = 1,
+        half_life_samples: float | None = None,
+        base_batch_size: float | None = None,
+        kappa: float = 1.0,
+        model: nn.Module | None = None,
+        ema_buffers: str | None = None,
+        capturable: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer: received a {type(optimizer).__name__}; allowed: a "
+                "torch.optim.Optimizer, whose step calls hooks"
+            )
+        if isinstance(optimizer, FusedScaledOptimizer):
+            raise ValueError(
+                f"optimizer: a {type(optimizer).__name__} has averages of its own; pass ema_decay "
+                "to it"
+            )
+        check_choice("ema_order", ema_order, ("after", "before"))
+        if ema_decay is None and half_life_samples is None:
+            raise ValueError("ema_decay=None; allowed: a decay, a schedule or a tuple of those")
+        self._order = ema_order
+        self._optimizer = optimizer
+        super().__init__(
+            [_params(group) for group in optimizer.param_groups],
+            {"foreach": None, "fused": None, "differentiable": False, "capturable": capturable},
+            ema_decay=ema_decay,
+            ema=ema,
+            ema_every=ema_every,
+            half_life_samples=half_life_samples,
+            base_batch_size=base_batch_size,
+            kappa=kappa,
+            model=model,
+            ema_buffers=ema_buffers,
+            backend=backend,
+        )
+        self._complete_state()
+        self._handles = self._attached()
+
+    def remove(self) -> None:
+        """Follow the optimizer no longer; the averages stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move every average, in place, as the hook does at each step of the optimizer.
+
+        Raises:
+            RuntimeError: inside :meth:`ema_weights`, or the optimizer has other parameters now.
+            ValueError: a param group holds a bad value. Nothing has moved in either case.
+        """
+        self._follow_groups()
+        return super().step(closure)
+
+    def _attached(self) -> tuple[RemovableHandle, RemovableHandle]:
+        def begin(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._check_not_swapped("step()")
+            self._follow_groups()  # averages of new parameters start at the weights before a step
+            if self._order == "before":
+                self._move(optimizer)
+
+        def end(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if self._order == "after":
+                self._move(optimizer)
+
+        optimizer = self._optimizer
+        return optimizer.register_step_pre_hook(begin), optimizer.register_step_post_hook(end)
+
+    def _move(self, optimizer: Optimizer) -> None:
+        # where torch's fused optimizers read it, too
+        self.found_inf = getattr(optimizer, "found_inf", None)
+        try:
+            self.step()
+        finally:
+            del self.found_inf
+
+    def _follow_groups(self) -> None:
+        for own, other in zip_longest(self.param_groups, self._optimizer.param_groups):
+            if own is None:
+                self.add_param_group(_params(other))
+                self._complete_state()
+            elif other is None or not _same(own["params"], other["params"]):
+                raise RuntimeError(
+                    "optimizer: its parameters have been replaced; make a new FusedEMA for them"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_optimizer": self._optimizer, "_order": self._order}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_optimizer" in state:  # a copy, whose optimizer has lost its hooks
+            self._handles = self._attached()
+
+
+def _params(group: dict[str, Any]) -> dict[str, Any]:
+    params = group["params"]
+    if "param_names" in group:
+        params = zip(group["param_names"], params, strict=True)
+    return {"params": list(params)}
+
+
+def _same(own: list[Any], other: list[Any]) -> bool:
+    return len(own) == len(other) and all(map(is_, own, other))
