@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from . import averages
 from .ema import decays, ema_keys
 from .ema_buffers import EmaBuffers
+from .sharding import fsdp_modules, is_sharded, reshard, resharded
 from .swap import swapped
 
 
@@ -20,6 +22,7 @@ class EmaAccess(Optimizer):
     _names: dict[Tensor, str]
     _buffers: EmaBuffers | None
     _swapped: bool
+    _teacher_modules: list[Any]
 
     def _complete_state(self) -> None:
         """Give every parameter the averages that its group asks for."""
@@ -30,7 +33,8 @@ class EmaAccess(Optimizer):
         """Hold an average in the parameters, in place, while the context is open.
 
         ``with opt.ema_weights(): evaluate(model)``. On exit, also by an exception, weights and
-        averages are restored bit by bit. Averaged buffers trade places too.
+        averages are restored bit by bit. Averaged buffers trade places too. FSDP2's modules are
+        resharded on entry and exit.
 
         Args:
             index: which average, for a tuple ``ema_decay``.
@@ -38,12 +42,13 @@ class EmaAccess(Optimizer):
         Raises:
             IndexError: there is no such average.
             RuntimeError: already inside; ``step()``, ``state_dict()`` and ``load_state_dict()``
-                raise it inside.
+                raise it inside. Or DTensor parameters without ``model=``.
         """
-        pairs = list(self._averages(index, "ema_weights()").items())
+        by_param = self._averages(index, "ema_weights()")
+        pairs = list(by_param.items())
         if self._buffers is not None:
             pairs += self._buffers.pairs(index)
-        with swapped(pairs):
+        with resharded(self._fsdp_modules(by_param)), swapped(pairs):
             self._swapped = True
             try:
                 yield
@@ -59,7 +64,8 @@ class EmaAccess(Optimizer):
             index: which average, for a tuple ``ema_decay``.
 
         Returns:
-            Tensors that share memory with the optimizer's; averages keep their dtype.
+            Tensors that share memory with the optimizer's; averages keep their dtype. Those of
+            DTensors are DTensors.
 
         Raises:
             ValueError: ``model`` holds none of the averaged parameters.
@@ -72,7 +78,8 @@ class EmaAccess(Optimizer):
         """Copy an average into a module's parameters and buffers, in place.
 
         Buffers are copied where ``model=`` made the student's known; parameters that have no
-        average are left as they are.
+        average are left as they are. An average in shards is gathered for a module that is not
+        sharded: every process must call it.
 
         Args:
             model: the optimized module itself, a part of it, or another of the same shapes: paired
@@ -86,7 +93,19 @@ class EmaAccess(Optimizer):
         by_param = self._averages(index, "copy_ema_to()")
         names = {**self._names, **(self._buffers.names() if self._buffers is not None else {})}
         in_order = len(self._averaged_groups()) == 1
+        reshard(fsdp_modules(model))
         averages.copy_to(model, by_param, self._held_buffers(index), names, in_order)
+
+    def _fsdp_modules(self, params: Iterable[Tensor]) -> list[Any]:
+        """FSDP2's modules around the parameters and around their teacher."""
+        if self._buffers is not None:
+            return [*fsdp_modules(self._buffers.model), *self._teacher_modules]
+        if any(map(is_sharded, params)):
+            raise RuntimeError(
+                "ema_weights() with DTensor parameters: their modules may hold full copies of "
+                "them, and are not known; give the optimizer model=<the module>"
+            )
+        return []
 
     def _held_buffers(self, index: int) -> dict[Tensor, Tensor]:
         return self._buffers.values(index) if self._buffers is not None else {}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from . import sharding
 from .state import check_shape
 from .teacher import pair
 
@@ -66,4 +67,4 @@ def copy_to(
         own.update(model.buffers())
         targets = {tensor: tensor for tensor in (*averages, *buffers) if tensor in own}
     for tensor, target in targets.items():
-        target.copy_(averages[tensor] if tensor in averages else buffers[tensor])
+        sharding.copy(target, averages[tensor] if tensor in averages else buffers[tensor])

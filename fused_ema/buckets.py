@@ -12,6 +12,7 @@ from torch import Tensor
 from ._native import is_plain
 from .ema import decays, ema_keys
 from .rules import FROZEN, Rule
+from .sharding import Spread, local, spread
 
 # Arithmetic and averages of every parameter dtype; half precision is computed in float32.
 COMPUTE_DTYPE = {
@@ -39,7 +40,8 @@ class Key(NamedTuple):
     and which must not have a gradient.
     ``master`` tells whether parameters are rounded copies of weights that the optimizer holds.
     ``layout`` is ``"dense"`` when parameter, states and averages are plain memory in the same order
-    without gaps, else ``"strided"``: views with gaps, and tensor subclasses.
+    without gaps, else ``"strided"``: views with gaps, and tensor subclasses. Of DTensors it is
+    that of the local tensors, and ``spread`` says where the others lie.
     """
 
     device: torch.device
@@ -52,6 +54,7 @@ class Key(NamedTuple):
     differentiable: bool
     capturable: bool
     backend: str
+    spread: Spread | None
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, average
     states = rule.states(group) if rule is FROZEN or is_active(rule, slot.param) else None
     emas = ema_keys(len(decays(group["ema_decay"])) if averaged else 0)
     master = has_master(rule, group, slot.param)
-    tensors = [slot.param, *(slot.state[key] for key in (*_state_keys(states, master), *emas))]
+    held = [slot.state[key] for key in (*_state_keys(states, master), *emas)]
+    tensors = [local(tensor) for tensor in (slot.param, *held)]
     return Key(
         slot.param.device,
         slot.param.dtype,
@@ -144,6 +148,7 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, average
         group["differentiable"],
         group["capturable"],
         backend,
+        spread(slot.param),
     )
 
 

@@ -20,9 +20,10 @@ from .folding import Checked, plain_fields
 from .gradients import clipped, unscaling
 from .rules import Rule, check_choice
 from .scaling import check_range
+from .sharding import reshard
 from .state import complete
 from .stepper import Stepper
-from .teacher import Teacher, check_disjoint, pair
+from .teacher import Teacher, check_disjoint, check_whole, pair, resharding_modules
 
 
 class EmaOptions(TypedDict, total=False):
@@ -118,6 +119,7 @@ class FusedScaledOptimizer(EmaAccess):
         self.max_grad_norm = max_grad_norm
         self._grad_norm: Tensor | None = None
         self._teachers: dict[Tensor, Tensor] = {}
+        self._teacher_modules: list[Any] = []
         self._names: dict[Tensor, str] = {}
         self._buffers: EmaBuffers | None = None
         self._swapped = False
@@ -229,6 +231,8 @@ class FusedScaledOptimizer(EmaAccess):
             sums = stepper.sums_of_squares()
             control, self._grad_norm = clipped(control, sums, self.max_grad_norm)
         stepper.run(control)
+        if averaged:
+            reshard(self._teacher_modules)
         if moves:
             apply(moves, control)
         clock.advance(self.param_groups, stepper.folder.kappas, control)
@@ -319,11 +323,12 @@ class FusedScaledOptimizer(EmaAccess):
         finally:
             for hook in hooks:
                 hook.remove()
+        reshard(self._teacher_modules)
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_swapped("copying or pickling the optimizer")
         options = ("backend", "ema_every", "base_batch_size", "max_grad_norm")
-        own = (*options, "_teachers", "_names", "_buffers")
+        own = (*options, "_teachers", "_teacher_modules", "_names", "_buffers")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -362,10 +367,14 @@ class FusedScaledOptimizer(EmaAccess):
         params = [p for group in groups for p in group["params"] if p not in self._teachers]
         if not params or not all(decays(group["ema_decay"]) for group in groups):
             raise ValueError("ema was given, but ema_decay=None; allowed: a decay for the teacher")
+        modules = resharding_modules(teacher)
+        reshard(modules)
         pairs = pair(teacher, params, self._names, len(groups) == 1)
+        check_whole(teacher, pairs.values())
         every = [param for group in self.param_groups for param in group["params"]]
         check_disjoint([*self._teachers.values(), *pairs.values()], every)
         self._teachers.update(pairs)
+        self._teacher_modules += modules
 
     def _check_group(self, group: Mapping[str, Any]) -> Checked:
         """Raise ValueError for a bad value, also for one that the scaling rules cannot follow."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import sharding
 from .buckets import COMPUTE_DTYPE, dense_order, has_master, is_active
 from .ema import decays, ema_keys
 from .rules import Rule
@@ -104,9 +105,10 @@ def _beside(value: Tensor, param: Tensor, dtype: torch.dtype, key: str) -> Tenso
             f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
         )
     in_order = value.stride() == param.stride() or dense_order(param) is None
+    in_order = in_order and sharding.placed_alike(value, param)
     if in_order and value.device == param.device and value.dtype == dtype:
         return value
-    return torch.empty_like(param, dtype=dtype).detach().copy_(value)
+    return sharding.copy(torch.empty_like(param, dtype=dtype).detach(), value)
 
 
 def check_shape(teacher: Tensor, param: Tensor, name: str) -> None:
@@ -123,6 +125,10 @@ def check_teacher(teacher: Tensor, param: Tensor, name: str) -> None:
     dtype = COMPUTE_DTYPE.get(param.dtype)
     if teacher.device != param.device:
         raise ValueError(f"ema: {name} is on {teacher.device}, its parameter on {param.device}")
+    if not sharding.placed_alike(teacher, param):
+        raise ValueError(
+            f"ema: {name} is {sharding.place(teacher)}, its parameter {sharding.place(param)}"
+        )
     if teacher.dtype != dtype:
         raise ValueError(
             f"ema: {name} has dtype {teacher.dtype}; the average of a {param.dtype} parameter must "
@@ -161,5 +167,5 @@ def loaded(
                 f"{tuple(param.shape)}"
             )
         else:
-            state[key] = torch.empty_like(param, dtype=keys[key]).detach().copy_(value)
+            state[key] = sharding.copy(torch.empty_like(param, dtype=keys[key]).detach(), value)
     return state

@@ -11,10 +11,11 @@ from torch import Tensor
 from ._native import Watch
 from .backends import graphs, requested_backend, select
 from .backends.plan import Plan
-from .buckets import make_buckets
+from .buckets import Bucket, make_buckets
 from .folding import Checked, Folder
 from .gradients import Control
 from .rules import Rule
+from .sharding import Shards, Spread, total
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -53,6 +54,8 @@ class Stepper:
         self.plans: list[Plan] = []
         self.backends: tuple[str, ...] = ()
         self._devices: list[torch.device] = []
+        self._shards = Shards((), (), ())
+        self._spreads: list[Spread | None] = []
         self._host_folded = False
 
     def prepare(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -81,13 +84,20 @@ class Stepper:
 
     @torch.no_grad()
     def sums_of_squares(self) -> list[Tensor]:
-        """Of the gradients of each bucket, as prepared: 0-dim float64 tensors on their devices."""
-        return [plan.sum_of_squares() for plan in self.plans]
+        """Of the gradients, as prepared: 0-dim float64 tensors on the buckets' devices.
+
+        Sharded gradients are summed over all processes, each of which must call it.
+        """
+        with self._shards.gradients():
+            sums = [plan.sum_of_squares() for plan in self.plans]
+        return total(sums, self._spreads)
 
     def run(self, control: Control | None) -> None:
         """Step every parameter and move every average, in place, as prepared."""
-        for plan, device in zip(self.plans, self._devices, strict=True):
-            plan.run(None if control is None else control.on(device))
+        with self._shards.gradients():
+            for plan, device in zip(self.plans, self._devices, strict=True):
+                plan.run(None if control is None else control.on(device))
+        self._shards.mark_written()
 
     def _prepare_plans(self) -> bool:
         if self._host_folded and any(map(graphs.is_capturing, self._devices)):
@@ -95,7 +105,11 @@ class Stepper:
                 "step() is being captured in a CUDA graph, which would repeat this step's scalars "
                 "at every replay; make the optimizer with capturable=True"
             )
-        return all([plan.prepare(self.folder) for plan in self.plans])
+        if not self._shards.unchanged():
+            return False
+        self._shards.redistribute_gradients()
+        with self._shards.gradients():
+            return all([plan.prepare(self.folder) for plan in self.plans])
 
     def _make_plans(
         self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]
@@ -112,8 +126,19 @@ class Stepper:
         requested = [requested_backend(group, self._backend) for group in groups]
         buckets = make_buckets(self._rule, groups, state, requested, self._averaged)
         self._devices = [bucket.key.device for bucket in buckets]
+        self._spreads = [bucket.key.spread for bucket in buckets]
+        self._shards = _shards(buckets)
         self._host_folded = not all(bucket.key.capturable for bucket in buckets)
         chosen = [(select(bucket), bucket) for bucket in buckets]
         self.backends = tuple(backend.NAME for backend, _ in chosen)
         self.plans = [backend.plan(bucket) for backend, bucket in chosen]
         self._watch = Watch(groups, state)
+
+
+def _shards(buckets: Sequence[Bucket]) -> Shards:
+    slots = [(bucket, slot) for bucket in buckets for slot in bucket.slots]
+    return Shards(
+        params=[slot.param for _, slot in slots],
+        averages=[slot.state[key] for bucket, slot in slots for key in bucket.key.emas],
+        states=[slot.state[key] for bucket, slot in slots for key in bucket.state_keys],
+    )

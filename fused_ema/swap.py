@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .sharding import local
+
 # Elements exchanged at a time: the scratch memory of a swap, 4 MiB of float32.
 BLOCK = 1 << 20
 
@@ -27,7 +29,7 @@ def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """
     with ExitStack() as undo:
         for weight, average in pairs:
-            undo.callback(_hold(weight, average))
+            undo.callback(_hold(local(weight), local(average)))
         yield
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from .sharding import fsdp_modules, is_sharded, local
 from .state import check_teacher
 
 Teacher: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -102,12 +103,26 @@ def _by_order(
     return dict(zip(params, teacher, strict=True))
 
 
+def resharding_modules(teacher: Teacher) -> list[Any]:
+    """The modules of a teacher that may use full copies of its tensors, made by FSDP2."""
+    return fsdp_modules(teacher) if isinstance(teacher, nn.Module) else []
+
+
+def check_whole(teacher: Teacher, tensors: Iterable[Tensor]) -> None:
+    """Raise ValueError for DTensors without a module: no copies of theirs could be dropped."""
+    if not isinstance(teacher, nn.Module) and any(map(is_sharded, tensors)):
+        raise ValueError(
+            "ema: received DTensors without their module, which may hold full copies of them; "
+            "allowed: ema=<the module>"
+        )
+
+
 def check_disjoint(teachers: Iterable[Tensor], params: Iterable[Tensor]) -> None:
     """Raise ValueError if a teacher tensor shares memory with another one or with a parameter."""
     spans = sorted(
         (*_span(tensor), is_teacher)
         for tensors, is_teacher in ((teachers, True), (params, False))
-        for tensor in tensors
+        for tensor in map(local, tensors)
         if tensor.numel() > 0
     )
     end = {True: 0, False: 0}  # of the teachers' and of the parameters' memory so far

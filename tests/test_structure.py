@@ -11,7 +11,7 @@ PACKAGE = Path(fused_ema.__file__).parent
 # Each may import from itself and from what stands before it.
 LAYERS = (
     ("realmath", "_native", "kernels"),
-    ("scaling", "tensorlist"),
+    ("scaling", "tensorlist", "sharding"),
     ("ema", "posthoc", "progressive"),
     ("rules",),
     ("buckets", "device_folding", "build", "gradients"),

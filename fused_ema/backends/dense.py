@@ -8,6 +8,7 @@ import torch
 
 from .. import _native
 from ..buckets import Bucket
+from ..sharding import local
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -35,9 +36,9 @@ def slots(bucket: Bucket) -> _native.Slots:
         takes_grads=bucket.takes_grads,
         capturable=key.capturable,
         master=key.master,
-        params=[slot.param for slot in members],
+        params=[local(slot.param) for slot in members],
         steps=[slot.state["step"] for slot in members],
-        states=[[slot.state[name] for name in bucket.state_keys] for slot in members],
-        emas=[[slot.state[name] for name in key.emas] for slot in members],
+        states=[[local(slot.state[name]) for name in bucket.state_keys] for slot in members],
+        emas=[[local(slot.state[name]) for name in key.emas] for slot in members],
         groups=[slot.group for slot in members],
     )

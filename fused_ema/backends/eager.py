@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..buckets import Bucket, Slot
 from ..rules import ema_update
+from ..sharding import local
 from .plan import Fold
 
 # Makes one operand of a row's tensors: a TensorList, or the only tensor itself.
@@ -17,6 +18,8 @@ Wrap = Callable[[list[Tensor]], Any]
 
 
 def unsupported(bucket: Bucket) -> str | None:
+    if bucket.key.differentiable and bucket.key.spread is not None:
+        return "differentiable=True with DTensor parameters"
     return "capturable=True: it folds the scalars on the host" if bucket.key.capturable else None
 
 
@@ -132,5 +135,6 @@ def check_grad(grad: Tensor, param: Tensor) -> None:
 
 
 def real(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals, a real one as it is; shares memory."""
+    """What lies here of a tensor, a complex one as pairs of reals; shares memory."""
+    tensor = local(tensor)
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

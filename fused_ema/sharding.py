@@ -1,0 +1,226 @@
+"""Sharded tensors: the part of a DTensor that lies in this process, and sums over all parts.
+
+A state of a DTensor parameter is a DTensor like it, for torch.distributed.checkpoint; plans step
+the local tensors of both.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+NOTHING = nullcontext()
+
+
+class Spread(NamedTuple):
+    """Where a DTensor's elements lie: split over ``dims`` of the mesh, repeated over the others."""
+
+    mesh: DeviceMesh
+    dims: tuple[int, ...]
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, of any placements."""
+    # who has one has imported this, which takes longer than all of the package
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What lies in this process: of a DTensor the local tensor itself, else the tensor."""
+    if not is_sharded(tensor):
+        return tensor
+    part: Tensor = tensor._local_tensor  # type: ignore[attr-defined]  # to_local() makes views
+    return part
+
+
+def spread(param: Tensor) -> Spread | None:
+    """Where the elements of a parameter lie, None if it is not sharded.
+
+    Raises:
+        RuntimeError: its parts are summands.
+    """
+    if not is_sharded(param):
+        return None
+    mesh, placements = _layout(param)
+    if any(placement.is_partial() for placement in placements):
+        raise RuntimeError(
+            f"params: a parameter has the placements {placements}; allowed: Shard and Replicate"
+        )
+    return Spread(mesh, tuple(i for i, p in enumerate(placements) if not p.is_replicate()))
+
+
+def placed_alike(tensor: Tensor, other: Tensor) -> bool:
+    """Whether both have their elements in the same processes; any two tensors that are whole do."""
+    if not is_sharded(tensor) and not is_sharded(other):
+        return True
+    return is_sharded(tensor) and is_sharded(other) and _layout(tensor) == _layout(other)
+
+
+def place(tensor: Tensor) -> str:
+    """Where a tensor's elements lie, for messages."""
+    if not is_sharded(tensor):
+        return "whole in every process"
+    mesh, placements = _layout(tensor)
+    return f"placed {placements} on {mesh}"
+
+
+def copy(target: Tensor, source: Tensor) -> Tensor:
+    """Copy ``source`` of the same shape into ``target``, which it returns, wherever both lie."""
+    if is_sharded(target) and not is_sharded(source):
+        from torch.distributed.tensor import distribute_tensor
+
+        source = source.to(target.device)  # every process has all of it: nothing to send
+        source = distribute_tensor(source, *_layout(target), src_data_rank=None)
+    elif is_sharded(source) and not is_sharded(target):
+        source = _dtensor(source).full_tensor()
+    return target.copy_(source)
+
+
+def total(sums: Sequence[Tensor], spreads: Sequence[Spread | None]) -> list[Tensor]:
+    """Sums over local parts as sums over all processes.
+
+    Every process must call it, also one whose parts are empty: it takes one all-reduce for each
+    distinct spread and mesh dimension, in the order of their first appearance.
+
+    Args:
+        sums: 0-dim tensors.
+        spreads: of the parts that each was taken over, None where it is whole.
+
+    Returns:
+        One sum for each distinct spread, on the device of its first part.
+    """
+    if not any(spreads):
+        return list(sums)
+    members: dict[Spread | None, list[Tensor]] = {}
+    for value, where in zip(sums, spreads, strict=True):
+        members.setdefault(where, []).append(value)
+    return [_reduced(where, values) for where, values in members.items()]
+
+
+def _reduced(where: Spread | None, values: Sequence[Tensor]) -> Tensor:
+    device = values[0].device
+    value = torch.stack([v.to(device, non_blocking=True) for v in values]).sum()
+    if where is not None:
+        for dim in where.dims:
+            torch.distributed.all_reduce(value, group=where.mesh.get_group(dim))
+    return value
+
+
+class Shards:
+    """The DTensors among what plans step: those know the local tensors.
+
+    Args:
+        params: parameters.
+        averages: their averages.
+        states: all other tensors of theirs.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], averages: Iterable[Tensor], states: Iterable[Tensor]
+    ) -> None:
+        self._params = _dtensors(params)
+        self._layouts = [_layout(param) for param in self._params]
+        self._averages = _dtensors(averages)
+        held = (*self._params, *self._averages, *_dtensors(states))
+        self._locals = [(tensor, tensor._local_tensor) for tensor in held]
+
+    def unchanged(self) -> bool:
+        """Whether every DTensor has the local tensor that it had."""
+        return all(tensor._local_tensor is part for tensor, part in self._locals)
+
+    @torch.no_grad()
+    def redistribute_gradients(self) -> None:
+        """Place each gradient like its parameter, in ``.grad``; its value stays the same.
+
+        Raises:
+            RuntimeError: a gradient is not a DTensor, or on another mesh.
+        """
+        for param, (mesh, placements) in zip(self._params, self._layouts, strict=True):
+            grad = param.grad
+            if grad is None:
+                continue
+            if type(grad) is not type(param) or grad.device_mesh != mesh:
+                raise RuntimeError(
+                    f"grad does not match its parameter: it is {place(grad)}, allowed: a DTensor "
+                    f"on {mesh}"
+                )
+            if grad.placements != placements:
+                param.grad = grad.redistribute(mesh, placements)
+
+    def gradients(self) -> AbstractContextManager[None]:
+        """Hold the gradients in ``.grad`` of the local parameters while open: kernels look there.
+
+        No longer, for they would outlive ``zero_grad()``.
+        """
+        return self._lent() if self._params else NOTHING
+
+    @contextmanager
+    def _lent(self) -> Iterator[None]:
+        try:
+            for param in self._params:
+                grad = param.grad
+                param._local_tensor.grad = None if grad is None else _awaited(local(grad))
+            yield
+        finally:
+            for param in self._params:
+                param._local_tensor.grad = None
+
+    def mark_written(self) -> None:
+        """Tell autograd that parameters and averages were written through their local tensors."""
+        moved = [param for param in self._params if param.grad is not None]
+        if moved or self._averages:
+            torch.autograd.graph.increment_version([*moved, *self._averages])
+
+
+def fsdp_modules(module: nn.Module) -> list[Any]:
+    """The modules in ``module`` that FSDP2 has wrapped."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [m for m in module.modules() if fsdp is not None and isinstance(m, fsdp.FSDPModule)]
+
+
+def reshard(modules: Iterable[Any]) -> None:
+    """Drop the full parameters that FSDP2 may have kept from a forward pass without a backward.
+
+    They are copies: it would go on using them after the sharded ones have been written.
+    """
+    for module in modules:
+        module.reshard()
+
+
+@contextmanager
+def resharded(modules: Iterable[Any]) -> Iterator[None]:
+    """:func:`reshard` before and after, for parameters that hold other values between."""
+    reshard(modules)
+    try:
+        yield
+    finally:
+        reshard(modules)
+
+
+def _layout(tensor: Tensor) -> tuple[DeviceMesh, tuple[Any, ...]]:
+    dtensor = _dtensor(tensor)
+    return dtensor.device_mesh, dtensor.placements
+
+
+def _awaited(part: Tensor) -> Tensor:
+    """A gradient's local tensor; one that is still being communicated is waited for."""
+    awaited: Tensor = part.wait() if hasattr(part, "wait") else part
+    return awaited
+
+
+def _dtensors(tensors: Iterable[Tensor]) -> list[DTensor]:
+    return [_dtensor(tensor) for tensor in tensors if is_sharded(tensor)]
+
+
+def _dtensor(tensor: Tensor) -> DTensor:
+    return tensor  # type: ignore[return-value]
