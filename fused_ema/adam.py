@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .optimizer import EmaOptions, FusedScaledOptimizer
+from .optimizer import FusedScaledOptimizer
+from .options import EmaOptions
 from .rules import ADAM
 
 

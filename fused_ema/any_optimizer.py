@@ -8,6 +8,7 @@ from operator import is_
 from typing import Any
 
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -108,20 +109,22 @@ class FusedEMA(FusedScaledOptimizer):
         return super().step(closure)
 
     def _attached(self) -> tuple[RemovableHandle, RemovableHandle]:
+        @_disable_dynamo  # which would trace into hooks
         def begin(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self._check_not_swapped("step()")
             self._follow_groups()  # averages of new parameters start at the weights before a step
             if self._order == "before":
-                self._move(optimizer)
+                self._follow(optimizer)
 
+        @_disable_dynamo
         def end(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if self._order == "after":
-                self._move(optimizer)
+                self._follow(optimizer)
 
         optimizer = self._optimizer
         return optimizer.register_step_pre_hook(begin), optimizer.register_step_post_hook(end)
 
-    def _move(self, optimizer: Optimizer) -> None:
+    def _follow(self, optimizer: Optimizer) -> None:
         # where torch's fused optimizers read it, too
         self.found_inf = getattr(optimizer, "found_inf", None)
         try:

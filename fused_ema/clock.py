@@ -40,6 +40,8 @@ def advance(
             on_device.append(group)
         else:
             group["base_steps"] += kappa
+    if not on_device:
+        return
     amounts = [_amount(group, control) for group in on_device]
     for in_tensors in (True, False):
         alike = [

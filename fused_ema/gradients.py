@@ -39,17 +39,15 @@ class Control:
 
 
 @torch.no_grad()
-def unscaling(grad_scale: Tensor | None, found_inf: Tensor | None) -> Control | None:
-    """Multiply by ``1/grad_scale``; None where there is nothing to do.
+def unscaling(grad_scale: Tensor | None, found_inf: Tensor | None) -> Control:
+    """Multiply by ``1/grad_scale``.
 
     Args:
         grad_scale: one element; None: 1.
         found_inf: one element, not 0 if nothing shall move; None if that is decided.
     """
-    given = grad_scale if grad_scale is not None else found_inf
-    if given is None:
-        return None
-    one = torch.ones((), dtype=torch.float64, device=given.device)
+    device = next(given.device for given in (grad_scale, found_inf) if given is not None)
+    one = torch.ones((), dtype=torch.float64, device=device)
     skip = None if found_inf is None else found_inf.double().reshape(())
     return Control(one if grad_scale is None else one / grad_scale.reshape(()), skip)
 

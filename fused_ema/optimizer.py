@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
@@ -24,23 +25,6 @@ from .sharding import reshard
 from .state import complete
 from .stepper import Stepper
 from .teacher import Teacher, check_disjoint, check_whole, pair, resharding_modules
-
-
-class EmaOptions(TypedDict, total=False):
-    """Keyword arguments that every optimizer here takes beside its torch namesake's."""
-
-    ema_decay: EmaDecay
-    ema: Teacher | None
-    ema_order: str
-    ema_every: int
-    half_life_samples: float | None
-    base_batch_size: float | None
-    kappa: float
-    model: nn.Module | None
-    ema_buffers: str | None
-    max_grad_norm: float | None
-    master_weights: bool
-    backend: str
 
 
 class FusedScaledOptimizer(EmaAccess):
@@ -148,6 +132,7 @@ class FusedScaledOptimizer(EmaAccess):
         return values.pop()
 
     @kappa.setter
+    @_disable_dynamo  # a group that compiled code writes to becomes capturable
     def kappa(self, value: float) -> None:
         for group in self.param_groups:
             self._check_group({**group, "kappa": value})
@@ -190,6 +175,9 @@ class FusedScaledOptimizer(EmaAccess):
         and where one is not finite nothing moves and nothing is counted. Groups that are not
         capturable are counted on the host, which then waits for the scaler's check.
 
+        ``torch.compile`` breaks its graph here: a step runs as outside, a closure is compiled.
+        Write to ``param_groups`` outside: in compiled code torch makes their ``capturable`` True.
+
         Args:
             closure: re-evaluates the model and returns the loss.
 
@@ -206,15 +194,19 @@ class FusedScaledOptimizer(EmaAccess):
             with torch.enable_grad():
                 loss = closure()
             self._check_not_swapped("step()")
+        self._take_step()
+        return loss
+
+    @_disable_dynamo  # it would compile fragments of it; a closure is left to it
+    def _take_step(self) -> None:
         if torch.is_inference_mode_enabled():
             # what a plan makes there could not be used by a later step outside
             with torch.inference_mode(False), torch.no_grad():
-                self._take_step()
+                self._move()
         else:
-            self._take_step()
-        return loss
+            self._move()
 
-    def _take_step(self) -> None:
+    def _move(self) -> None:
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         averaged = clock.is_due(self.param_groups, self.ema_every)
         stepper = self._stepper if averaged else self._between
@@ -226,7 +218,10 @@ class FusedScaledOptimizer(EmaAccess):
         moves = []
         if self._buffers is not None and averaged:
             moves = self._buffers.moves(self._buffer_weights())
-        control = unscaling(getattr(self, "grad_scale", None), found_inf)
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        control = None
+        if grad_scale is not None or found_inf is not None:
+            control = unscaling(grad_scale, found_inf)
         if self.max_grad_norm is not None:
             sums = stepper.sums_of_squares()
             control, self._grad_norm = clipped(control, sums, self.max_grad_norm)

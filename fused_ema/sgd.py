@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 from typing_extensions import Unpack
 
-from .optimizer import EmaOptions, FusedScaledOptimizer
+from .optimizer import FusedScaledOptimizer
+from .options import EmaOptions
 from .rules import SGD
 
 

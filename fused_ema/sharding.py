@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-
-NOTHING = nullcontext()
 
 
 class Spread(NamedTuple):
@@ -157,15 +155,12 @@ class Shards:
             if grad.placements != placements:
                 param.grad = grad.redistribute(mesh, placements)
 
-    def gradients(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
         """Hold the gradients in ``.grad`` of the local parameters while open: kernels look there.
 
         No longer, for they would outlive ``zero_grad()``.
         """
-        return self._lent() if self._params else NOTHING
-
-    @contextmanager
-    def _lent(self) -> Iterator[None]:
         try:
             for param in self._params:
                 grad = param.grad
@@ -178,8 +173,7 @@ class Shards:
     def mark_written(self) -> None:
         """Tell autograd that parameters and averages were written through their local tensors."""
         moved = [param for param in self._params if param.grad is not None]
-        if moved or self._averages:
-            torch.autograd.graph.increment_version([*moved, *self._averages])
+        torch.autograd.graph.increment_version([*moved, *self._averages])
 
 
 def fsdp_modules(module: nn.Module) -> list[Any]:

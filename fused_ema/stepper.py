@@ -54,7 +54,7 @@ class Stepper:
         self.plans: list[Plan] = []
         self.backends: tuple[str, ...] = ()
         self._devices: list[torch.device] = []
-        self._shards = Shards((), (), ())
+        self._shards: Shards | None = None
         self._spreads: list[Spread | None] = []
         self._host_folded = False
 
@@ -88,23 +88,33 @@ class Stepper:
 
         Sharded gradients are summed over all processes, each of which must call it.
         """
+        if self._shards is None:
+            return [plan.sum_of_squares() for plan in self.plans]
         with self._shards.gradients():
             sums = [plan.sum_of_squares() for plan in self.plans]
         return total(sums, self._spreads)
 
     def run(self, control: Control | None) -> None:
         """Step every parameter and move every average, in place, as prepared."""
+        if self._shards is None:
+            self._run_plans(control)
+            return
         with self._shards.gradients():
-            for plan, device in zip(self.plans, self._devices, strict=True):
-                plan.run(None if control is None else control.on(device))
+            self._run_plans(control)
         self._shards.mark_written()
 
+    def _run_plans(self, control: Control | None) -> None:
+        for plan, device in zip(self.plans, self._devices, strict=True):
+            plan.run(None if control is None else control.on(device))
+
     def _prepare_plans(self) -> bool:
-        if self._host_folded and any(map(graphs.is_capturing, self._devices)):
+        if self._host_folded and any(map(graphs.is_capturing, set(self._devices))):
             raise RuntimeError(
                 "step() is being captured in a CUDA graph, which would repeat this step's scalars "
                 "at every replay; make the optimizer with capturable=True"
             )
+        if self._shards is None:
+            return all([plan.prepare(self.folder) for plan in self.plans])
         if not self._shards.unchanged():
             return False
         self._shards.redistribute_gradients()
@@ -127,7 +137,7 @@ class Stepper:
         buckets = make_buckets(self._rule, groups, state, requested, self._averaged)
         self._devices = [bucket.key.device for bucket in buckets]
         self._spreads = [bucket.key.spread for bucket in buckets]
-        self._shards = _shards(buckets)
+        self._shards = _shards(buckets) if any(self._spreads) else None
         self._host_folded = not all(bucket.key.capturable for bucket in buckets)
         chosen = [(select(bucket), bucket) for bucket in buckets]
         self.backends = tuple(backend.NAME for backend, _ in chosen)

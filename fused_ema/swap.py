@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .sharding import local
 
@@ -33,6 +34,7 @@ def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
         yield
 
 
+@_disable_dynamo
 @torch.no_grad()
 def _hold(weight: Tensor, average: Tensor) -> Callable[[], None]:
     """Put the average into the weight; returns what puts both back."""
@@ -44,6 +46,7 @@ def _hold(weight: Tensor, average: Tensor) -> Callable[[], None]:
     return partial(_restore, weight, kept)
 
 
+@_disable_dynamo  # Inductor drops one of the copies
 @torch.no_grad()
 def _exchange(a: Tensor, b: Tensor) -> None:
     for part_a, part_b in zip(_blocks(a, b), _blocks(b, a), strict=True):
@@ -58,6 +61,7 @@ def _blocks(tensor: Tensor, other: Tensor) -> Iterable[Tensor]:
     return [tensor.detach()]
 
 
+@_disable_dynamo
 @torch.no_grad()
 def _restore(weight: Tensor, kept: Tensor) -> None:
     weight.copy_(kept)

@@ -19,7 +19,7 @@ LAYERS = (
     ("backends", "teacher", "checkpoint"),
     ("averages", "clock", "folding"),
     ("stepper", "access"),
-    ("optimizer",),
+    ("optimizer", "options"),
     ("adam", "any_optimizer", "sgd", "migrate"),
     ("__init__",),
     ("demo",),
