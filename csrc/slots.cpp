@@ -272,7 +272,7 @@ std::vector<c10::Storage> Slots::storages() const {
   for (size_t i = 0; i < size(); ++i) {
     for (size_t k = 0; k < slot_size(); ++k) held.push_back(unpack(tensors(i)[k]).storage());
     const at::Tensor& grad = unpack(tensors(i)[0]).unsafeGetTensorImpl()->grad();
-    if (grad.defined()) held.push_back(grad.storage());
+    if (takes_grads_ && grad.defined()) held.push_back(grad.storage());
   }
   return held;
 }

@@ -7,15 +7,20 @@ from itertools import zip_longest
 from operator import is_
 from typing import Any
 
+import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
+from torch.optim.optimizer import StateDict
 from torch.utils.hooks import RemovableHandle
 
 from .ema import EmaDecay
 from .optimizer import FusedScaledOptimizer
 from .rules import FROZEN, check_choice
 from .teacher import Teacher
+
+# Where torch.optim.Optimizer's constructor keeps the hooks of its step.
+HOOKS = "_optimizer_step_post_hooks"
 
 
 class FusedEMA(FusedScaledOptimizer):
@@ -62,7 +67,8 @@ class FusedEMA(FusedScaledOptimizer):
         capturable: bool = False,
         backend: str = "auto",
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
+        # a wrapper may look like an optimizer without being made as one
+        if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, HOOKS):
             raise TypeError(
                 f"optimizer: received a {type(optimizer).__name__}; allowed: a "
                 "torch.optim.Optimizer, whose step calls hooks"
@@ -90,13 +96,14 @@ class FusedEMA(FusedScaledOptimizer):
             ema_buffers=ema_buffers,
             backend=backend,
         )
-        self._complete_state()
-        self._handles = self._attached()
+        self._removed = False
+        self._handles: tuple[RemovableHandle, ...] = self._attached()
 
     def remove(self) -> None:
         """Follow the optimizer no longer; the averages stay as they are."""
         for handle in self._handles:
             handle.remove()
+        self._removed = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every average, in place, as the hook does at each step of the optimizer.
@@ -108,13 +115,27 @@ class FusedEMA(FusedScaledOptimizer):
         self._follow_groups()
         return super().step(closure)
 
-    def _attached(self) -> tuple[RemovableHandle, RemovableHandle]:
+    def state_dict(self) -> StateDict:
+        """The averages and their clock; see :meth:`FusedScaledOptimizer.state_dict`."""
+        self._follow_groups()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state of this class; see :meth:`FusedScaledOptimizer.load_state_dict`."""
+        self._follow_groups()
+        super().load_state_dict(state_dict)
+
+    def _complete_state(self) -> None:
+        self._follow_groups()
+        super()._complete_state()
+
+    def _attached(self) -> tuple[RemovableHandle, ...]:
         @_disable_dynamo  # which would trace into hooks
         def begin(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self._check_not_swapped("step()")
-            self._follow_groups()  # averages of new parameters start at the weights before a step
             if self._order == "before":
                 self._follow(optimizer)
+            else:
+                self._begin()
 
         @_disable_dynamo
         def end(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -123,6 +144,13 @@ class FusedEMA(FusedScaledOptimizer):
 
         optimizer = self._optimizer
         return optimizer.register_step_pre_hook(begin), optimizer.register_step_post_hook(end)
+
+    def _begin(self) -> None:
+        """Let averages start at the weights before the step, and refuse what cannot be moved."""
+        self._check_not_swapped("step()")
+        self._follow_groups()
+        with torch.inference_mode(False), torch.no_grad():
+            self._stepper.prepare(self.param_groups, self.state)
 
     def _follow(self, optimizer: Optimizer) -> None:
         # where torch's fused optimizers read it, too
@@ -133,23 +161,24 @@ class FusedEMA(FusedScaledOptimizer):
             del self.found_inf
 
     def _follow_groups(self) -> None:
+        if self._removed:
+            return
         for own, other in zip_longest(self.param_groups, self._optimizer.param_groups):
             if own is None:
                 self.add_param_group(_params(other))
-                self._complete_state()
             elif other is None or not _same(own["params"], other["params"]):
                 raise RuntimeError(
                     "optimizer: its parameters have been replaced; make a new FusedEMA for them"
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_optimizer": self._optimizer, "_order": self._order}
+        own = {"_optimizer": self._optimizer, "_order": self._order, "_removed": self._removed}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_optimizer" in state:  # a copy, whose optimizer has lost its hooks
-            self._handles = self._attached()
+            self._handles = () if self._removed else self._attached()
 
 
 def _params(group: dict[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import twins
+from graphs import Graph
 from torch import nn
 
 from fused_ema import CosineDecay, FusedEMA, FusedScaledSGD
@@ -231,3 +233,176 @@ def test_what_it_cannot_follow_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             FusedEMA(opt, **options)
+
+
+def test_averages_start_at_the_weights_before_the_first_step():
+    """Also those that were loaded after construction, as with the fused optimizers."""
+    p = nn.Parameter(torch.zeros(3))
+    opt = torch.optim.SGD([p], lr=1.0)
+    ema = FusedEMA(opt, 0.5)
+    with torch.no_grad():
+        p.fill_(9.0)
+    p.grad = torch.full((3,), 4.0)
+    opt.step()
+    assert torch.equal(ema.state[p]["ema"], torch.full((3,), 7.0))  # between 9 and 5
+
+
+@pytest.mark.parametrize("order", ["after", "before"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("kappa", 0.0), ("ema_decay", 1.5), ("ema_decay", lambda t: -1.0), ("ema_order", "later")],
+)
+def test_a_bad_value_is_refused_before_anything_moves(field, value, order):
+    params = parameters()
+    opt = torch.optim.SGD(params, lr=0.1)
+    ema = FusedEMA(opt, 0.5, ema_order=order)
+    twins.set_gradients(0, params)
+    opt.step()
+    held = copy.deepcopy([*params, *(ema.state[p]["ema"] for p in params)])
+    ema.param_groups[0][field] = value
+    with pytest.raises(ValueError, match=field):
+        opt.step()
+    assert all(map(torch.equal, held, [*params, *(ema.state[p]["ema"] for p in params)]))
+    assert ema.param_groups[0]["base_steps"] == 1.0
+
+
+@pytest.mark.parametrize("rows", [5, 20_000])
+def test_gradients_that_no_rule_here_could_take_are_nothing_to_it(rows, backend):
+    embedding = nn.Embedding(rows, 4, sparse=True)
+    opt = torch.optim.SGD(embedding.parameters(), lr=1.0)
+    ema = FusedEMA(opt, 0.75, backend=backend)
+    expected = embedding.weight.detach().clone()
+    for row in (1, 3):
+        opt.zero_grad()
+        embedding(torch.tensor([row])).sum().backward()
+        opt.step()
+        expected.lerp_(embedding.weight.detach(), 0.25)
+    torch.testing.assert_close(ema.state[embedding.weight]["ema"], expected)
+
+
+def test_a_step_with_a_closure_and_one_launch_for_all_its_evaluations():
+    params = parameters()
+    opt = torch.optim.LBFGS(params)
+    ema = FusedEMA(opt, 0.5)
+    before = copy.deepcopy(params)
+    evaluations = []
+
+    def closure():
+        opt.zero_grad()
+        loss = sum((p**4).sum() for p in params)
+        loss.backward()
+        evaluations.append(loss)
+        return loss
+
+    opt.step(closure)
+    assert len(evaluations) > 1
+    assert ema.param_groups[0]["base_steps"] == 1.0
+    for p, old in zip(params, before, strict=True):
+        torch.testing.assert_close(ema.state[p]["ema"], (old + p).detach() / 2)
+
+
+def test_two_of_them_and_steps_between():
+    p = nn.Parameter(torch.full((3,), 4.0))
+    opt = torch.optim.SGD([p], lr=1.0)
+    every, second = FusedEMA(opt, 0.5), FusedEMA(opt, 0.5, ema_every=2)
+    p.grad = torch.ones(3)
+    for expected in ((3.5, 4.0), (2.75, 2.5)):  # the weights become 3, then 2
+        opt.step()
+        for ema, value in zip((every, second), expected, strict=True):
+            assert torch.equal(ema.state[p]["ema"], torch.full((3,), value))
+
+
+def test_each_group_has_its_own_decay():
+    params = parameters()
+    opt = torch.optim.SGD([{"params": [p]} for p in params], lr=0.1)
+    ema = FusedEMA(opt, 0.5)
+    rhos = (0.1, 0.5, 0.7, 0.9)
+    for group, rho in zip(ema.param_groups, rhos, strict=True):
+        group["ema_decay"] = rho
+    before = copy.deepcopy(params)
+    twins.set_gradients(0, params)
+    opt.step()
+    for p, old, rho in zip(params, before, rhos, strict=True):
+        expected = (rho * old + (1 - rho) * p).detach()
+        torch.testing.assert_close(ema.state[p]["ema"], expected)
+
+
+def test_groups_are_followed_without_a_step():
+    """Saving, loading and reading see a group that the optimizer has just been given."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    def made():
+        opt = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        ema = FusedEMA(opt, 0.5)
+        opt.add_param_group({"params": model[1].parameters()})
+        return opt, ema
+
+    assert len(made()[1].state_dict()["param_groups"]) == 2
+    _, ema = made()
+    with ema.ema_weights():
+        assert all("ema" in ema.state[p] for p in model.parameters())
+    opt, ema = made()
+    model(torch.ones(1, 2)).sum().backward()
+    opt.step()
+    saved = copy.deepcopy(ema.state_dict())
+    _, again = made()
+    again.load_state_dict(saved)
+    for p in model.parameters():
+        assert torch.equal(again.state[p]["ema"], ema.state[p]["ema"])
+
+
+def test_a_copy_of_a_removed_one_is_removed():
+    params = parameters()
+    opt = torch.optim.SGD(params, lr=0.1)
+    ema = FusedEMA(opt, 0.5)
+    opt.step()
+    ema.remove()
+    other, again = copy.deepcopy((opt, ema))
+    other.step()
+    assert again.param_groups[0]["base_steps"] == 1.0
+    opt.param_groups[0]["params"] = parameters()
+    assert len(ema.state_dict()["state"]) == len(params)
+
+
+def test_a_wrapper_without_hooks_is_refused():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer) -> None:
+            self.optimizer = optimizer
+
+        @property
+        def param_groups(self):
+            return self.optimizer.param_groups
+
+    opt = torch.optim.SGD(parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"received a Wrapper; allowed: .*step calls hooks"):
+        FusedEMA(Wrapper(opt), 0.9)
+
+
+def test_a_captured_step_goes_on(monkeypatch, device_backend):
+    """Replays move weights and averages, the schedule with the samples seen."""
+    params, others = parameters(), parameters()
+    opt, twin = torch.optim.SGD(params, lr=0.1), torch.optim.SGD(others, lr=0.1)
+    ema = FusedEMA(opt, SCHEDULE, kappa=2.0, capturable=True, backend=device_backend)
+    expected = FusedEMA(twin, SCHEDULE, kappa=2.0, backend="reference")
+    twins.set_gradients(0, params, others)
+    opt.step()
+    twin.step()
+    graph = Graph(monkeypatch)
+    graph.capture(SimpleNamespace(_stepper=ema._stepper, step=opt.step))
+    for step in range(1, 6):
+        twins.set_gradients(step, params, others)
+        with torch.no_grad():
+            graph.replay()
+        twin.step()
+    twins.assert_same(ema, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_first_step_in_inference_mode_leaves_plans_that_go_on(device_backend):
+    p = nn.Parameter(torch.full((3,), 4.0))
+    opt = torch.optim.SGD([p], lr=1.0)
+    ema = FusedEMA(opt, 0.5, capturable=True, backend=device_backend)
+    p.grad = torch.ones(3)
+    with torch.inference_mode():
+        opt.step()
+    opt.step()
+    assert torch.equal(ema.state[p]["ema"], torch.full((3,), 2.75))  # 4, then 3.5 with 3, with 2
