@@ -68,8 +68,9 @@ PYBIND11_MODULE(_native, module) {
       .def("pack", &pack)
       .def("chunks", &Slots::chunks);
   py::class_<cpu::Plan>(module, "Plan")
-      .def(py::init<std::string, std::shared_ptr<Slots>, bool>(), arg("rule"), arg("slots"),
-           arg("ema_before"))
+      .def(
+          py::init<std::string, std::shared_ptr<Slots>, bool, std::string, std::vector<uint32_t>>(),
+          arg("rule"), arg("slots"), arg("ema_before"), arg("ema_format"), arg("tensors"))
       .def("prepare", &cpu::Plan::prepare)
       .def("sum_of_squares", &cpu::Plan::sum_of_squares)
       .def("run", &cpu::Plan::run, arg("control") = py::none())

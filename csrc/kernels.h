@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "rounding.h"
+
 namespace fused_ema {
 
 enum class StoredType { float32, float64, bfloat16, float16 };
@@ -22,6 +24,7 @@ struct Storage {
 //   grad: null where the averages alone move
 //   row: the rule's scalars, then a weight per average
 //   grad_factor: what gradients are multiplied by
+//   ema_key: of the random bits with which averages of the format are rounded
 struct Piece {
   void* const* pointers;
   const void* grad;
@@ -31,6 +34,8 @@ struct Piece {
   double grad_factor;
   int num_emas;
   bool ema_before;
+  EmaFormat ema_format;
+  uint32_t ema_key;
 };
 
 using Kernel = void (*)(const Piece&);

@@ -24,6 +24,15 @@ FUSED_EMA_INLINE T ema(T average, T param, T weight) {
   return lerp(average, param, weight);
 }
 
+// Of the difference d = ema - param: d <- (1 - weight)*(d - change), where param has moved by
+// change; or, of averages that take the old param, (1 - weight)*d - change.
+template <bool before, class T>
+FUSED_EMA_INLINE T ema_delta(T delta, T change, T weight) {
+  const T rest = before ? delta : delta - change;
+  const T kept = rest - weight * rest;
+  return before ? kept - change : kept;
+}
+
 // The gradient to descend: grad_factor * grad, plus the L2 penalty's weight_decay * param.
 template <class T>
 FUSED_EMA_INLINE T directed(T grad, T param, T grad_factor, T weight_decay) {

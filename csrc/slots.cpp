@@ -65,9 +65,10 @@ Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bo
       stored_(unpack(params.at(0)).scalar_type()),
       average_(at::toOpMathType(stored_)),
       state_(master ? average_ : stored_),
+      ema_(emas.at(0).empty() ? average_ : unpack(emas[0][0]).scalar_type()),
       device_(unpack(params.at(0)).device()),
       stored_size_(static_cast<int64_t>(c10::elementSize(stored_))),
-      average_size_(static_cast<int64_t>(c10::elementSize(average_))),
+      ema_size_(static_cast<int64_t>(c10::elementSize(ema_))),
       state_size_(static_cast<int64_t>(c10::elementSize(state_))),
       num_states_(static_cast<int>(states.at(0).size())),
       num_emas_(static_cast<int>(emas.at(0).size())),
@@ -127,8 +128,8 @@ bool Slots::read_pointers(size_t i, const at::Tensor& param) {
   for (size_t k = 2; k < slot_size(); ++k) {
     const bool is_state = k < size_t(2 + num_states_);
     const at::Tensor& held = unpack(tensor[k]);
-    if (!as_planned(held, i, is_state ? state_ : average_)) return false;
-    const int64_t itemsize = is_state ? state_size_ : average_size_;
+    if (!as_planned(held, i, is_state ? state_ : ema_)) return false;
+    const int64_t itemsize = is_state ? state_size_ : ema_size_;
     put(words[k], reinterpret_cast<int64_t>(address(held, itemsize)));
   }
   return true;

@@ -76,6 +76,7 @@ class Slots {
   int num_rows() const { return static_cast<int>(rows_.size()); }
   const std::vector<int64_t>& offsets() const { return offsets_; }
   int64_t numel(size_t i) const { return offsets_[i + 1] - offsets_[i]; }
+  int group(size_t i) const { return groups_[i]; }
   const double* row(size_t i) const { return table_.data() + row_of_[i] * row_size(); }
   const void* grad(size_t i) const { return reinterpret_cast<const void*>(grads_[i]); }
   // param, its master if there is one, the rule's states, the averages
@@ -115,11 +116,12 @@ class Slots {
   bool capturable_;
   bool master_;
   at::ScalarType stored_;   // parameters and gradients
-  at::ScalarType average_;  // arithmetic and averages
+  at::ScalarType average_;  // arithmetic
   at::ScalarType state_;    // the master and the rule's states
+  at::ScalarType ema_;      // the averages, as they are stored
   c10::Device device_;
   int64_t stored_size_;
-  int64_t average_size_;
+  int64_t ema_size_;
   int64_t state_size_;
   int num_states_;  // with the master
   int num_emas_;

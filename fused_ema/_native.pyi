@@ -50,7 +50,10 @@ class Plan:
     """A bucket of dense CPU tensors, stepped by the C++ kernels."""
 
     captured: bool
-    def __init__(self, rule: str, slots: Slots, ema_before: bool) -> None: ...
+    def __init__(
+        self, rule: str, slots: Slots, ema_before: bool, ema_format: str, tensors: Sequence[int]
+    ) -> None:
+        """``tensors``: which parameter of the optimizer each slot is."""
     @property
     def target(self) -> str:
         """The CPU loop in use: "baseline", "avx2" or "avx512"."""

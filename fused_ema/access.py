@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from . import averages
 from .ema import decays, ema_keys
 from .ema_buffers import EmaBuffers
+from .formats import average
 from .sharding import fsdp_modules, is_sharded, reshard, resharded
 from .swap import swapped
 
@@ -64,8 +65,8 @@ class EmaAccess(Optimizer):
             index: which average, for a tuple ``ema_decay``.
 
         Returns:
-            Tensors that share memory with the optimizer's; averages keep their dtype. Those of
-            DTensors are DTensors.
+            Tensors that share memory with the optimizer's, but for averages that are kept as
+            differences; averages keep their dtype. Those of DTensors are DTensors.
 
         Raises:
             ValueError: ``model`` holds none of the averaged parameters.
@@ -120,8 +121,9 @@ class EmaAccess(Optimizer):
         """The average ``index`` of every parameter that has it."""
         self._check_not_swapped(what)
         self._complete_state()
+        key = ema_keys(index + 1)[-1] if index >= 0 else ""
         found = {
-            param: self.state[param][ema_keys(index + 1)[index]]
+            param: average(self.state[param][key], self.state[param].get("master", param.detach()))
             for group in self.param_groups
             if 0 <= index < len(decays(group["ema_decay"]))
             for param in group["params"]

@@ -39,9 +39,10 @@ class FusedEMA(FusedScaledOptimizer):
 
     Args:
         optimizer: steps the parameters; it is not modified but for the hook.
-        ema_decay, ema, ema_order, ema_every, half_life_samples, base_batch_size, kappa, model,
-            ema_buffers, backend: see :class:`~fused_ema.optimizer.FusedScaledOptimizer`. With
-            ``ema_order="before"`` the averages move before the step.
+        ema_decay, ema, ema_order, ema_every, ema_format, ema_seed, half_life_samples,
+            base_batch_size, kappa, model, ema_buffers, backend: see
+            :class:`~fused_ema.optimizer.FusedScaledOptimizer`. With ``ema_order="before"`` the
+            averages move before the step.
         capturable: fold the averages' weights on the device, for a captured step.
 
     Raises:
@@ -59,6 +60,8 @@ class FusedEMA(FusedScaledOptimizer):
         ema: Teacher | None = None,
         ema_order: str = "after",
         ema_every: int = 1,
+        ema_format: str = "full",
+        ema_seed: int = 0,
         half_life_samples: float | None = None,
         base_batch_size: float | None = None,
         kappa: float = 1.0,
@@ -89,6 +92,8 @@ class FusedEMA(FusedScaledOptimizer):
             ema_decay=ema_decay,
             ema=ema,
             ema_every=ema_every,
+            ema_format=ema_format,
+            ema_seed=ema_seed,
             half_life_samples=half_life_samples,
             base_batch_size=base_batch_size,
             kappa=kappa,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,11 +27,12 @@ COMPUTE_DTYPE = {
 
 
 class Slot(NamedTuple):
-    """One parameter of a bucket: the tensor, the index of its param group, its optimizer state."""
+    """One parameter of a bucket: the tensor, its group and its place among all, its state."""
 
     param: Tensor
     group: int
     state: dict[str, Any]
+    place: int
 
 
 class Key(NamedTuple):
@@ -51,6 +53,7 @@ class Key(NamedTuple):
     master: bool
     emas: tuple[str, ...]
     ema_order: str
+    ema_format: str
     differentiable: bool
     capturable: bool
     backend: str
@@ -112,11 +115,13 @@ def make_buckets(
         averaged: whether averages move.
     """
     members: dict[Key, list[Slot]] = {}
+    count = itertools.count()
     for index, (group, backend) in enumerate(zip(groups, requested, strict=True)):
         for param in group["params"]:
+            place = next(count)
             if param.dtype not in COMPUTE_DTYPE:
                 continue
-            slot = Slot(param, index, state[param])
+            slot = Slot(param, index, state[param], place)
             key = _key(rule, group, slot, backend, averaged)
             members.setdefault(key, []).append(slot)
     return [
@@ -145,6 +150,7 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, average
         master,
         emas,
         group["ema_order"],
+        group["ema_format"] if emas else "full",
         group["differentiable"],
         group["capturable"],
         backend,

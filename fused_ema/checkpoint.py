@@ -10,6 +10,7 @@ from torch import Tensor
 from .buckets import COMPUTE_DTYPE, has_master
 from .ema import decays, ema_keys, is_constant
 from .ema_buffers import EmaBuffers
+from .formats import DTYPES
 from .rules import Rule
 from .state import loaded
 
@@ -115,7 +116,8 @@ def to_load(
         for param, key in zip(group["params"], saved["params"], strict=False):
             if key in rest:
                 compute = COMPUTE_DTYPE.get(param.dtype, param.dtype)
-                dtypes = dict.fromkeys(("master", *emas), compute)
+                dtypes = dict.fromkeys(emas, DTYPES.get(saved["ema_format"], compute))
+                dtypes["master"] = compute
                 dtypes |= dict.fromkeys(
                     states, compute if has_master(rule, saved, param) else param.dtype
                 )

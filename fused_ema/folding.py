@@ -11,10 +11,14 @@ from torch import Tensor
 
 from .backends.plan import Scalars
 from .ema import decays, ema_weights
+from .formats import step_seed
 from .rules import Rule
 
 # Fields besides the rule's own that decide in which bucket a group's parameters are.
-PLACING = ("ema_order", "foreach", "fused", "differentiable", "capturable", "master_weights")
+PLACING = (
+    *("ema_order", "ema_format", "foreach", "fused", "differentiable", "capturable"),
+    "master_weights",
+)
 PLAIN = {float, int, bool, str, type(None)}
 
 Group: TypeAlias = Mapping[str, Any]
@@ -136,6 +140,11 @@ class Folder:
             scalars = () if step is None else self._rule.fold(scaled.hyper, step)
             row = self._rows[group, step] = (scalars, self.weights(group))
         return row
+
+    def seed(self, group: int) -> int:
+        """Of the random bits that round a group's averages at this step."""
+        fields = self.groups[group]
+        return step_seed(fields["ema_seed"], fields["base_steps"])
 
     def weights(self, group: int) -> tuple[float, ...]:
         """The EMA weights of a group at this step; a schedule is asked once."""

@@ -68,6 +68,10 @@ def load_ema(
     """
     if not isinstance(state, Mapping):
         raise ValueError(f"state: received a {type(state).__name__}; allowed: a state dict")
+    if any(group["ema_format"] == "delta" for group in optimizer.param_groups):
+        raise ValueError(
+            "ema_format='delta'; allowed: 'full' or 'bf16', which may be changed later"
+        )
     layout = next(known for known in LAYOUTS if known.marks <= state.keys())
     entries = layout.entries(state, model)
     held = _held(optimizer, model, index)

@@ -15,16 +15,17 @@ from torch.optim.optimizer import ParamsT, StateDict
 from . import checkpoint, clock
 from .access import EmaAccess
 from .backends import NAMES, requested_backend
-from .ema import EmaDecay, check_ema_decay, decay_from_half_life, decays
+from .ema import EmaDecay, check_ema_decay, decays, only_half_life
 from .ema_buffers import EmaBuffers, apply, resolve
 from .folding import Checked, plain_fields
+from .formats import FORMATS
 from .gradients import clipped, unscaling
-from .rules import Rule, check_choice
+from .rules import FROZEN, Rule, check_choice
 from .scaling import check_range
 from .sharding import reshard
 from .state import complete
 from .stepper import Stepper
-from .teacher import Teacher, check_disjoint, check_whole, pair, resharding_modules
+from .teacher import Teacher, check_disjoint, check_whole, fitting, pair, resharding_modules
 
 
 class FusedScaledOptimizer(EmaAccess):
@@ -45,6 +46,10 @@ class FusedScaledOptimizer(EmaAccess):
             ``"before"``: the old ones (its theory).
         ema_every: the averages move at every ``ema_every``-th step, ``>= 1``, by
             ``rho**(kappa*ema_every)``; steps between save their traffic.
+        ema_format: ``"full"``: in float32 (float64 for float64 parameters); ``"bf16"``: half the
+            memory, rounded stochastically, for a bfloat16 teacher; ``"delta"``: half the memory,
+            as ``ema - p`` in float16, many times closer. See docs/numerics.md.
+        ema_seed: of the random bits of ``"bf16"`` and ``"delta"``, the same in every process.
         half_life_samples: another way to say a constant ``ema_decay``, with ``base_batch_size``:
             :func:`~fused_ema.ema.decay_from_half_life`.
         base_batch_size: what ``kappa = 1`` stands for, for :meth:`set_batch_size`.
@@ -79,6 +84,8 @@ class FusedScaledOptimizer(EmaAccess):
         ema: Teacher | None = None,
         ema_order: str = "after",
         ema_every: int = 1,
+        ema_format: str = "full",
+        ema_seed: int = 0,
         half_life_samples: float | None = None,
         base_batch_size: float | None = None,
         kappa: float = 1.0,
@@ -94,7 +101,7 @@ class FusedScaledOptimizer(EmaAccess):
         if base_batch_size is not None:
             check_range("base_batch_size", base_batch_size, 0, math.inf, ends=("<", "<"))
         if half_life_samples is not None:
-            ema_decay = _half_life(half_life_samples, base_batch_size, ema_decay)
+            ema_decay = only_half_life(half_life_samples, base_batch_size, ema_decay)
         if max_grad_norm is not None:
             check_range("max_grad_norm", max_grad_norm, 0.0, math.inf)
         self.backend = backend
@@ -109,7 +116,7 @@ class FusedScaledOptimizer(EmaAccess):
         self._swapped = False
         self._make_stepper()
         shared = {"ema_decay": ema_decay, "ema_order": ema_order, "kappa": kappa, "base_steps": 0.0}
-        shared["master_weights"] = master_weights
+        shared |= {"master_weights": master_weights, "ema_format": ema_format, "ema_seed": ema_seed}
         self._check_group({**defaults, **shared})
         if model is not None:
             self._names = {param: name for name, param in model.named_parameters()}
@@ -364,7 +371,7 @@ class FusedScaledOptimizer(EmaAccess):
             raise ValueError("ema was given, but ema_decay=None; allowed: a decay for the teacher")
         modules = resharding_modules(teacher)
         reshard(modules)
-        pairs = pair(teacher, params, self._names, len(groups) == 1)
+        pairs = pair(teacher, params, self._names, len(groups) == 1, fitting(groups))
         check_whole(teacher, pairs.values())
         every = [param for group in self.param_groups for param in group["params"]]
         check_disjoint([*self._teachers.values(), *pairs.values()], every)
@@ -377,6 +384,12 @@ class FusedScaledOptimizer(EmaAccess):
         self.rule.check({**group, **values})
         check_ema_decay(values["ema_decay"])
         check_choice("ema_order", group["ema_order"], ("after", "before"))
+        check_choice("ema_format", group["ema_format"], FORMATS)
+        if self.rule is FROZEN and group["ema_format"] == "delta":
+            raise ValueError(
+                "ema_format='delta': another optimizer moves the weights, so that a difference to "
+                "them means another average; allowed: 'full', 'bf16'"
+            )
         requested_backend(group, self.backend)
         if group["differentiable"] and self.max_grad_norm is not None:
             raise ValueError(
@@ -385,12 +398,3 @@ class FusedScaledOptimizer(EmaAccess):
         if group["capturable"] and self.ema_every > 1:
             raise ValueError(f"ema_every={self.ema_every} with capturable=True; allowed: 1")
         return Checked(values, self.rule.scale(values))
-
-
-def _half_life(samples: float, base_batch_size: float | None, ema_decay: EmaDecay) -> float:
-    if base_batch_size is None or ema_decay is not None:
-        raise ValueError(
-            f"half_life_samples={samples} with base_batch_size={base_batch_size}, "
-            f"ema_decay={ema_decay}; allowed: a base batch size and no other decay"
-        )
-    return decay_from_half_life(samples, base_batch_size)

@@ -17,6 +17,8 @@ class EmaOptions(TypedDict, total=False):
     ema: Teacher | None
     ema_order: str
     ema_every: int
+    ema_format: str
+    ema_seed: int
     half_life_samples: float | None
     base_batch_size: float | None
     kappa: float

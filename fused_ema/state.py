@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import sharding
+from . import formats, sharding
 from .buckets import COMPUTE_DTYPE, dense_order, has_master, is_active
 from .ema import decays, ema_keys
 from .rules import Rule
@@ -52,15 +52,31 @@ def complete(
     else:
         state["master"] = _beside(state["master"], param, COMPUTE_DTYPE[param.dtype], "master")
     state["step"] = counter(state.get("step", 0.0), counter_device(group, param), "state 'step'")
-    dtype = COMPUTE_DTYPE[param.dtype]
+    form = group["ema_format"]
+    if emas and form != "full" and COMPUTE_DTYPE[param.dtype] != torch.float32:
+        raise TypeError(
+            f"ema_format={form!r}: a parameter has dtype {param.dtype}; allowed: float32, bfloat16 "
+            "or float16 parameters"
+        )
+    weight = state["master"] if "master" in state else param.detach()
     for key in emas:
         if key == "ema" and teacher is not None:
-            check_teacher(teacher, param, "the teacher's tensor")
+            check_teacher(teacher, param, "the teacher's tensor", form)
             state[key] = teacher
-        elif state.get(key) is None:
-            state[key] = param.detach().to(dtype, copy=True)
         else:
-            state[key] = _beside(state[key], param, dtype, key)
+            state[key] = _average(state.get(key), weight, param, form, key)
+
+
+def _average(value: Tensor | None, weight: Tensor, param: Tensor, form: str, key: str) -> Tensor:
+    """An average as the format keeps it: ``value``, or the weights where there is none."""
+    dtype = formats.DTYPES.get(form, COMPUTE_DTYPE[param.dtype])
+    if value is None:
+        full = weight.to(COMPUTE_DTYPE[param.dtype], copy=True)
+        return full if form == "full" else formats.stored(full, weight, form)
+    if value.dtype != dtype:
+        # the group's format has changed; a state of another dtype may also be a user's
+        value = formats.stored(formats.average(value, weight), weight, form)
+    return _beside(value, param, dtype, key)
 
 
 def weight_dtype(rule: Rule, group: Mapping[str, Any], param: Tensor) -> torch.dtype:
@@ -119,10 +135,10 @@ def check_shape(teacher: Tensor, param: Tensor, name: str) -> None:
         )
 
 
-def check_teacher(teacher: Tensor, param: Tensor, name: str) -> None:
+def check_teacher(teacher: Tensor, param: Tensor, name: str, form: str = "full") -> None:
     """Raise ValueError unless ``teacher`` can hold the average of ``param``."""
     check_shape(teacher, param, name)
-    dtype = COMPUTE_DTYPE.get(param.dtype)
+    dtype = formats.DTYPES.get(form, COMPUTE_DTYPE.get(param.dtype))
     if teacher.device != param.device:
         raise ValueError(f"ema: {name} is on {teacher.device}, its parameter on {param.device}")
     if not sharding.placed_alike(teacher, param):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -115,6 +116,17 @@ def check_whole(teacher: Teacher, tensors: Iterable[Tensor]) -> None:
             "ema: received DTensors without their module, which may hold full copies of them; "
             "allowed: ema=<the module>"
         )
+
+
+def fitting(groups: Sequence[Mapping[str, Any]]) -> Check:
+    """What a teacher's tensors must be for the format of the averages."""
+    forms = {group["ema_format"] for group in groups}
+    if len(forms) > 1 or "delta" in forms:
+        raise ValueError(
+            f"ema: a teacher with ema_format={sorted(forms)}; allowed: 'full' or 'bf16', the same "
+            "in all groups"
+        )
+    return partial(check_teacher, form=forms.pop())
 
 
 def check_disjoint(teachers: Iterable[Tensor], params: Iterable[Tensor]) -> None:

@@ -14,7 +14,7 @@ LAYERS = (
     ("scaling", "tensorlist", "sharding"),
     ("ema", "posthoc", "progressive"),
     ("rules",),
-    ("buckets", "device_folding", "build", "gradients"),
+    ("buckets", "device_folding", "build", "gradients", "formats"),
     ("state", "swap", "ema_buffers"),
     ("backends", "teacher", "checkpoint"),
     ("averages", "clock", "folding"),

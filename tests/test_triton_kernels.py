@@ -125,7 +125,7 @@ def step_natively(variant: Variant, slots: list[Slot]) -> None:
         emas=[slot.averages for slot in slots],
         groups=[slot.row for slot in slots],
     )
-    plan = _native.Plan(variant.rule, tensors, variant.ema_before)
+    plan = _native.Plan(variant.rule, tensors, variant.ema_before, "full", [0] * len(slots))
     assert plan.prepare(Table(variant))
     plan.run(None)
 

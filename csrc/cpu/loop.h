@@ -36,14 +36,63 @@ void ema_loop(Compute<Weight>* average, const Weight* param, int64_t count,
   for (int64_t i = 0; i < count; ++i) average[i] = ema(average[i], load(param[i]), weight);
 }
 
+// Random bits of an element: of a block, whose elements share the upper half of their index.
+inline uint32_t block_key(uint32_t ema_key, int average, int64_t begin) {
+  return mix(ema_key ^ static_cast<uint32_t>(average)) ^ mix(static_cast<uint32_t>(begin >> 32));
+}
+
+template <class Weight>
+void rounded_ema_loop(BFloat16* average, const Weight* param, int64_t count, float weight,
+                      uint32_t key, uint32_t first) {
+  FUSED_EMA_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) {
+    const float moved = ema(load(average[i]), load(param[i]), weight);
+    average[i] = round_bfloat16(moved, mix(key ^ (first + static_cast<uint32_t>(i))));
+  }
+}
+
+template <bool before, class Weight>
+void delta_loop(Half* delta, const float* old, const Weight* param, int64_t count, float weight,
+                uint32_t key, uint32_t first) {
+  FUSED_EMA_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) {
+    const float held = load(delta[i]) * (1 / delta_scale);
+    const float moved = ema_delta<before>(held, load(param[i]) - old[i], weight);
+    delta[i] = round_half(moved * delta_scale, mix(key ^ (first + static_cast<uint32_t>(i))));
+  }
+}
+
 template <class Layout>
 void ema_loops(const Piece& piece, void* const* emas, const double* weights, int64_t begin,
                int64_t count) {
   using Weight = typename Layout::Weight;
   const Weight* param = static_cast<const Weight*>(piece.pointers[Layout::has_master]) + begin;
   for (int k = 0; k < piece.num_emas; ++k) {
-    auto* average = static_cast<Compute<Weight>*>(emas[k]) + begin;
-    ema_loop<Weight>(average, param, count, static_cast<Compute<Weight>>(weights[k]));
+    const auto weight = static_cast<Compute<Weight>>(weights[k]);
+    if (piece.ema_format == EmaFormat::full) {
+      ema_loop<Weight>(static_cast<Compute<Weight>*>(emas[k]) + begin, param, count, weight);
+    } else if constexpr (std::is_same_v<Compute<Weight>, float>) {
+      rounded_ema_loop<Weight>(static_cast<BFloat16*>(emas[k]) + begin, param, count, weight,
+                               block_key(piece.ema_key, k, begin), static_cast<uint32_t>(begin));
+    }
+  }
+}
+
+// Steps a block whose averages are differences: they move with the parameter's change.
+template <class Layout, class Step>
+void delta_block(const Piece& piece, void* const* emas, const double* weights, int64_t begin,
+                 int64_t count, Step step) {
+  using Weight = typename Layout::Weight;
+  if constexpr (std::is_same_v<Compute<Weight>, float>) {
+    const Weight* param = static_cast<const Weight*>(piece.pointers[Layout::has_master]) + begin;
+    float old[block];
+    for (int64_t i = 0; i < count; ++i) old[i] = load(param[i]);
+    step();
+    for (int k = 0; k < piece.num_emas; ++k) {
+      const auto move = piece.ema_before ? delta_loop<true, Weight> : delta_loop<false, Weight>;
+      move(static_cast<Half*>(emas[k]) + begin, old, param, count, static_cast<float>(weights[k]),
+           block_key(piece.ema_key, k, begin), static_cast<uint32_t>(begin));
+    }
   }
 }
 
@@ -53,11 +102,20 @@ void step_piece(const Piece& piece) {
   const typename Rule::template Scalars<Value> scalars(piece.row, piece.grad_factor);
   const double* weights = piece.row + Rule::scalars.size();
   void* const* emas = piece.pointers + 1 + Layout::has_master + Rule::num_states;
-  for (int64_t begin = piece.begin; begin < piece.end; begin += block) {
-    const int64_t count = piece.end - begin < block ? piece.end - begin : block;
+  int64_t count = 0;
+  for (int64_t begin = piece.begin; begin < piece.end; begin += count) {
+    // blocks begin at multiples of their size, so that none crosses one of 2^32
+    count = std::min(piece.end - begin, block - begin % block);
+    const auto step = [&] {
+      if (piece.grad != nullptr)
+        rule_loop<Rule, Layout>(piece.pointers, piece.grad, begin, count, scalars);
+    };
+    if (piece.ema_format == EmaFormat::delta) {
+      delta_block<Layout>(piece, emas, weights, begin, count, step);
+      continue;
+    }
     if (piece.ema_before) ema_loops<Layout>(piece, emas, weights, begin, count);
-    if (piece.grad != nullptr)
-      rule_loop<Rule, Layout>(piece.pointers, piece.grad, begin, count, scalars);
+    step();
     if (!piece.ema_before) ema_loops<Layout>(piece, emas, weights, begin, count);
   }
 }

@@ -2,8 +2,10 @@
 //
 // All of them give the same bits: no contraction to fused multiply-adds (-ffp-contract=off), and
 // addition, multiplication, division and square root are correctly rounded at every vector width.
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
+#include <type_traits>
 
 #include "dispatch.h"
 #include "kernels.h"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import formats
 from ..buckets import Bucket, Slot
 from ..rules import ema_update
 from ..sharding import local
@@ -29,6 +30,7 @@ class Row(NamedTuple):
     scalars: Any
     weights: Sequence[float]
     kappa: float
+    seed: int
     slots: list[Slot]
 
 
@@ -59,7 +61,12 @@ class EagerPlan:
                 step = slot.state["step"].item() + fold.kappas[slot.group]
             members.setdefault((slot.group, step), []).append(slot)
         self.rows = [
-            Row(*fold(group, step), fold.kappas[group], slots)
+            Row(
+                *fold(group, step),
+                fold.kappas[group],
+                0 if key.ema_format == "full" else fold.seed(group),
+                slots,
+            )
             for (group, step), slots in members.items()
         ]
         return True
@@ -82,12 +89,20 @@ class EagerPlan:
 
     def step_row(self, row: Row, wrap: Wrap, control: Tensor | None) -> None:
         """Rule and averages of one row, in place."""
-        if self.bucket.key.ema_order == "before":
-            self._move_averages(row, wrap)
+        key = self.bucket.key
+        if key.ema_format == "delta":
+            old = [weight.clone() for weight in self._weights(row)]
+            if row.scalars:
+                self._apply_rule(row, wrap, control)
+            self._move_differences(row, old)
+            return
+        move = self._move_averages if key.ema_format == "full" else self._move_rounded
+        if key.ema_order == "before":
+            move(row, wrap)
         if row.scalars:
             self._apply_rule(row, wrap, control)
-        if self.bucket.key.ema_order == "after":
-            self._move_averages(row, wrap)
+        if key.ema_order == "after":
+            move(row, wrap)
 
     def _apply_rule(self, row: Row, wrap: Wrap, control: Tensor | None) -> None:
         grad = wrap([real(slot.param.grad) for slot in row.slots if slot.param.grad is not None])
@@ -112,11 +127,29 @@ class EagerPlan:
     def _move_averages(self, row: Row, wrap: Wrap) -> None:
         for key, weight in zip(self.bucket.key.emas, row.weights, strict=True):
             ema = wrap([real(slot.state[key]) for slot in row.slots])
-            held = [
-                slot.state["master"] if self.bucket.key.master else slot.param for slot in row.slots
-            ]
-            param = wrap([real(weight) for weight in held])
+            param = wrap(self._weights(row))
             ema_update(ema, param.to(self._dtype), weight)
+
+    def _weights(self, row: Row) -> list[Tensor]:
+        """What averages follow: the parameters, or their masters."""
+        master = self.bucket.key.master
+        return [real(slot.state["master"] if master else slot.param) for slot in row.slots]
+
+    @torch.no_grad()
+    def _move_rounded(self, row: Row, wrap: Wrap) -> None:
+        for k, (key, weight) in enumerate(zip(self.bucket.key.emas, row.weights, strict=True)):
+            for slot, param in zip(row.slots, self._weights(row), strict=True):
+                bits = formats.element_bits(row.seed, slot.place, k, real(slot.param))
+                formats.follow(real(slot.state[key]), param.float(), weight, bits)
+
+    @torch.no_grad()
+    def _move_differences(self, row: Row, old: list[Tensor]) -> None:
+        before = self.bucket.key.ema_order == "before"
+        for k, (key, weight) in enumerate(zip(self.bucket.key.emas, row.weights, strict=True)):
+            for slot, param, was in zip(row.slots, self._weights(row), old, strict=True):
+                bits = formats.element_bits(row.seed, slot.place, k, real(slot.param))
+                change = param.float() - was.float()
+                formats.follow_delta(real(slot.state[key]), change, weight, bits, before)
 
 
 def check_grad(grad: Tensor, param: Tensor) -> None:

@@ -22,6 +22,9 @@ class Fold(Protocol):
     def kappas(self) -> Sequence[float]:
         """``kappa`` of every param group."""
 
+    def seed(self, group: int) -> int:
+        """Of the random bits that round a group's averages: 32 bits."""
+
     def __call__(self, group: int, step: float | None) -> Scalars:
         """A group's scalars after ``step`` base steps; None: no gradient, averages alone."""
 

@@ -28,6 +28,8 @@ def unsupported(bucket: Bucket) -> str | None:
         return "device cpu (supported: Triton's, and the CPU with TRITON_INTERPRET=1)"
     if device.type != "cpu" and interpreted():
         return f"device {device} (supported: cpu, because of TRITON_INTERPRET=1)"
+    if bucket.key.ema_format != "full":
+        return f"ema_format={bucket.key.ema_format!r}"
     return dense.unsupported(bucket, RULES)
 
 

@@ -130,7 +130,7 @@ class Bucket {
       pointers.erase(pointers.begin() + 1);
       const double* row = table_.data() + i % num_rows * row_size_;
       cpu.kernel({pointers.data(), grad, 0, sizes_[i].numel, row, grad_factor, kind_.num_emas,
-                  kind_.ema_before});
+                  kind_.ema_before, EmaFormat::full, 0});
     }
   }
 

@@ -1,0 +1,106 @@
+"""How far 16-bit averages are from exact ones; prints tables in Markdown.
+
+``python -m bench.ema_error``: on weights that travel to an independent target, and in training a
+small network on scikit-learn's digits. Takes about two minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from fused_ema import FusedScaledAdamW, FusedScaledSGD, formats
+
+RHOS = (0.99, 0.999, 0.9999)
+STEPS = 10_000
+KINDS = ("full", "nearest", "bf16", "delta")
+NAMES = {
+    "full": "float32",
+    "nearest": "bfloat16, to nearest",
+    "bf16": '`"bf16"`',
+    "delta": '`"delta"`',
+}
+Run = Iterator[tuple[Sequence[Tensor], list[list[Tensor]]]]
+
+
+def travelling(form: str) -> Run:
+    """SGD whose gradients lead from random weights to others, evenly."""
+    generator = torch.Generator().manual_seed(0)
+    start, target = (torch.randn(20_000, generator=generator) for _ in "ab")
+    p = nn.Parameter(start.clone())
+    opt = FusedScaledSGD([p], lr=1.0, ema_decay=RHOS, ema_format=form)
+    for _ in range(STEPS):
+        p.grad = (start - target) / STEPS
+        opt.step()
+        yield [p], averages(opt, [p])
+
+
+def training(form: str) -> Run:
+    """AdamW on a network of 64-128-10 and random batches of 128 digits."""
+    torch.manual_seed(0)
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images, dtype=torch.float32) / 16.0, torch.tensor(labels)
+    model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 10))
+    params = list(model.parameters())
+    opt = FusedScaledAdamW(params, lr=1e-3, weight_decay=0.05, ema_decay=RHOS, ema_format=form)
+    for _ in range(STEPS):
+        batch = torch.randint(len(x), (128,))
+        opt.zero_grad()
+        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        opt.step()
+        yield params, averages(opt, params)
+
+
+def averages(opt: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What the optimizer's averages stand for, by decay."""
+    keys = ["ema", "ema_1", "ema_2"]
+    return [[formats.average(opt.state[p][key], p.detach()) for p in params] for key in keys]
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().double().ravel() for tensor in tensors])
+
+
+def errors(run: Callable[[str], Run], kind: str) -> list[tuple[float, float]]:
+    """Of each decay: the error relative to the weights, and to the average's distance from them."""
+    exact: list[Tensor] = []
+    nearest: list[Tensor] = []
+    for params, held in run("full" if kind == "nearest" else kind):
+        weights = flat(params)
+        if not exact:
+            # both problems' averages start at the weights before the first step; so do these, but
+            # for that step, which is the same for all
+            exact = [flat(average) for average in held]
+            nearest = [average.float().bfloat16() for average in exact]
+            continue
+        exact = [rho * old + (1.0 - rho) * weights for rho, old in zip(RHOS, exact, strict=True)]
+        nearest = [
+            old.float().lerp(weights.float(), 1.0 - rho).bfloat16()
+            for rho, old in zip(RHOS, nearest, strict=True)
+        ]
+    found = [n.double() for n in nearest] if kind == "nearest" else [flat(h) for h in held]
+    return [
+        (float((f - e).norm() / weights.norm()), float((f - e).norm() / (e - weights).norm()))
+        for f, e in zip(found, exact, strict=True)
+    ]
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.2g} %" if value >= 1e-5 else "< 0.001 %"
+
+
+def main() -> None:
+    for title, run in (("travelling weights", travelling), ("digits, AdamW", training)):
+        print(f"| {title} | " + " | ".join(f"ρ = {rho}" for rho in RHOS) + " |")
+        print("|---|" + "---|" * len(RHOS))
+        for kind in KINDS:
+            cells = [f"{percent(a)}, {percent(b)}" for a, b in errors(run, kind)]
+            print(f"| {NAMES[kind]} | " + " | ".join(cells) + " |", flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+// Stochastic rounding: fused_ema/formats.py holds the same operations under the same names.
+#pragma once
+
+#include "numeric.h"
+
+namespace fused_ema {
+
+// How averages are stored: in the arithmetic's type, in bfloat16, or as scaled differences to the
+// weights in float16.
+enum class EmaFormat { full, bf16, delta };
+
+constexpr float delta_scale = 1024;
+constexpr float largest_half = 65504;
+
+// 32 bits from 32 bits, each of them dependent on all: MurmurHash3's finalizer.
+FUSED_EMA_INLINE uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x85ebca6bu;
+  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+// Up with the probability of what is cut off; a NaN stays one.
+FUSED_EMA_INLINE BFloat16 round_bfloat16(float value, uint32_t bits) {
+  const uint32_t rounded = (as_bits(value) + (bits >> 16)) >> 16;
+  const bool is_nan = (as_bits(value) & 0x7fffffffu) > 0x7f800000u;
+  return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+}
+
+// Likewise; cut off at the largest number. Selects instead of branches, to vectorise.
+FUSED_EMA_INLINE Half round_half(float value, uint32_t bits) {
+  const uint32_t pattern = as_bits(value) & 0x7fffffffu;
+  const float magnitude = as_float(pattern) < largest_half ? as_float(pattern) : largest_half;
+  const uint32_t low = bits >> 19;
+  const uint32_t normal = (as_bits(magnitude) - (112u << 23) + low) >> 13;
+  const float units = magnitude < 0x1p-14f ? magnitude * 0x1p24f : 0.0f;
+  const uint32_t subnormal = static_cast<uint32_t>(
+      static_cast<int32_t>(units + static_cast<float>(static_cast<int32_t>(low)) * 0x1p-13f));
+  uint32_t result = magnitude < 0x1p-14f ? subnormal : normal;
+  result = pattern > 0x7f800000u ? 0x7e00u : result | ((as_bits(value) >> 16) & 0x8000u);
+  return {static_cast<uint16_t>(result)};
+}
+
+}  // namespace fused_ema

@@ -1,0 +1,119 @@
+"""Averages in 16 bits: rounded stochastically, or kept as differences to the weights.
+
+``"full"``: in the arithmetic's dtype. ``"bf16"``: the average in bfloat16. ``"delta"``: ``ema - p``
+times :data:`SCALE` in float16, which keeps 10 bits of what is small where the average itself keeps
+7. Rounding to nearest would lose every change of less than half a unit; stochastic rounding goes up
+as often as the rest asks for, which is right on average. Its random bits are a hash of seed, step,
+tensor and element: the same for every backend, number of threads and process.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMATS = ("full", "bf16", "delta")
+DTYPES = {"bf16": torch.bfloat16, "delta": torch.float16}
+# Differences from 6e-8 to 64 have all bits of a float16, smaller ones lose some down to 6e-11.
+SCALE = 1024.0
+LARGEST = 65504.0  # of float16; larger differences are cut off
+MASK = 0xFFFFFFFF
+
+
+def mix(x: Any) -> Any:
+    """32 bits from 32 bits, each of them dependent on all: MurmurHash3's finalizer.
+
+    ``x`` is an int or an int64 tensor, whose products may overflow: the low bits stay right.
+    """
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & MASK
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & MASK
+    return x ^ (x >> 16)
+
+
+def step_seed(seed: int, base_steps: float) -> int:
+    """32 bits of a step, from those of its count."""
+    (bits,) = struct.unpack("<Q", struct.pack("<d", base_steps))
+    return int(mix(mix(seed & MASK ^ bits & MASK) ^ bits >> 32))
+
+
+def element_bits(seed: int, tensor: int, average: int, like: Tensor) -> Tensor:
+    """32 random bits for every element, int64, by its place in memory.
+
+    Args:
+        seed: of the step, see :func:`step_seed`.
+        tensor: which parameter of the optimizer.
+        average: which of its averages.
+        like: a tensor in the parameter's order.
+    """
+    key = mix(mix(seed ^ mix(tensor)) ^ average)
+    index = torch.arange(like.numel(), device=like.device)
+    place = torch.empty_like(like, dtype=torch.int64)
+    if place.stride() == like.stride() and like.numel():
+        place = index.as_strided(like.shape, like.stride())
+    else:
+        place = index.view(like.shape)
+    return mix(key ^ (place & MASK) ^ mix(place >> 32))  # type: ignore[no-any-return]
+
+
+def round_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
+    """float32 to bfloat16, up with the probability of what is cut off; a NaN stays one."""
+    pattern = value.view(torch.int32).to(torch.int64) & MASK
+    rounded = (pattern + (bits >> 16)) >> 16
+    return _as(torch.bfloat16, torch.where(value.isnan(), 0x7FC0, rounded))
+
+
+def round_float16(value: Tensor, bits: Tensor) -> Tensor:
+    """float32 to float16 likewise; cut off at its largest number."""
+    pattern = value.view(torch.int32).to(torch.int64) & MASK
+    magnitude = value.abs().clamp(max=LARGEST)
+    low = bits >> 19
+    normal = ((magnitude.view(torch.int32).to(torch.int64)) - (112 << 23) + low) >> 13
+    subnormal = (magnitude * 2.0**24 + low * 2.0**-13).nan_to_num(0.0).to(torch.int64)
+    result = torch.where(magnitude < 2.0**-14, subnormal, normal) | (pattern >> 16 & 0x8000)
+    return _as(torch.float16, torch.where(value.isnan(), 0x7E00, result))
+
+
+def _as(dtype: torch.dtype, pattern: Tensor) -> Tensor:
+    signed = torch.where(pattern >= 0x8000, pattern - 0x10000, pattern)
+    return signed.to(torch.int16).view(dtype)
+
+
+def follow(ema: Tensor, param: Tensor, weight: float, bits: Tensor) -> None:
+    """Move a bfloat16 average in place: ``ema + weight*(param - ema)``, computed in float32."""
+    old, w = ema.float(), torch.tensor(weight, dtype=torch.float32, device=ema.device)
+    change = param - old
+    new = old + w * change if w < 0.5 else param - change * (1.0 - w)
+    ema.copy_(round_bfloat16(new, bits))
+
+
+def follow_delta(delta: Tensor, change: Tensor, weight: float, bits: Tensor, before: bool) -> None:
+    """Move a difference in place, for parameters that have moved by ``change``, in float32.
+
+    ``d <- (1 - weight)*(d - change)``, or of averages that take the old parameters ("before")
+    ``d <- (1 - weight)*d - change``.
+    """
+    w = torch.tensor(weight, dtype=torch.float32, device=delta.device)
+    old = delta.float() * (1.0 / SCALE)
+    rest = old if before else old - change
+    new = rest - w * rest
+    if before:
+        new = new - change
+    delta.copy_(round_float16(new * SCALE, bits))
+
+
+def average(stored: Tensor, param: Tensor) -> Tensor:
+    """The average that ``stored`` stands for beside weights ``param``: itself, or ``p + d``."""
+    if stored.dtype != torch.float16:
+        return stored
+    return param.float() + stored.float() * (1.0 / SCALE)
+
+
+def stored(value: Tensor, param: Tensor, form: str) -> Tensor:
+    """An average as the format keeps it, rounded to nearest."""
+    if form == "delta":
+        scaled = (value.float() - param.float()) * SCALE
+        return scaled.clamp(-LARGEST, LARGEST).to(torch.float16)
+    return value.to(DTYPES.get(form, value.dtype))

@@ -1,0 +1,257 @@
+"""Averages in 16 bits: the rounding, its random bits, and what the formats lose."""
+
+from __future__ import annotations
+
+import copy
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+import twins
+from cases import CHANNELS_LAST, CHUNK, FEW
+from torch import nn
+
+from fused_ema import FusedEMA, FusedScaledAdamW, FusedScaledSGD, _native, formats, load_ema
+
+SHAPES = (*FEW, (CHUNK + 300,), CHANNELS_LAST[0])
+DEVICELESS = ("reference", "foreach", "native")
+ROUND = {torch.bfloat16: formats.round_bfloat16, torch.float16: formats.round_float16}
+
+
+def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
+    params = twins.parameters(SHAPES, dtype, seed=seed)
+    for p in params:
+        if p.dim() == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return params
+
+
+def neighbours(value: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers of the format next to a value, towards zero and away from it."""
+    near = value.to(dtype)
+    outwards = torch.full_like(near, float("inf")).copysign(near)
+    inner = torch.where(near.abs() > value.abs(), torch.nextafter(near, 0 * near), near)
+    outer = torch.where(near.abs() < value.abs(), torch.nextafter(near, outwards), near)
+    return inner.double(), outer.double()
+
+
+@pytest.mark.parametrize("dtype", ROUND, ids=str)
+def test_rounding_is_unbiased_between_neighbours(dtype):
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-7.2, 4, 200) if dtype == torch.float16 else torch.logspace(-30, 30, 200)
+    values = torch.randn(200, generator=generator) * scale
+    values[:4] = torch.tensor([0.0, -0.0, 1.0, -0.5])
+    draws = 4096
+    bits = formats.element_bits(7, 0, 0, torch.empty(draws, 200))
+    rounded = ROUND[dtype](values.expand(draws, 200).contiguous(), bits).double()
+    inner, outer = neighbours(values, dtype)
+    assert bool(((rounded == inner) | (rounded == outer)).all())
+    gap = (outer - inner).abs()
+    bias = (rounded.mean(0) - values.double()).abs()
+    # four standard errors of a mean of draws that are at most a gap apart, and the bits' own unit
+    assert bool((bias <= gap * (4 * 0.5 / draws**0.5 + 2.0**-13)).all())
+
+
+def test_special_numbers():
+    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 1e38, -7e4, 65504.0])
+    bits = torch.full((6,), formats.MASK)
+    bf16 = formats.round_bfloat16(special, bits)
+    assert torch.equal(bf16[:2], special[:2].bfloat16())
+    assert bool(bf16[2].isnan())
+    half = formats.round_float16(special, bits)
+    expected = [65504.0, -65504.0, None, 65504.0, -65504.0, 65504.0]
+    assert [v.item() for i, v in enumerate(half) if i != 2] == [e for e in expected if e]
+    assert bool(half[2].isnan())
+
+
+def test_the_hash_is_murmurs():
+    """The finalizer in numpy, whose integers wrap by themselves, on ints and tensors alike."""
+
+    def finalizer(h: np.ndarray) -> np.ndarray:
+        h = h ^ (h >> np.uint32(16))
+        h = h * np.uint32(0x85EBCA6B)
+        h = h ^ (h >> np.uint32(13))
+        h = h * np.uint32(0xC2B2AE35)
+        return h ^ (h >> np.uint32(16))
+
+    numbers = np.array([0, 1, 2, 0xFFFFFFFF, 0x80000000, 123456789], dtype=np.uint32)
+    expected = finalizer(numbers).astype(np.int64)
+    assert torch.equal(
+        formats.mix(torch.from_numpy(numbers.astype(np.int64))), torch.from_numpy(expected)
+    )
+    assert [formats.mix(int(n)) for n in numbers] == expected.tolist()
+
+
+def test_bits_differ_by_seed_step_tensor_average_and_element():
+    like = torch.empty(4096)
+    keys = [(s, b, t, k) for s in (0, 1) for b in (0.0, 1.0, 2.5) for t in (0, 1) for k in (0, 1)]
+    drawn = torch.stack(
+        [formats.element_bits(formats.step_seed(s, b), t, k, like) for s, b, t, k in keys]
+    )
+    ones = torch.stack([(drawn >> bit & 1).double() for bit in range(32)])
+    # of 4096 fair coins: five standard deviations
+    assert bool(((ones.mean(-1) - 0.5).abs() < 5 * 0.5 / 64).all())
+    top = ones[31] * 2 - 1
+    correlation = (top @ top.T / 4096).fill_diagonal_(0.0)
+    assert float(correlation.abs().max()) < 5 / 64
+
+
+def run(form: str, backend: str, dtype=torch.float32, steps: int = 4, **options):
+    params = parameters(dtype)
+    options = {"lr": 1e-2, "ema_decay": (0.9, 0.3), "kappa": 2.0, **options}
+    opt = FusedScaledAdamW(params, ema_format=form, ema_seed=5, backend=backend, **options)
+    for step in range(steps):
+        twins.set_gradients(step, params)
+        if step == 2:
+            params[2].grad = None
+        opt.step()
+    assert set(opt.backends) == {backend}
+    return opt, params
+
+
+@pytest.mark.parametrize("order", ["after", "before"])
+@pytest.mark.parametrize("master", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["bf16", "delta"])
+def test_the_native_loop_gives_the_bits_of_the_specification(
+    form, dtype, master, order, monkeypatch
+):
+    options = {"dtype": dtype, "master_weights": master, "ema_order": order}
+    expected, params = run(form, "reference", **options)
+    for target in _native.cpu_targets():
+        monkeypatch.setenv("FUSED_EMA_CPU", target)
+        found, others = run(form, "native", **options)
+        for p, q in zip(params, others, strict=True):
+            for key in ("ema", "ema_1"):
+                kept = expected.state[p][key]
+                assert kept.dtype == formats.DTYPES[form]
+                # weights may differ in a last bit, and with them what is rounded
+                same = torch.eq(found.state[q][key], kept).double().mean() if p.numel() else 1.0
+                assert same > 0.99 or p.numel() < 50
+                ulp = 2.0**-7 if form == "bf16" else 2.0**-9
+                torch.testing.assert_close(found.state[q][key], kept, rtol=ulp, atol=2e-3)
+
+
+def test_bits_do_not_depend_on_threads_or_targets(monkeypatch):
+    results = []
+    try:
+        for threads, target in ((1, "baseline"), (2, "baseline"), (3, _native.cpu_targets()[0])):
+            torch.set_num_threads(threads)
+            monkeypatch.setenv("FUSED_EMA_CPU", target)
+            for form in ("bf16", "delta"):
+                opt, params = run(form, "native")
+                results.append([opt.state[p][key] for p in params for key in ("ema", "ema_1")])
+    finally:
+        torch.set_num_threads(2)
+    for k in (0, 1):
+        for other in results[k + 2 :: 2]:
+            for a, b in zip(results[k], other, strict=True):
+                assert torch.equal(a, b)
+
+
+def simulated(form: str, rho: float, steps: int) -> float:
+    """Error of an average, relative to its distance from weights that travel to a random target."""
+    generator = torch.Generator().manual_seed(0)
+    start, target = (torch.randn(20_000, generator=generator) for _ in "ab")
+    p = nn.Parameter(start.clone())
+    opt = FusedScaledSGD([p], lr=1.0, ema_decay=rho, ema_format=form)
+    exact = start.double()
+    for _ in range(steps):
+        p.grad = (start - target) / steps
+        opt.step()
+        exact = rho * exact + (1 - rho) * p.detach().double()
+    found = formats.average(opt.state[p]["ema"], p.detach()).double()
+    return float((found - exact).norm() / (exact - p.detach().double()).norm())
+
+
+@pytest.mark.parametrize("rho", [0.99, 0.999, 0.9999])
+def test_a_difference_stays_close(rho):
+    error = simulated("delta", rho, 3000)
+    assert error < 0.1
+    assert error < simulated("bf16", rho, 3000)
+
+
+def test_formats_are_read_as_averages():
+    model = nn.Linear(4, 3)
+    opt = FusedScaledSGD(model.parameters(), lr=0.1, ema_decay=0.5, ema_format="delta", model=model)
+    full = copy.deepcopy(model)
+    twin = FusedScaledSGD(full.parameters(), lr=0.1, ema_decay=0.5)
+    for step in range(3):
+        twins.set_gradients(step, list(model.parameters()), list(full.parameters()))
+        opt.step()
+        twin.step()
+    assert opt.state[model.weight]["ema"].dtype == torch.float16
+    average, exact = opt.ema_state_dict(model), twin.ema_state_dict(full)
+    other = nn.Linear(4, 3)
+    opt.copy_ema_to(other)
+    weights = [p.detach().clone() for p in model.parameters()]
+    with opt.ema_weights():
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, average[key])
+            assert torch.equal(value, other.state_dict()[key])
+            torch.testing.assert_close(value, exact[key], rtol=0.0, atol=2e-3)
+    assert all(map(torch.equal, weights, model.parameters()))
+
+
+@pytest.mark.parametrize("form", ["bf16", "delta"])
+def test_a_resumed_run_is_bit_exact(form):
+    opt, params = run(form, "native")
+    others = parameters()
+    other = FusedScaledAdamW(others, lr=1e-2, ema_decay=(0.9, 0.3), ema_format=form)
+    other.load_state_dict(deepcopy(opt.state_dict()))
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p)
+    for step in range(4, 7):
+        twins.set_gradients(step, params, others)
+        opt.step()
+        other.step()
+        for p, q in zip(params, others, strict=True):
+            assert torch.equal(opt.state[p]["ema"], other.state[q]["ema"])
+
+
+def test_the_format_may_change():
+    """The average goes on, rounded where it must be."""
+    params, others = parameters(), parameters()
+    opt, twin = (FusedScaledSGD(p, lr=0.1, ema_decay=0.9) for p in (params, others))
+    for step, form in enumerate(("full", "delta", "delta", "bf16", "full")):
+        opt.param_groups[0]["ema_format"] = form
+        twins.set_gradients(step, params, others)
+        opt.step()
+        twin.step()
+        for p, q in zip(params, others, strict=True):
+            found = formats.average(opt.state[p]["ema"], p.detach())
+            assert opt.state[p]["ema"].dtype == formats.DTYPES.get(form, torch.float32)
+            torch.testing.assert_close(found.float(), twin.state[q]["ema"], rtol=2e-2, atol=1e-2)
+
+
+def test_a_bfloat16_teacher():
+    model = nn.Linear(4, 3)
+    teacher = copy.deepcopy(model).bfloat16()
+    opt = FusedScaledSGD(model.parameters(), ema_decay=0.5, ema=teacher, ema_format="bf16")
+    twins.set_gradients(0, list(model.parameters()))
+    opt.step()
+    assert opt.state[model.weight]["ema"] is teacher.weight
+    with pytest.raises(ValueError, match=r"ema: a teacher with ema_format=\['delta'\]"):
+        FusedScaledSGD(model.parameters(), ema_decay=0.5, ema=teacher, ema_format="delta")
+    with pytest.raises(ValueError, match=r"has dtype torch\.bfloat16"):
+        FusedScaledSGD(model.parameters(), ema_decay=0.5, ema=teacher)
+
+
+def test_what_the_formats_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="ema_format='fp8' is not known"):
+        FusedScaledSGD(parameters(), ema_decay=0.9, ema_format="fp8")
+    opt = FusedScaledSGD(parameters(torch.float64), ema_decay=0.9, ema_format="delta")
+    with pytest.raises(
+        TypeError, match=r"ema_format='delta': a parameter has dtype torch\.float64"
+    ):
+        opt.step()
+    opt = FusedScaledSGD(parameters(), ema_decay=0.9, ema_format="delta", backend="triton")
+    with pytest.raises(RuntimeError, match="triton: ema_format='delta'"):
+        opt.step()
+    with pytest.raises(ValueError, match="ema_format='delta': another optimizer moves the weights"):
+        FusedEMA(torch.optim.SGD(parameters(), lr=0.1), 0.9, ema_format="delta")
+    model = nn.Linear(2, 2)
+    opt = FusedScaledSGD(model.parameters(), ema_decay=0.9, ema_format="delta")
+    with pytest.raises(ValueError, match="ema_format='delta'; allowed"):
+        load_ema(opt, model, model.state_dict())
