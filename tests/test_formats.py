@@ -114,9 +114,8 @@ def run(form: str, backend: str, dtype=torch.float32, steps: int = 4, **options)
 @pytest.mark.parametrize("master", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", ["bf16", "delta"])
-def test_the_native_loop_gives_the_bits_of_the_specification(
-    form, dtype, master, order, monkeypatch
-):
+def test_the_native_loop_follows_the_specification(form, dtype, master, order, monkeypatch):
+    """The same bits, but where a weight differs in its last one and the rounding with it."""
     options = {"dtype": dtype, "master_weights": master, "ema_order": order}
     expected, params = run(form, "reference", **options)
     for target in _native.cpu_targets():
@@ -124,13 +123,14 @@ def test_the_native_loop_gives_the_bits_of_the_specification(
         found, others = run(form, "native", **options)
         for p, q in zip(params, others, strict=True):
             for key in ("ema", "ema_1"):
-                kept = expected.state[p][key]
-                assert kept.dtype == formats.DTYPES[form]
-                # weights may differ in a last bit, and with them what is rounded
-                same = torch.eq(found.state[q][key], kept).double().mean() if p.numel() else 1.0
-                assert same > 0.99 or p.numel() < 50
-                ulp = 2.0**-7 if form == "bf16" else 2.0**-9
-                torch.testing.assert_close(found.state[q][key], kept, rtol=ulp, atol=2e-3)
+                kept, other = expected.state[p][key], found.state[q][key]
+                assert kept.dtype == other.dtype == formats.DTYPES[form]
+                assert int((kept != other).sum()) <= 0.01 * p.numel()
+                averages = (
+                    formats.average(s[key], s.get("master", w.detach())).float()
+                    for s, w in ((expected.state[p], p), (found.state[q], q))
+                )
+                torch.testing.assert_close(*averages, rtol=2.0**-7, atol=2e-5)
 
 
 def test_bits_do_not_depend_on_threads_or_targets(monkeypatch):
