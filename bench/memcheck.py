@@ -30,8 +30,9 @@ OFFSETS = (0, 1)  # elements from an aligned address
 
 RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("FusedScaledSGD", {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "ema_order": "before"}),
-    ("FusedScaledAdam", {"amsgrad": True, "weight_decay": 0.1}),
+    ("FusedScaledAdam", {"amsgrad": True, "weight_decay": 0.1, "max_grad_norm": 1.0}),
     ("FusedScaledAdamW", {"ema_decay": (0.9, 0.99, 0.999), "kappa": 2.0}),
+    ("FusedScaledAdamW", {"master_weights": True, "max_grad_norm": 1.0}),
 )
 
 

@@ -186,3 +186,45 @@ def test_kernels_agree_bit_for_bit(monkeypatch):
         results.append([t.cpu() for p in params for t in (p.detach(), *opt.state[p].values())])
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_scaler_skips_and_clips_as_on_the_cpu(kernels, capturable):
+    params, others = parameters(), on_cpu()
+    options = {"ema_decay": 0.9, "max_grad_norm": 1.0, "kappa": 2.0}
+    opt = fused_ema.FusedScaledAdamW(params, backend=kernels, capturable=capturable, **options)
+    twin = fused_ema.FusedScaledAdamW(others, backend="reference", **options)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    scaler.scale(torch.zeros((), device="cuda"))
+    for step in range(4):
+        set_gradients(step, others, params)
+        for p in params:
+            p.grad.mul_(scaler.get_scale())
+        if step == 2:
+            params[-1].grad[0] = float("inf")
+        else:
+            twin.step()
+        scaler.step(opt)
+        scaler.update()
+    assert_same(opt, twin)
+    torch.testing.assert_close(opt.grad_norm.cpu(), twin.grad_norm, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_masters_are_a_float32_run(kernels):
+    params = twins.parameters(SHAPES, torch.bfloat16, "cuda")
+    floats = [torch.nn.Parameter(p.detach().float()) for p in params]
+    opt, twin = (
+        fused_ema.FusedScaledAdamW(p, ema_decay=0.9, master_weights=True, backend=kernels)
+        for p in (params, floats)
+    )
+    for step in range(3):
+        set_gradients(step, params)
+        for p, q in zip(params, floats, strict=True):
+            q.grad = p.grad.float()
+        opt.step()
+        twin.step()
+    for p, q in zip(params, floats, strict=True):
+        assert torch.equal(opt.state[p]["master"], q)
+        assert torch.equal(p, q.to(torch.bfloat16))
