@@ -14,6 +14,7 @@ from .ema import decays, ema_keys
 from .ema_buffers import EmaBuffers
 from .formats import average
 from .sharding import fsdp_modules, is_sharded, reshard, resharded
+from .state import weights
 from .swap import swapped
 
 
@@ -123,7 +124,7 @@ class EmaAccess(Optimizer):
         self._complete_state()
         key = ema_keys(index + 1)[-1] if index >= 0 else ""
         found = {
-            param: average(self.state[param][key], self.state[param].get("master", param.detach()))
+            param: average(self.state[param][key], weights(param, self.state[param]))
             for group in self.param_groups
             if 0 <= index < len(decays(group["ema_decay"]))
             for param in group["params"]

@@ -50,11 +50,9 @@ def element_bits(seed: int, tensor: int, average: int, like: Tensor) -> Tensor:
     """
     key = mix(mix(seed ^ mix(tensor)) ^ average)
     index = torch.arange(like.numel(), device=like.device)
-    place = torch.empty_like(like, dtype=torch.int64)
-    if place.stride() == like.stride() and like.numel():
-        place = index.as_strided(like.shape, like.stride())
-    else:
-        place = index.view(like.shape)
+    # of memory with gaps the logical order: torch makes a tensor like it without them
+    dense = like.numel() > 0 and torch.empty_like(like).stride() == like.stride()
+    place = index.as_strided(like.shape, like.stride()) if dense else index.view(like.shape)
     return mix(key ^ (place & MASK) ^ mix(place >> 32))  # type: ignore[no-any-return]
 
 

@@ -20,7 +20,7 @@ from .ema_buffers import EmaBuffers, apply, resolve
 from .folding import Checked, plain_fields
 from .formats import FORMATS
 from .gradients import clipped, unscaling
-from .rules import FROZEN, Rule, check_choice
+from .rules import Rule, check_choice
 from .scaling import check_range
 from .sharding import reshard
 from .state import complete
@@ -385,11 +385,6 @@ class FusedScaledOptimizer(EmaAccess):
         check_ema_decay(values["ema_decay"])
         check_choice("ema_order", group["ema_order"], ("after", "before"))
         check_choice("ema_format", group["ema_format"], FORMATS)
-        if self.rule is FROZEN and group["ema_format"] == "delta":
-            raise ValueError(
-                "ema_format='delta': another optimizer moves the weights, so that a difference to "
-                "them means another average; allowed: 'full', 'bf16'"
-            )
         requested_backend(group, self.backend)
         if group["differentiable"] and self.max_grad_norm is not None:
             raise ValueError(

@@ -80,12 +80,21 @@ class NoScalars(NamedTuple):
     """Nothing to fold."""
 
 
+def check_frozen(group: Group) -> None:
+    scaling.check_kappa(group["kappa"])
+    if group["ema_format"] == "delta":
+        raise ValueError(
+            "ema_format='delta': another optimizer moves the weights, so that a difference to them "
+            "means another average; allowed: 'full', 'bf16'"
+        )
+
+
 # Parameters that no rule moves; their averages still follow them.
 FROZEN = Rule(
     name="frozen",
     numbers=("kappa",),
     flags=(),
-    check=lambda group: scaling.check_kappa(group["kappa"]),
+    check=check_frozen,
     states=lambda group: (),
     scale=lambda hyper: None,
     fold=lambda hyper, step: NoScalars(),

@@ -58,13 +58,19 @@ def complete(
             f"ema_format={form!r}: a parameter has dtype {param.dtype}; allowed: float32, bfloat16 "
             "or float16 parameters"
         )
-    weight = state["master"] if "master" in state else param.detach()
+    weight = weights(param, state)
     for key in emas:
         if key == "ema" and teacher is not None:
             check_teacher(teacher, param, "the teacher's tensor", form)
             state[key] = teacher
         else:
             state[key] = _average(state.get(key), weight, param, form, key)
+
+
+def weights(param: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """What the rule steps and averages follow: the master if there is one, or the parameter."""
+    held: Tensor = state["master"] if "master" in state else param.detach()
+    return held
 
 
 def _average(value: Tensor | None, weight: Tensor, param: Tensor, form: str, key: str) -> Tensor:

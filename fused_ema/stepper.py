@@ -34,6 +34,7 @@ class Stepper:
         folder: the scalars of the step at hand.
         plans: the buckets' plans, none before the first step.
         backends: their backends' names.
+        host_folded: whether the steps of some group are counted on the host.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Stepper:
         self._devices: list[torch.device] = []
         self._shards: Shards | None = None
         self._spreads: list[Spread | None] = []
-        self._host_folded = False
+        self.host_folded = False
 
     def prepare(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Read gradients and fold scalars; no parameter, state or average is written.
@@ -76,11 +77,6 @@ class Stepper:
     def forget(self) -> None:
         """Make the plans anew at the next step."""
         self._watch = None
-
-    @property
-    def host_folded(self) -> bool:
-        """Whether the steps of some group are counted on the host."""
-        return self._host_folded
 
     @torch.no_grad()
     def sums_of_squares(self) -> list[Tensor]:
@@ -108,7 +104,7 @@ class Stepper:
             plan.run(None if control is None else control.on(device))
 
     def _prepare_plans(self) -> bool:
-        if self._host_folded and any(map(graphs.is_capturing, set(self._devices))):
+        if self.host_folded and any(map(graphs.is_capturing, set(self._devices))):
             raise RuntimeError(
                 "step() is being captured in a CUDA graph, which would repeat this step's scalars "
                 "at every replay; make the optimizer with capturable=True"
@@ -138,7 +134,7 @@ class Stepper:
         self._devices = [bucket.key.device for bucket in buckets]
         self._spreads = [bucket.key.spread for bucket in buckets]
         self._shards = _shards(buckets) if any(self._spreads) else None
-        self._host_folded = not all(bucket.key.capturable for bucket in buckets)
+        self.host_folded = not all(bucket.key.capturable for bucket in buckets)
         chosen = [(select(bucket), bucket) for bucket in buckets]
         self.backends = tuple(backend.NAME for backend, _ in chosen)
         self.plans = [backend.plan(bucket) for backend, bucket in chosen]
