@@ -40,7 +40,8 @@ void define_cuda(py::module_& module) {
       .def("prepare", &cuda::Plan::prepare)
       .def("sum_of_squares", &cuda::Plan::sum_of_squares)
       .def("run", &cuda::Plan::run, arg("control") = py::none(), arg("scalars") = py::none())
-      .def_property_readonly("captured", &cuda::Plan::captured);
+      .def_property_readonly("captured", &cuda::Plan::captured)
+      .def_property_readonly("skipping", &cuda::Plan::slots);
   module.attr("HAS_CUDA") = true;
   module.attr("CUDA_VERSION") = cuda::version();
   module.attr("CUDA_ARCHITECTURES") = cuda::architectures();
@@ -60,6 +61,7 @@ PYBIND11_MODULE(_native, module) {
            arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"))
       .def("prepare", &Slots::prepare)
       .def("advance", &Slots::advance)
+      .def("uncount", &Slots::uncount)
       .def_property_readonly("num_words", &Slots::num_words)
       .def_property_readonly("num_changed", &Slots::num_changed)
       .def_property_readonly("num_rows", &Slots::num_rows)
@@ -67,15 +69,17 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("active", &Slots::active)
       .def("pack", &pack)
       .def("chunks", &Slots::chunks);
-  py::class_<cpu::Plan>(module, "Plan")
+  py::class_<cpu::Plan> cpu_plan(module, "Plan");
+  cpu_plan
       .def(
           py::init<std::string, std::shared_ptr<Slots>, bool, std::string, std::vector<uint32_t>>(),
           arg("rule"), arg("slots"), arg("ema_before"), arg("ema_format"), arg("tensors"))
       .def("prepare", &cpu::Plan::prepare)
       .def("sum_of_squares", &cpu::Plan::sum_of_squares)
       .def("run", &cpu::Plan::run, arg("control") = py::none())
-      .def_property_readonly("target", &cpu::Plan::target)
-      .attr("captured") = false;
+      .def_property_readonly("target", &cpu::Plan::target);
+  cpu_plan.attr("captured") = false;
+  cpu_plan.attr("skipping") = py::none();
   py::class_<Watch>(module, "Watch")
       .def(py::init<const py::list&, const py::dict&>())
       .def("unchanged", &Watch::unchanged);

@@ -99,8 +99,11 @@ bool Slots::prepare(const py::object& fold) {
     const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
     const bool active = takes_grads_ && grad.defined();
     if (!read_pointers(i, param) || (active && frozen_)) return false;
-    Row row{groups_[i], active, 0.0};
-    if (row.active && !capturable_) row.step = *counters_[i] + kappas[groups_[i]];
+    Row row{groups_[i], active, 0.0, 0.0};
+    if (row.active && !capturable_) {
+      row.before = *counters_[i];
+      row.step = row.before + kappas[groups_[i]];
+    }
     const auto address =
         reinterpret_cast<int64_t>(row.active ? grad_pointer(grad, param) : nullptr);
     const int64_t index = find_row(row);
@@ -170,7 +173,8 @@ bool Slots::same_strides(const at::Tensor& tensor, const Shape& shape) const {
 int64_t Slots::find_row(const Row& row) {
   // the parameters of a group nearly always share a count, so the newest row is the likely one
   for (size_t r = capturable_ ? 0 : rows_.size(); r-- > 0;)
-    if (rows_[r].group == row.group && rows_[r].active == row.active && rows_[r].step == row.step)
+    if (rows_[r].group == row.group && rows_[r].active == row.active &&
+        rows_[r].before == row.before)
       return static_cast<int64_t>(r);
   rows_.push_back(row);
   return static_cast<int64_t>(rows_.size()) - 1;
@@ -228,6 +232,14 @@ void Slots::advance() {
     for (size_t k = 2 + num_states_; k < slot_size(); ++k) bump_version(tensor[k]);
   }
   copies_.clear();
+}
+
+void Slots::uncount() {
+  for (size_t i = 0; i < size() && !capturable_; ++i) {
+    const Row& row = rows_[row_of_[i]];
+    const bool counted = row.active && read_counter(i, unpack(tensors(i)[1]));
+    if (counted && *counters_[i] == row.step) *counters_[i] = row.before;
+  }
 }
 
 int64_t Slots::num_words() const {

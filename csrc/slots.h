@@ -40,6 +40,9 @@ class Slots {
   // Counts the step that was prepared, tells autograd of it and drops copies of gradients.
   void advance();
 
+  // Takes the count of the last step back, where nobody else has written the counter since.
+  void uncount();
+
   int64_t num_words() const;
 
   // Words before the slots: what changes from step to step.
@@ -89,7 +92,8 @@ class Slots {
   struct Row {
     int group;
     bool active;  // has a gradient; else the averages alone move
-    double step;
+    double before;
+    double step;  // counted
   };
 
   // How a parameter lay when the slots were made.

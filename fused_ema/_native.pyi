@@ -29,6 +29,8 @@ class Slots:
     def prepare(self, fold: Fold) -> bool: ...
     def advance(self) -> None:
         """Count the prepared step, tell autograd of the writes, drop copies of gradients."""
+    def uncount(self) -> None:
+        """Take the count of the last step back; counters written by others stay."""
     @property
     def num_words(self) -> int: ...
     @property
@@ -50,6 +52,7 @@ class Plan:
     """A bucket of dense CPU tensors, stepped by the C++ kernels."""
 
     captured: bool
+    skipping: None
     def __init__(
         self, rule: str, slots: Slots, ema_before: bool, ema_format: str, tensors: Sequence[int]
     ) -> None:
@@ -68,6 +71,8 @@ class CudaPlan:
     @property
     def captured(self) -> bool:
         """Whether a CUDA graph uses memory that the plan owns."""
+    @property
+    def skipping(self) -> Slots: ...
     def prepare(self, fold: Fold) -> bool: ...
     def sum_of_squares(self) -> Tensor: ...
     def run(self, control: Tensor | None = None, scalars: Tensor | None = None) -> None: ...

@@ -154,6 +154,7 @@ class FusedEMA(FusedScaledOptimizer):
         """Let averages start at the weights before the step, and refuse what cannot be moved."""
         self._check_not_swapped("step()")
         self._follow_groups()
+        self._settle()
         with torch.inference_mode(False), torch.no_grad():
             self._stepper.prepare(self.param_groups, self.state)
 

@@ -6,7 +6,7 @@ Where averages do not move at every step, a group also counts the steps that the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,21 @@ def wait(groups: Sequence[dict[str, Any]], kappas: Sequence[float], moved: bool)
         skips, waited = group.get("ema_skips", 0), group.get("ema_waited", 0.0)
         group["ema_skips"] = 0 if moved else skips + 1
         group["ema_waited"] = 0.0 if moved else waited + kappa
+
+
+def counts(groups: Sequence[dict[str, Any]]) -> Callable[[], None]:
+    """Remember what groups count on the host; calling the result puts it back."""
+    fields = ("base_steps", "ema_skips", "ema_waited")
+    counting = [group for group in groups if not group["capturable"]]
+    held = [{field: group[field] for field in fields if field in group} for group in counting]
+
+    def put_back() -> None:
+        for group, values in zip(counting, held, strict=True):
+            for field in fields:
+                group.pop(field, None)
+            group.update(values)
+
+    return put_back
 
 
 def _amount(group: dict[str, Any], control: Control | None) -> Any:

@@ -38,6 +38,29 @@ class Control:
         return None if self.found_inf is None else (self.on(device)[1] == 0.0).double()
 
 
+class Verdict:
+    """Whether a step was skipped, to be asked later: nothing waits for the device until then.
+
+    Args:
+        found_inf: one element, not 0 if the step is skipped; copied.
+    """
+
+    def __init__(self, found_inf: Tensor) -> None:
+        on_device = not found_inf.is_cpu
+        # a copy into memory that is not pinned would wait
+        self._found_inf = torch.empty_like(found_inf, device="cpu", pin_memory=on_device)
+        self._found_inf.copy_(found_inf, non_blocking=True)
+        self._arrived = torch.Event(found_inf.device) if on_device else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def skipped(self) -> bool:
+        """Wait until the copy has arrived, if it has not."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._found_inf.item() != 0.0
+
+
 @torch.no_grad()
 def unscaling(grad_scale: Tensor | None, found_inf: Tensor | None) -> Control:
     """Multiply by ``1/grad_scale``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,28 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from . import checkpoint, clock
+from ._native import Slots
 from .access import EmaAccess
 from .backends import NAMES, requested_backend
 from .ema import EmaDecay, check_ema_decay, decays, only_half_life
 from .ema_buffers import EmaBuffers, apply, resolve
 from .folding import Checked, plain_fields
 from .formats import FORMATS
-from .gradients import clipped, unscaling
+from .gradients import Verdict, clipped, unscaling
 from .rules import Rule, check_choice
 from .scaling import check_range
 from .sharding import reshard
 from .state import complete
 from .stepper import Stepper
 from .teacher import Teacher, check_disjoint, check_whole, fitting, pair, resharding_modules
+
+
+class _Doubt(NamedTuple):
+    """A step that was counted, and may have been skipped."""
+
+    verdict: Verdict
+    counted: list[Slots]
+    put_back: Callable[[], None]
 
 
 class FusedScaledOptimizer(EmaAccess):
@@ -114,6 +123,7 @@ class FusedScaledOptimizer(EmaAccess):
         self._names: dict[Tensor, str] = {}
         self._buffers: EmaBuffers | None = None
         self._swapped = False
+        self._doubt: _Doubt | None = None
         self._make_stepper()
         shared = {"ema_decay": ema_decay, "ema_order": ema_order, "kappa": kappa, "base_steps": 0.0}
         shared |= {"master_weights": master_weights, "ema_format": ema_format, "ema_seed": ema_seed}
@@ -180,7 +190,9 @@ class FusedScaledOptimizer(EmaAccess):
 
         ``torch.amp.GradScaler.step`` calls it: gradients are unscaled on their way into the rule,
         and where one is not finite nothing moves and nothing is counted. Groups that are not
-        capturable are counted on the host, which then waits for the scaler's check.
+        capturable are counted on the host: the kernels skip, the next step or :meth:`state_dict`
+        takes the count back, and no step waits for its own check (``"foreach"`` and
+        ``"reference"`` do).
 
         ``torch.compile`` breaks its graph here: a step runs as outside, a closure is compiled.
         Write to ``param_groups`` outside: in compiled code torch makes their ``capturable`` True.
@@ -214,11 +226,12 @@ class FusedScaledOptimizer(EmaAccess):
             self._move()
 
     def _move(self) -> None:
+        self._settle()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         averaged = clock.is_due(self.param_groups, self.ema_every)
         stepper = self._stepper if averaged else self._between
         stepper.prepare(self.param_groups, self.state)
-        if found_inf is not None and stepper.host_folded:
+        if found_inf is not None and not stepper.skips:
             if found_inf.item() != 0.0:
                 return
             found_inf = None
@@ -232,6 +245,7 @@ class FusedScaledOptimizer(EmaAccess):
         if self.max_grad_norm is not None:
             sums = stepper.sums_of_squares()
             control, self._grad_norm = clipped(control, sums, self.max_grad_norm)
+        before = clock.counts(self.param_groups)
         stepper.run(control)
         if averaged:
             reshard(self._teacher_modules)
@@ -240,6 +254,21 @@ class FusedScaledOptimizer(EmaAccess):
         clock.advance(self.param_groups, stepper.folder.kappas, control)
         if self.ema_every > 1:
             clock.wait(self.param_groups, stepper.folder.kappas, averaged)
+        if found_inf is not None and stepper.host_folded:
+            self._doubt = _Doubt(Verdict(found_inf), stepper.counted(), before)
+
+    @_disable_dynamo
+    def _settle(self) -> None:
+        """Take the counts of the last step back if a ``GradScaler`` had it skipped.
+
+        The host counts a step before the device has said whether it is taken, and asks when it
+        needs the counts again: step() waits for no device but, at most, for the step before.
+        """
+        doubt, self._doubt = self._doubt, None
+        if doubt is not None and doubt.verdict.skipped():
+            doubt.put_back()
+            for slots in doubt.counted:
+                slots.uncount()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as torch does; ``ema`` in it binds its own teacher tensors.
@@ -251,6 +280,7 @@ class FusedScaledOptimizer(EmaAccess):
             ValueError: a bad value, a parameter given twice, or a teacher that does not match; the
                 group is not added.
         """
+        self._settle()
         teacher = None
         if isinstance(param_group, dict):
             param_group = dict(param_group)  # the caller's may be used again
@@ -281,6 +311,7 @@ class FusedScaledOptimizer(EmaAccess):
             RuntimeError: inside :meth:`ema_weights`.
         """
         self._check_not_swapped("state_dict()")
+        self._settle()
 
         def write(_: Optimizer, state_dict: StateDict) -> StateDict:
             saved = checkpoint.to_save(state_dict)
@@ -307,6 +338,7 @@ class FusedScaledOptimizer(EmaAccess):
             RuntimeError: inside :meth:`ema_weights`.
         """
         self._check_not_swapped("load_state_dict()")
+        self._settle()
         loading = checkpoint.Loading(self.rule, self._check_group, self._buffers)
 
         def read(_: Optimizer, given: StateDict) -> StateDict:
@@ -329,6 +361,7 @@ class FusedScaledOptimizer(EmaAccess):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_swapped("copying or pickling the optimizer")
+        self._settle()
         options = ("backend", "ema_every", "base_batch_size", "max_grad_norm")
         own = (*options, "_teachers", "_teacher_modules", "_names", "_buffers")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
@@ -337,6 +370,7 @@ class FusedScaledOptimizer(EmaAccess):
         super().__setstate__(state)
         self._swapped = False
         self._grad_norm = None
+        self._doubt = None
         if hasattr(self, "_stepper"):  # loading a state dict: graphs may still use old plans
             self._forget_plans()
         else:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._native import Watch
+from ._native import Slots, Watch
 from .backends import graphs, requested_backend, select
 from .backends.plan import Plan
 from .buckets import Bucket, make_buckets
@@ -35,6 +35,7 @@ class Stepper:
         plans: the buckets' plans, none before the first step.
         backends: their backends' names.
         host_folded: whether the steps of some group are counted on the host.
+        skips: whether all plans skip a step by themselves.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Stepper:
         self._shards: Shards | None = None
         self._spreads: list[Spread | None] = []
         self.host_folded = False
+        self.skips = False
 
     def prepare(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Read gradients and fold scalars; no parameter, state or average is written.
@@ -99,6 +101,10 @@ class Stepper:
             self._run_plans(control)
         self._shards.mark_written()
 
+    def counted(self) -> list[Slots]:
+        """What the step was counted in, of plans that skip by themselves."""
+        return [plan.skipping for plan in self.plans if plan.skipping is not None]
+
     def _run_plans(self, control: Control | None) -> None:
         for plan, device in zip(self.plans, self._devices, strict=True):
             plan.run(None if control is None else control.on(device))
@@ -138,6 +144,7 @@ class Stepper:
         chosen = [(select(bucket), bucket) for bucket in buckets]
         self.backends = tuple(backend.NAME for backend, _ in chosen)
         self.plans = [backend.plan(bucket) for backend, bucket in chosen]
+        self.skips = all(plan.skipping is not None for plan in self.plans)
         self._watch = Watch(groups, state)
 
 

@@ -52,8 +52,9 @@ def test_one_launch_a_bucket(kernels):
 
 
 @pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_a_step_does_not_wait_for_the_device(kernels, capturable):
+def test_a_step_does_not_wait_for_the_device(kernels, scaled, capturable):
     params = parameters()
     decays = (0.9, CosineDecay(0.5, 20))
     if capturable:
@@ -61,6 +62,8 @@ def test_a_step_does_not_wait_for_the_device(kernels, capturable):
     opt = fused_ema.FusedScaledAdamW(
         params, ema_decay=decays, backend=kernels, capturable=capturable
     )
+    if scaled:
+        opt.grad_scale, opt.found_inf = (torch.ones((), device="cuda") * k for k in (8.0, 0.0))
     set_gradients(0, params)
     opt.step()
     torch.cuda.set_sync_debug_mode("error")

@@ -17,6 +17,7 @@ from tolerances import COMPUTE_OF, NORM, UNIT
 from torch import nn
 
 import fused_ema
+from fused_ema import gradients
 
 SHAPES = (*FEW, (CHUNK + 5,), CHANNELS_LAST[0])
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
@@ -193,6 +194,7 @@ def test_gradients_may_be_unscaled_before(backend):
 
 def bits(opt, model) -> list[torch.Tensor]:
     """All that a step may move."""
+    opt.state_dict()  # counts that are in doubt are settled
     counts = [torch.as_tensor(group["base_steps"]) for group in opt.param_groups]
     held = [t for average in opt._buffers.held for t in average.values()]
     states = [t for state in opt.state.values() for t in state.values()]
@@ -223,6 +225,46 @@ def test_a_skipped_step_moves_nothing(buffers, capturable, backend):
         assert any(moved) is (step in (1, 3))
         assert float(opt.state[model.weight]["step"] if opt.state else 0.0) == (0, 2, 2, 4)[step]
     assert scaler.get_scale() == SCALE / 4
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_counts_of_a_skipped_step_are_taken_back_later(every, backend, monkeypatch):
+    """A step does not look at its own found_inf where the kernels do."""
+    asked = []
+
+    class Watched(gradients.Verdict):
+        def skipped(self):
+            asked.append(self)
+            return super().skipped()
+
+    monkeypatch.setattr("fused_ema.optimizer.Verdict", Watched)
+    params, others = parameters(), parameters()
+    options = {"ema_decay": lambda t: 1 - 0.5 / (1 + t), "kappa": 2.0, "ema_every": every}
+    opt = fused_ema.FusedScaledAdamW(params, backend=backend, **options)
+    twin = fused_ema.FusedScaledAdamW(others, **options)
+    opt.found_inf = torch.tensor(0.0)
+    for step, found_inf in enumerate((1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0)):
+        twins.set_gradients(step, params, others)
+        opt.found_inf.fill_(found_inf)
+        opt.step()
+        assert len(asked) == (step if backend in ("triton", "shim") else 0)
+        opt.found_inf.fill_(0.0)  # the verdict is a copy
+        if not found_inf:
+            twin.step()
+    twins.assert_same(opt, twin, rtol=1e-12, atol=1e-14)
+    assert opt.param_groups[0]["base_steps"] == 8.0
+
+
+def test_a_count_that_the_user_wrote_is_not_taken_back(backend):
+    p = nn.Parameter(torch.ones(3))
+    opt = fused_ema.FusedScaledAdam([p], backend=backend)
+    p.grad = torch.ones(3)
+    opt.step()
+    opt.found_inf = torch.tensor(1.0)
+    opt.step()
+    opt.state[p]["step"].fill_(7.0)
+    opt.state_dict()
+    assert opt.state[p]["step"] == 7.0
 
 
 parameters = partial(twins.parameters, ((), (7,), (5, 3)), torch.float64)

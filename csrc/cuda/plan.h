@@ -31,6 +31,9 @@ class Plan {
   // Whether a CUDA graph uses memory that the plan owns.
   bool captured() const { return !kept_.empty(); }
 
+  // What a step is counted in. The kernel skips one by itself.
+  const std::shared_ptr<Slots>& slots() const { return slots_; }
+
  private:
   void pack(bool capturing);
   const int64_t* device_words() const;

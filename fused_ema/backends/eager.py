@@ -38,6 +38,7 @@ class EagerPlan:
     """A bucket stepped by torch operations; states are looked up anew at every step."""
 
     captured = False
+    skipping = None
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket

@@ -38,6 +38,10 @@ class CapturablePlan:
     def captured(self) -> bool:
         return self._plan.captured
 
+    @property
+    def skipping(self) -> _native.Slots:
+        return self._slots
+
     def prepare(self, fold: Fold) -> bool:
         self._folder.prepare(fold.groups)
         return self._plan.prepare(fold)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .._native import Slots
 
 # The rule's scalars (a NamedTuple, empty without a gradient) and the EMA weights.
 Scalars: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
@@ -36,6 +39,13 @@ class Plan(Protocol):
     def captured(self) -> bool:
         """Whether a CUDA graph uses memory that the plan owns."""
 
+    @property
+    def skipping(self) -> Slots | None:
+        """Where the kernels skip a step by themselves, what it was counted in, to take it back.
+
+        None: ``run`` must be told that nothing is skipped.
+        """
+
     def prepare(self, fold: Fold) -> bool:
         """Read gradients and fold scalars; write nothing.
 
@@ -53,5 +63,5 @@ class Plan(Protocol):
 
         Args:
             control: two float64 numbers on the bucket's device: what gradients are multiplied by;
-                not 0 if nothing shall move, which only a capturable bucket is asked. None: 1 and 0.
+                not 0 if nothing shall move, see :attr:`skipping`. None: 1 and 0.
         """

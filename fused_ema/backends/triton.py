@@ -141,6 +141,10 @@ class TritonPlan:
     def captured(self) -> bool:
         return bool(self._words.kept)
 
+    @property
+    def skipping(self) -> _native.Slots:
+        return self._slots
+
     def prepare(self, fold: Fold) -> bool:
         self._parts = None
         if self._folder is not None:
