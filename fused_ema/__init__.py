@@ -15,6 +15,7 @@ from .ema import (
     WarmUpDecay,
     decay_from_half_life,
 )
+from .grad_scaler import GradScaler
 from .migrate import load_ema
 from .optimizer import FusedScaledOptimizer
 from .progressive import ProgressiveScaling
@@ -27,6 +28,7 @@ __all__ = [
     "FusedScaledAdamW",
     "FusedScaledOptimizer",
     "FusedScaledSGD",
+    "GradScaler",
     "InverseGammaDecay",
     "PowerDecay",
     "ProgressiveScaling",

@@ -124,6 +124,7 @@ class FusedScaledOptimizer(EmaAccess):
         self._buffers: EmaBuffers | None = None
         self._swapped = False
         self._doubt: _Doubt | None = None
+        self._squares: list[Tensor] | None = None
         self._make_stepper()
         shared = {"ema_decay": ema_decay, "ema_order": ema_order, "kappa": kappa, "base_steps": 0.0}
         shared |= {"master_weights": master_weights, "ema_format": ema_format, "ema_seed": ema_seed}
@@ -225,12 +226,33 @@ class FusedScaledOptimizer(EmaAccess):
         else:
             self._move()
 
-    def _move(self) -> None:
+    @torch.no_grad()
+    def check_gradients(self) -> Tensor:
+        """Whether a gradient is not finite, by one reading pass: a 0-dim float32 tensor, 0 or 1.
+
+        The step that follows takes its norm from the same pass: it must find the same gradients.
+        Nothing is moved, and nothing waits for the device.
+        """
+        self._check_not_swapped("check_gradients()")
+        with torch.inference_mode(False):
+            self._squares = self._prepared().sums_of_squares()
+        first = self._squares[0].device
+        total = torch.stack([s.to(first, non_blocking=True) for s in self._squares]).sum()
+        return total.isfinite().logical_not().float()
+
+    def _prepared(self) -> Stepper:
+        """What takes the step at hand, ready to."""
         self._settle()
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
         averaged = clock.is_due(self.param_groups, self.ema_every)
         stepper = self._stepper if averaged else self._between
         stepper.prepare(self.param_groups, self.state)
+        return stepper
+
+    def _move(self) -> None:
+        squares, self._squares = self._squares, None
+        stepper = self._prepared()
+        averaged = stepper is self._stepper
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and not stepper.skips:
             if found_inf.item() != 0.0:
                 return
@@ -243,8 +265,8 @@ class FusedScaledOptimizer(EmaAccess):
         if grad_scale is not None or found_inf is not None:
             control = unscaling(grad_scale, found_inf)
         if self.max_grad_norm is not None:
-            sums = stepper.sums_of_squares()
-            control, self._grad_norm = clipped(control, sums, self.max_grad_norm)
+            squares = squares or stepper.sums_of_squares()
+            control, self._grad_norm = clipped(control, squares, self.max_grad_norm)
         before = clock.counts(self.param_groups)
         stepper.run(control)
         if averaged:
@@ -371,6 +393,7 @@ class FusedScaledOptimizer(EmaAccess):
         self._swapped = False
         self._grad_norm = None
         self._doubt = None
+        self._squares = None
         if hasattr(self, "_stepper"):  # loading a state dict: graphs may still use old plans
             self._forget_plans()
         else:

@@ -17,7 +17,7 @@ from tolerances import COMPUTE_OF, NORM, UNIT
 from torch import nn
 
 import fused_ema
-from fused_ema import gradients
+from fused_ema import gradients, stepper
 
 SHAPES = (*FEW, (CHUNK + 5,), CHANNELS_LAST[0])
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
@@ -147,19 +147,24 @@ def test_clipping_is_not_differentiable():
 SCALE = 1024.0
 
 
-def make_scaler() -> torch.amp.GradScaler:
-    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1000)
+def make_scaler(kind=torch.amp.GradScaler) -> torch.amp.GradScaler:
+    scaler = kind("cpu", init_scale=SCALE, growth_interval=1000)
     scaler.scale(torch.zeros(()))
     return scaler
 
 
+parameters = partial(twins.parameters, ((), (7,), (5, 3)), torch.float64)
+SCALERS = pytest.mark.parametrize("kind", [torch.amp.GradScaler, fused_ema.GradScaler])
+
+
+@SCALERS
 @pytest.mark.parametrize("max_norm", [None, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_scaler_drives_the_step(dtype, max_norm, backend):
+def test_a_scaler_drives_the_step(dtype, max_norm, kind, backend):
     case = by_name("AdamW-triple")
     problem = make_problem(case, SHAPES, [dtype], 8)
     opt = build(fused_ema.FusedScaledAdamW, case, problem, backend=backend, max_grad_norm=max_norm)
-    scaler = make_scaler()
+    scaler = make_scaler(kind)
 
     class Scaled:
         param_groups = opt.param_groups
@@ -192,6 +197,46 @@ def test_gradients_may_be_unscaled_before(backend):
     assert torch.equal(opt.state[p]["ema"], twin.state[q]["ema"])
 
 
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_our_scaler_reads_gradients_twice_and_writes_none(max_norm, monkeypatch):
+    passes = []
+
+    class Counted(stepper.Stepper):
+        def sums_of_squares(self):
+            passes.append("squares")
+            return super().sums_of_squares()
+
+        def run(self, control):
+            passes.append("step")
+            super().run(control)
+
+    monkeypatch.setattr("fused_ema.optimizer.Stepper", Counted)
+    params = parameters()
+    opt = fused_ema.FusedScaledAdamW(params, ema_decay=0.9, max_grad_norm=max_norm)
+    scaler = make_scaler(fused_ema.GradScaler)
+    for step in range(2):
+        twins.set_gradients(step, params)
+        versions = [p.grad._version for p in params]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            scaler.step(opt)
+        scaler.update()
+        assert passes == ["squares", "step"] * (step + 1)
+        assert [p.grad._version for p in params] == versions
+        assert not any("non_finite" in event.key for event in profile.key_averages())
+
+
+def test_our_scaler_drives_other_optimizers_too():
+    (p,) = parameters()[1:2]
+    opt = torch.optim.AdamW([p], fused=True)
+    scaler = make_scaler(fused_ema.GradScaler)
+    p.grad = torch.full_like(p, math.inf)
+    before = p.detach().clone()
+    scaler.step(opt)
+    scaler.update()
+    assert torch.equal(p, before)
+    assert scaler.get_scale() == SCALE / 2
+
+
 def bits(opt, model) -> list[torch.Tensor]:
     """All that a step may move."""
     opt.state_dict()  # counts that are in doubt are settled
@@ -201,9 +246,10 @@ def bits(opt, model) -> list[torch.Tensor]:
     return [t.clone() for t in (*model.parameters(), *states, *held, *counts)]
 
 
+@SCALERS
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("buffers", ["copy", "average"])
-def test_a_skipped_step_moves_nothing(buffers, capturable, backend):
+def test_a_skipped_step_moves_nothing(buffers, capturable, kind, backend):
     if capturable and backend not in ("triton", "shim"):
         pytest.skip("needs a backend that folds on the device")
     model = nn.BatchNorm1d(4)
@@ -212,7 +258,7 @@ def test_a_skipped_step_moves_nothing(buffers, capturable, backend):
     opt = fused_ema.FusedScaledAdamW(
         model.parameters(), ema_decay=0.9, kappa=2.0, max_grad_norm=1.0, backend=backend, **options
     )
-    scaler = make_scaler()
+    scaler = make_scaler(kind)
     for step in range(4):
         opt.zero_grad()
         scaler.scale(model(torch.randn(8, 4)).square().sum()).backward()
@@ -265,9 +311,6 @@ def test_a_count_that_the_user_wrote_is_not_taken_back(backend):
     opt.state[p]["step"].fill_(7.0)
     opt.state_dict()
     assert opt.state[p]["step"] == 7.0
-
-
-parameters = partial(twins.parameters, ((), (7,), (5, 3)), torch.float64)
 
 
 def test_a_replayed_graph_clips_and_skips(monkeypatch):

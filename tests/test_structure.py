@@ -20,7 +20,7 @@ LAYERS = (
     ("averages", "clock", "folding"),
     ("stepper", "access"),
     ("optimizer", "options"),
-    ("adam", "any_optimizer", "sgd", "migrate"),
+    ("adam", "any_optimizer", "grad_scaler", "sgd", "migrate"),
     ("__init__",),
     ("demo",),
 )
