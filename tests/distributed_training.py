@@ -42,6 +42,22 @@ def ddp_is_training_on_the_joined_batch(tmp_path: Path) -> None:
         assert_equal_on_all_ranks([*model.parameters(), *states])
 
 
+def ddp_rounds_averages_alike(tmp_path: Path) -> None:
+    """Random bits are the same in every process."""
+    for ema_format in ("bf16", "delta"):
+        model = make_model().float()
+        opt = optimizer("AdamW", model, ema_format=ema_format)
+        own = [tuple(tensor.float() for tensor in map(mine, batch(step))) for step in range(5)]
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for x, y in own:
+            opt.zero_grad()
+            (parallel(x) - y).square().mean().backward()
+            opt.step()
+        averages = [state[key] for state in opt.state.values() for key in ("ema", "ema_1")]
+        assert all(average.element_size() == 2 for average in averages)
+        assert_equal_on_all_ranks([average.view(torch.int16).int() for average in averages])
+
+
 def fsdp_is_training_on_the_joined_batch(tmp_path: Path) -> None:
     """With one norm over all shards, counted once where a mesh dimension repeats them."""
     meshes = [line(), grid(2, 1), grid(1, 2)]
@@ -210,6 +226,7 @@ def scaler_skips_for_all_if_one_process_overflows(tmp_path: Path) -> None:
 
 SCENARIOS = (
     ddp_is_training_on_the_joined_batch,
+    ddp_rounds_averages_alike,
     fsdp_is_training_on_the_joined_batch,
     fsdp_takes_the_fused_backend_by_itself,
     plain_and_sharded_parameters_have_one_norm,

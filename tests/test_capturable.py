@@ -55,6 +55,9 @@ OPTIMIZERS = {
 }
 
 
+REPLAYS = 100
+
+
 @pytest.mark.parametrize("rule", OPTIMIZERS)
 def test_a_replayed_graph_goes_on(rule, monkeypatch):
     """Step counts, schedules and tensor hyper-parameters move while Python stands still."""
@@ -66,11 +69,12 @@ def test_a_replayed_graph_goes_on(rule, monkeypatch):
     opt = cls(params, lr, kappa=kappa, capturable=True, backend="triton", **options)
     twin = cls(others, 1e-2, kappa=2.0, **options)
     graph = Graph(monkeypatch)
-    for step in range(8):
-        if step == 5:
-            lr.fill_(3e-2)
-            opt.kappa = 4.0
-            twin.param_groups[0]["lr"], twin.kappa = 3e-2, 4.0
+    for step in range(2 + REPLAYS):
+        if step % 7 == 5:
+            changed = 1e-2 / (1 + step), 1.0 + step % 3
+            lr.fill_(changed[0])
+            opt.kappa = changed[1]
+            twin.param_groups[0]["lr"], twin.kappa = changed
         set_gradients(step, params, others)
         twin.step()
         if step == 2:

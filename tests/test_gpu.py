@@ -162,6 +162,31 @@ def test_a_replayed_graph_goes_on(kernels, rule):
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
+def test_a_hundred_replays_are_a_hundred_steps(kernels):
+    params, others = parameters(), parameters()
+    lr, kappa = (torch.tensor(v, device="cuda", dtype=torch.float64) for v in (1e-2, 2.0))
+    opt, twin = (
+        fused_ema.FusedScaledAdamW(
+            p, lr, kappa=kappa, ema_decay=0.99, capturable=True, backend=kernels
+        )
+        for p in (params, others)
+    )
+    set_gradients(0, params, others)
+    opt.step()
+    twin.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    for step in range(100):
+        lr.fill_(1e-2 / (1 + step))
+        kappa.fill_(1.0 + step % 3)
+        set_gradients(step, params, others)
+        graph.replay()
+        twin.step()
+    twins.assert_same(opt, twin, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_a_capture_needs_capturable(kernels):
     params = parameters()
     opt = fused_ema.FusedScaledAdamW(params, backend=kernels)
