@@ -40,6 +40,7 @@ class Key(NamedTuple):
 
     ``states`` are the rule's state tensors, None for frozen parameters, whose averages alone move,
     and which must not have a gradient.
+    ``state_format`` tells whether they are rounded.
     ``master`` tells whether parameters are rounded copies of weights that the optimizer holds.
     ``layout`` is ``"dense"`` when parameter, states and averages are plain memory in the same order
     without gaps, else ``"strided"``: views with gaps, and tensor subclasses. Of DTensors it is
@@ -50,6 +51,7 @@ class Key(NamedTuple):
     dtype: torch.dtype
     layout: str
     states: tuple[str, ...] | None
+    state_format: str
     master: bool
     emas: tuple[str, ...]
     ema_order: str
@@ -147,6 +149,7 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, average
         slot.param.dtype,
         "dense" if all(map(is_plain, tensors)) and _same_order(tensors) else "strided",
         states,
+        group["state_format"] if states else "full",
         master,
         emas,
         group["ema_order"],

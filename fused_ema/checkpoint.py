@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .buckets import COMPUTE_DTYPE, has_master
+from .buckets import COMPUTE_DTYPE
 from .ema import decays, ema_keys, is_constant
 from .ema_buffers import EmaBuffers
 from .formats import DTYPES
 from .rules import Rule
-from .state import loaded
+from .state import loaded, state_dtype
 
 # What stands for a schedule in a state dict: a callable does not pass torch's safe unpickler.
 SCHEDULE = "schedule"
@@ -118,8 +118,6 @@ def to_load(
                 compute = COMPUTE_DTYPE.get(param.dtype, param.dtype)
                 dtypes = dict.fromkeys(emas, DTYPES.get(saved["ema_format"], compute))
                 dtypes["master"] = compute
-                dtypes |= dict.fromkeys(
-                    states, compute if has_master(rule, saved, param) else param.dtype
-                )
+                dtypes |= dict.fromkeys(states, state_dtype(rule, saved, param))
                 state[param] = loaded(rest.pop(key), param, dtypes)
     return {**rest, **state}

@@ -16,8 +16,8 @@ from .rules import Rule
 
 # Fields besides the rule's own that decide in which bucket a group's parameters are.
 PLACING = (
-    *("ema_order", "ema_format", "foreach", "fused", "differentiable", "capturable"),
-    "master_weights",
+    *("ema_order", "ema_format", "state_format", "master_weights"),
+    *("foreach", "fused", "differentiable", "capturable"),
 )
 PLAIN = {float, int, bool, str, type(None)}
 

@@ -1,10 +1,11 @@
-"""Averages in 16 bits: rounded stochastically, or kept as differences to the weights.
+"""Averages and moments in 16 bits: rounded stochastically, or as differences to the weights.
 
 ``"full"``: in the arithmetic's dtype. ``"bf16"``: the average in bfloat16. ``"delta"``: ``ema - p``
 times :data:`SCALE` in float16, which keeps 10 bits of what is small where the average itself keeps
 7. Rounding to nearest would lose every change of less than half a unit; stochastic rounding goes up
 as often as the rest asks for, which is right on average. Its random bits are a hash of seed, step,
-tensor and element: the same for every backend, number of threads and process.
+tensor and element: the same for every backend, number of threads and process. The rule's states may
+be rounded to bfloat16 likewise.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 FORMATS = ("full", "bf16", "delta")
+STATE_FORMATS = ("full", "bf16")
+# Which average the first of the rule's states is to the hash.
+FIRST_STATE = 1 << 31
 DTYPES = {"bf16": torch.bfloat16, "delta": torch.float16}
 # Differences from 6e-8 to 64 have all bits of a float16, smaller ones lose some down to 6e-11.
 SCALE = 1024.0
@@ -45,7 +49,7 @@ def element_bits(seed: int, tensor: int, average: int, like: Tensor) -> Tensor:
     Args:
         seed: of the step, see :func:`step_seed`.
         tensor: which parameter of the optimizer.
-        average: which of its averages.
+        average: which of its averages, or :data:`FIRST_STATE` plus which of its states.
         like: a tensor in the parameter's order.
     """
     key = mix(mix(seed ^ mix(tensor)) ^ average)

@@ -19,7 +19,7 @@ from .backends import NAMES, requested_backend
 from .ema import EmaDecay, check_ema_decay, decays, only_half_life
 from .ema_buffers import EmaBuffers, apply, resolve
 from .folding import Checked, plain_fields
-from .formats import FORMATS
+from .formats import FORMATS, STATE_FORMATS
 from .gradients import Verdict, clipped, unscaling
 from .rules import Rule, check_choice
 from .scaling import check_range
@@ -58,7 +58,7 @@ class FusedScaledOptimizer(EmaAccess):
         ema_format: ``"full"``: in float32 (float64 for float64 parameters); ``"bf16"``: half the
             memory, rounded stochastically, for a bfloat16 teacher; ``"delta"``: half the memory,
             as ``ema - p`` in float16, many times closer. See docs/numerics.md.
-        ema_seed: of the random bits of ``"bf16"`` and ``"delta"``, the same in every process.
+        ema_seed: of the random bits of 16-bit formats, the same in every process.
         half_life_samples: another way to say a constant ``ema_decay``, with ``base_batch_size``:
             :func:`~fused_ema.ema.decay_from_half_life`.
         base_batch_size: what ``kappa = 1`` stands for, for :meth:`set_batch_size`.
@@ -73,6 +73,9 @@ class FusedScaledOptimizer(EmaAccess):
         master_weights: hold the weights of bfloat16 and float16 parameters in float32, with their
             moments: ``state[p]["master"]``. The rule and the averages follow those, and the
             parameter becomes their rounded copy at every step.
+        state_format: ``"bf16"`` keeps the rule's states (momentum, moments) in bfloat16, rounded
+            stochastically with ``ema_seed``: 4 bytes a parameter less for Adam. The weights must be
+            float32, or have float32 masters. ``"full"``: in the weights' dtype, as torch.
         backend: ``"auto"`` or one of ``"native"``, ``"triton"``, ``"foreach"``, ``"reference"``.
 
     Raises:
@@ -102,6 +105,7 @@ class FusedScaledOptimizer(EmaAccess):
         ema_buffers: str | None = None,
         max_grad_norm: float | None = None,
         master_weights: bool = False,
+        state_format: str = "full",
         backend: str = "auto",
     ) -> None:
         check_choice("backend", backend, ("auto", *NAMES))
@@ -128,6 +132,7 @@ class FusedScaledOptimizer(EmaAccess):
         self._make_stepper()
         shared = {"ema_decay": ema_decay, "ema_order": ema_order, "kappa": kappa, "base_steps": 0.0}
         shared |= {"master_weights": master_weights, "ema_format": ema_format, "ema_seed": ema_seed}
+        shared |= {"state_format": state_format}
         self._check_group({**defaults, **shared})
         if model is not None:
             self._names = {param: name for name, param in model.named_parameters()}
@@ -442,6 +447,7 @@ class FusedScaledOptimizer(EmaAccess):
         check_ema_decay(values["ema_decay"])
         check_choice("ema_order", group["ema_order"], ("after", "before"))
         check_choice("ema_format", group["ema_format"], FORMATS)
+        check_choice("state_format", group["state_format"], STATE_FORMATS)
         requested_backend(group, self.backend)
         if group["differentiable"] and self.max_grad_norm is not None:
             raise ValueError(

@@ -26,4 +26,5 @@ class EmaOptions(TypedDict, total=False):
     ema_buffers: str | None
     max_grad_norm: float | None
     master_weights: bool
+    state_format: str
     backend: str

@@ -24,7 +24,8 @@ def complete(
 ) -> None:
     """Give ``state`` all that a step needs, in place: what is there already keeps its values.
 
-    Moments start at zero in the parameter's dtype, as in torch, or in its master's; a master and
+    Moments start at zero in the parameter's dtype, as in torch, in its master's or, where they are
+    rounded, in bfloat16; a master and
     averages start as a copy of the weights in the compute dtype, the first average is ``teacher``
     where there is one; ``step`` counts base steps (``kappa`` a step) in float64, on the parameter's
     device if the group is capturable, else on the CPU. Tensors left behind by ``model.to(...)``
@@ -44,7 +45,8 @@ def complete(
     if param.is_conj() or param.is_neg():
         raise TypeError("params: a parameter is a lazily conjugated or negated view; resolve it")
     if is_active(rule, param):
-        _complete_rule_states(rule.states(group), param, state, weight_dtype(rule, group, param))
+        _check_rounded_states(rule, group, param)
+        _complete_rule_states(rule.states(group), param, state, state_dtype(rule, group, param))
     if not has_master(rule, group, param):
         state.pop("master", None)  # it would be left behind
     elif state.get("master") is None:
@@ -86,8 +88,23 @@ def _average(value: Tensor | None, weight: Tensor, param: Tensor, form: str, key
 
 
 def weight_dtype(rule: Rule, group: Mapping[str, Any], param: Tensor) -> torch.dtype:
-    """Dtype of what the rule steps and of its states."""
+    """Dtype of what the rule steps."""
     return COMPUTE_DTYPE[param.dtype] if has_master(rule, group, param) else param.dtype
+
+
+def state_dtype(rule: Rule, group: Mapping[str, Any], param: Tensor) -> torch.dtype:
+    """Dtype of the rule's states."""
+    form = group["state_format"]
+    return weight_dtype(rule, group, param) if form == "full" else formats.DTYPES[form]
+
+
+def _check_rounded_states(rule: Rule, group: Mapping[str, Any], param: Tensor) -> None:
+    dtype = weight_dtype(rule, group, param)
+    if group["state_format"] != "full" and dtype != torch.float32:
+        raise TypeError(
+            f"state_format={group['state_format']!r}: a parameter has dtype {dtype}; allowed: "
+            "float32 parameters, or bfloat16 and float16 ones with master_weights=True"
+        )
 
 
 def _complete_rule_states(

@@ -22,6 +22,8 @@ def unsupported(bucket: Bucket, rules: Iterable[str]) -> str | None:
         return f"dtype {key.dtype} (supported: {', '.join(map(str, DTYPES))})"
     if key.layout != "dense":
         return "memory with gaps, overlaps or differing strides, or tensor subclasses"
+    if key.state_format != "full":
+        return f"state_format={key.state_format!r}"
     if key.differentiable:
         return "differentiable=True needs the reference backend"
     return None

@@ -12,6 +12,7 @@ from .. import formats
 from ..buckets import Bucket, Slot
 from ..rules import ema_update
 from ..sharding import local
+from ..tensorlist import TensorList
 from .plan import Fold
 
 # Makes one operand of a row's tensors: a TensorList, or the only tensor itself.
@@ -19,6 +20,8 @@ Wrap = Callable[[list[Tensor]], Any]
 
 
 def unsupported(bucket: Bucket) -> str | None:
+    if bucket.key.differentiable and bucket.key.state_format != "full":
+        return f"differentiable=True with state_format={bucket.key.state_format!r}"
     if bucket.key.differentiable and bucket.key.spread is not None:
         return "differentiable=True with DTensor parameters"
     return "capturable=True: it folds the scalars on the host" if bucket.key.capturable else None
@@ -61,11 +64,12 @@ class EagerPlan:
                 check_grad(slot.param.grad, slot.param)
                 step = slot.state["step"].item() + fold.kappas[slot.group]
             members.setdefault((slot.group, step), []).append(slot)
+        rounds = not key.ema_format == key.state_format == "full"
         self.rows = [
             Row(
                 *fold(group, step),
                 fold.kappas[group],
-                0 if key.ema_format == "full" else fold.seed(group),
+                fold.seed(group) if rounds else 0,
                 slots,
             )
             for (group, step), slots in members.items()
@@ -116,13 +120,24 @@ class EagerPlan:
         stored = [wrap(tensors) for tensors in (states if master else [params, *states])]
         working = [operand.to(self._dtype) for operand in stored]
         self.bucket.rule.update(working[0], grad, working[1:], row.scalars)
-        for operand, value in zip(stored, working, strict=True):
+        rounded = self.bucket.key.state_format != "full"
+        kept = 1 if rounded else len(stored)  # the weights at least
+        for operand, value in zip(stored[:kept], working, strict=False):
             if value is not operand:
                 operand.copy_(value)
+        if rounded:
+            self._round_states(row, [as_list(value) for value in working[1:]])
         if master:
             wrap(params).copy_(stored[0])
         for slot in row.slots:
             slot.state["step"] += row.kappa
+
+    def _round_states(self, row: Row, values: list[list[Tensor]]) -> None:
+        for k, (key, state) in enumerate(zip(self.bucket.key.states or (), values, strict=True)):
+            for slot, value in zip(row.slots, state, strict=True):
+                place = real(slot.param)
+                bits = formats.element_bits(row.seed, slot.place, formats.FIRST_STATE + k, place)
+                real(slot.state[key]).copy_(formats.round_bfloat16(value, bits))
 
     @torch.no_grad()
     def _move_averages(self, row: Row, wrap: Wrap) -> None:
@@ -166,6 +181,10 @@ def check_grad(grad: Tensor, param: Tensor) -> None:
             f"{tuple(grad.shape)} on {grad.device}, allowed {param.dtype} of shape "
             f"{tuple(param.shape)} on {param.device}"
         )
+
+
+def as_list(operand: Tensor | TensorList) -> list[Tensor]:
+    return operand.tensors if isinstance(operand, TensorList) else [operand]
 
 
 def real(tensor: Tensor) -> Tensor:
