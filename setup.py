@@ -92,7 +92,7 @@ NO_CUDA = no_cuda()
 def optimization_flags() -> list[str]:
     if SANITIZE:
         # Python's own flags hold -fwrapv, which would hide signed overflow from the sanitizer.
-        return ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv", *SANITIZERS]
+        return ["-O0", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", *SANITIZERS]
     return ["-O3", "-g0"]
 
 
@@ -125,7 +125,7 @@ def native_extension() -> Extension:
     macros: list[tuple[str, str | None]] = []
     kind = CppExtension
     if CUDA_SHIM:
-        sources += [f"{CSRC}/cuda/plan.cpp", f"{SHIM}/step.cpp", f"{SHIM}/stream.cpp"]
+        sources += [f"{CSRC}/cuda/plan.cpp", *glob(f"{SHIM}/st*.cpp")]
         include_dirs.insert(0, str(Path(SHIM).resolve()))
         macros += [("FUSED_EMA_CUDA", None)]
     elif NO_CUDA is None:

@@ -56,9 +56,9 @@ PYBIND11_MODULE(_native, module) {
   using py::arg;
   py::class_<Slots, std::shared_ptr<Slots>>(module, "Slots")
       .def(py::init<int, bool, bool, bool, bool, Objects, Objects, ObjectLists, ObjectLists,
-                    std::vector<int>>(),
+                    std::vector<int>, std::vector<int64_t>>(),
            arg("num_scalars"), arg("frozen"), arg("takes_grads"), arg("capturable"), arg("master"),
-           arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"))
+           arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"), arg("places"))
       .def("prepare", &Slots::prepare)
       .def("advance", &Slots::advance)
       .def("uncount", &Slots::uncount)
@@ -71,9 +71,8 @@ PYBIND11_MODULE(_native, module) {
       .def("chunks", &Slots::chunks);
   py::class_<cpu::Plan> cpu_plan(module, "Plan");
   cpu_plan
-      .def(
-          py::init<std::string, std::shared_ptr<Slots>, bool, std::string, std::vector<uint32_t>>(),
-          arg("rule"), arg("slots"), arg("ema_before"), arg("ema_format"), arg("tensors"))
+      .def(py::init<std::string, std::shared_ptr<Slots>, bool>(), arg("rule"), arg("slots"),
+           arg("ema_before"))
       .def("prepare", &cpu::Plan::prepare)
       .def("sum_of_squares", &cpu::Plan::sum_of_squares)
       .def("run", &cpu::Plan::run, arg("control") = py::none())

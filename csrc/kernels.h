@@ -13,10 +13,16 @@ namespace fused_ema {
 enum class StoredType { float32, float64, bfloat16, float16 };
 
 // How a parameter and what belongs to it are stored. The type is that of parameter and gradient;
-// with a master, the parameter is a copy of weights in the arithmetic's type, as are the states.
+// with a master, the parameter is a copy of weights in the arithmetic's type. The rule's states are
+// as the weights, or in bfloat16 where they are rounded.
 struct Storage {
   StoredType type;
-  bool master;
+  bool master = false;
+  bool rounded_states = false;
+  EmaFormat ema_format = EmaFormat::full;
+
+  // Whether a step takes random bits.
+  bool rounds() const { return rounded_states || ema_format != EmaFormat::full; }
 };
 
 // Elements [begin, end) of one parameter.
@@ -24,7 +30,7 @@ struct Storage {
 //   grad: null where the averages alone move
 //   row: the rule's scalars, then a weight per average
 //   grad_factor: what gradients are multiplied by
-//   ema_key: of the random bits with which averages of the format are rounded
+//   key: of the random bits, where something is rounded by them
 struct Piece {
   void* const* pointers;
   const void* grad;
@@ -35,7 +41,7 @@ struct Piece {
   int num_emas;
   bool ema_before;
   EmaFormat ema_format;
-  uint32_t ema_key;
+  uint32_t key;
 };
 
 using Kernel = void (*)(const Piece&);

@@ -1,6 +1,8 @@
 // Stochastic rounding: fused_ema/formats.py holds the same operations under the same names.
 #pragma once
 
+#include <type_traits>
+
 #include "numeric.h"
 
 namespace fused_ema {
@@ -8,6 +10,11 @@ namespace fused_ema {
 // How averages are stored: in the arithmetic's type, in bfloat16, or as scaled differences to the
 // weights in float16.
 enum class EmaFormat { full, bf16, delta };
+
+template <EmaFormat format, class T>
+using StoredAverage =
+    std::conditional_t<format == EmaFormat::full, T,
+                       std::conditional_t<format == EmaFormat::bf16, BFloat16, Half>>;
 
 constexpr float delta_scale = 1024;
 constexpr float largest_half = 65504;
@@ -18,6 +25,32 @@ FUSED_EMA_INLINE uint32_t mix(uint32_t x) {
   x = (x ^ (x >> 13)) * 0xc2b2ae35u;
   return x ^ (x >> 16);
 }
+
+// Of a parameter, from those of the step and which of the optimizer's parameters it is.
+FUSED_EMA_INLINE uint32_t parameter_key(uint32_t seed, uint32_t parameter) {
+  return mix(seed ^ mix(parameter));
+}
+
+// Which average the first of the rule's states is to the hash.
+constexpr uint32_t first_state_key = uint32_t{1} << 31;
+
+// Random bits of the elements from `begin + offset` on, which share the upper half of their index
+// with `begin`: those of average `which`, or of a state.
+class RandomBits {
+ public:
+  RandomBits() = default;
+  FUSED_EMA_INLINE RandomBits(uint32_t key, uint32_t which, int64_t begin, uint32_t offset = 0)
+      : key_(mix(key ^ which) ^ mix(static_cast<uint32_t>(begin >> 32))),
+        first_(static_cast<uint32_t>(begin) + offset) {}
+
+  FUSED_EMA_INLINE uint32_t operator[](int64_t i) const {
+    return mix(key_ ^ (first_ + static_cast<uint32_t>(i)));
+  }
+
+ private:
+  uint32_t key_;
+  uint32_t first_;
+};
 
 // Up with the probability of what is cut off; a NaN stays one.
 FUSED_EMA_INLINE BFloat16 round_bfloat16(float value, uint32_t bits) {

@@ -8,7 +8,7 @@
 #include <array>
 #include <cmath>
 
-#include "numeric.h"
+#include "rounding.h"
 
 namespace fused_ema {
 
@@ -31,6 +31,17 @@ FUSED_EMA_INLINE T ema_delta(T delta, T change, T weight) {
   const T rest = before ? delta : delta - change;
   const T kept = rest - weight * rest;
   return before ? kept - change : kept;
+}
+
+// Averages as they are stored, one step on: rounded by random bits.
+FUSED_EMA_INLINE BFloat16 rounded_ema(BFloat16 average, float param, float weight, uint32_t bits) {
+  return round_bfloat16(ema(load(average), param, weight), bits);
+}
+
+template <bool before>
+FUSED_EMA_INLINE Half rounded_ema_delta(Half delta, float change, float weight, uint32_t bits) {
+  const float held = load(delta) * (1 / delta_scale);
+  return round_half(ema_delta<before>(held, change, weight) * delta_scale, bits);
 }
 
 // The gradient to descend: grad_factor * grad, plus the L2 penalty's weight_decay * param.

@@ -45,6 +45,37 @@ char* address(const at::Tensor& tensor, int64_t itemsize) {
                            " of shape " + c10::str(param.sizes()));
 }
 
+StoredType stored_type(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return StoredType::float32;
+    case at::kDouble:
+      return StoredType::float64;
+    case at::kBFloat16:
+      return StoredType::bfloat16;
+    case at::kHalf:
+      return StoredType::float16;
+    default:
+      throw std::invalid_argument(std::string("no kernel for dtype ") + at::toString(dtype));
+  }
+}
+
+bool is_rounded(at::ScalarType state, at::ScalarType weight) {
+  if (state == weight) return false;
+  if (state == at::kBFloat16 && weight == at::kFloat) return true;
+  throw std::invalid_argument(std::string("no kernel for states of dtype ") + at::toString(state) +
+                              " beside weights of " + at::toString(weight));
+}
+
+EmaFormat ema_format(at::ScalarType average, at::ScalarType arithmetic) {
+  if (average == arithmetic) return EmaFormat::full;
+  if (average == at::kBFloat16 && arithmetic == at::kFloat) return EmaFormat::bf16;
+  if (average == at::kHalf && arithmetic == at::kFloat) return EmaFormat::delta;
+  throw std::invalid_argument(std::string("no kernel for averages of dtype ") +
+                              at::toString(average) + " in arithmetic of " +
+                              at::toString(arithmetic));
+}
+
 // Tells autograd about a write behind its back, as torch's own in-place operations do.
 void bump_version(const py::object& object) {
   const at::Tensor& tensor = unpack(object);
@@ -56,23 +87,26 @@ void bump_version(const py::object& object) {
 Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bool master,
              std::vector<py::object> params, std::vector<py::object> steps,
              std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
-             std::vector<int> groups)
+             std::vector<int> groups, const std::vector<int64_t>& places)
     : num_scalars_(num_scalars),
       frozen_(frozen),
       takes_grads_(takes_grads),
       capturable_(capturable),
       master_(master),
       stored_(unpack(params.at(0)).scalar_type()),
-      average_(at::toOpMathType(stored_)),
-      state_(master ? average_ : stored_),
-      ema_(emas.at(0).empty() ? average_ : unpack(emas[0][0]).scalar_type()),
       device_(unpack(params.at(0)).device()),
-      stored_size_(static_cast<int64_t>(c10::elementSize(stored_))),
-      ema_size_(static_cast<int64_t>(c10::elementSize(ema_))),
-      state_size_(static_cast<int64_t>(c10::elementSize(state_))),
       num_states_(static_cast<int>(states.at(0).size())),
       num_emas_(static_cast<int>(emas.at(0).size())),
+      kinds_{stored_, Kind(at::kDouble)},
       groups_(std::move(groups)) {
+  const at::ScalarType average = at::toOpMathType(stored_.dtype);
+  for (const auto* held : {&states[0], &emas[0]})
+    for (const py::object& tensor : *held) kinds_.emplace_back(unpack(tensor).scalar_type());
+  const at::ScalarType weight = master ? kinds_[2].dtype : stored_.dtype;
+  storage_ = {stored_type(stored_.dtype), master,
+              num_states() > 0 && is_rounded(kinds_[1 + num_states_].dtype, weight),
+              num_emas_ > 0 ? ema_format(kinds_.back().dtype, average) : EmaFormat::full};
+  rounds_ = storage_.rounds();
   offsets_.push_back(0);
   for (size_t i = 0; i < params.size(); ++i) {
     const at::Tensor& param = unpack(params[i]);
@@ -85,6 +119,7 @@ Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bo
     for (py::object& average : emas.at(i)) tensors_.push_back(std::move(average));
   }
   slots_.resize(size() * slot_size());
+  for (size_t i = 0; i < size(); ++i) slots_[i * slot_size() + 1] = places.at(i);
   grads_.resize(size());
   row_of_.resize(size());
   counters_.resize(size());
@@ -123,17 +158,15 @@ bool Slots::read_pointers(size_t i, const at::Tensor& param) {
     new_slots_ |= word != value;
     word = value;
   };
-  if (!as_planned(param, i, stored_) || param.dim() != shapes_[i].dim ||
+  if (!as_planned(param, i, stored_.dtype) || param.dim() != shapes_[i].dim ||
       !read_counter(i, unpack(tensor[1])))
     return false;
   put(words[0], param.numel());
-  put(words[1], reinterpret_cast<int64_t>(address(param, stored_size_)));
-  for (size_t k = 2; k < slot_size(); ++k) {
-    const bool is_state = k < size_t(2 + num_states_);
+  put(words[2], reinterpret_cast<int64_t>(address(param, stored_.itemsize)));
+  for (size_t k = 2; k < num_tensors(); ++k) {
     const at::Tensor& held = unpack(tensor[k]);
-    if (!as_planned(held, i, is_state ? state_ : ema_)) return false;
-    const int64_t itemsize = is_state ? state_size_ : ema_size_;
-    put(words[k], reinterpret_cast<int64_t>(address(held, itemsize)));
+    if (!as_planned(held, i, kinds_[k].dtype)) return false;
+    put(words[1 + k], reinterpret_cast<int64_t>(address(held, kinds_[k].itemsize)));
   }
   return true;
 }
@@ -193,6 +226,7 @@ void Slots::fold_rows(const py::object& fold) {
                                " scalars, its kernel takes " + std::to_string(num_scalars_));
     for (size_t k = 0; k < scalars.size(); ++k) out[k] = scalars[k].cast<double>();
     for (int k = 0; k < num_emas_; ++k) out[num_scalars_ + k] = weights[k].cast<double>();
+    if (rounds_) out[num_scalars_ + num_emas_] = fold.attr("seed")(row.group).cast<double>();
     out += row_size();
   }
   new_slots_ |= table.size() != table_.size();  // what follows the table has moved
@@ -202,11 +236,11 @@ void Slots::fold_rows(const py::object& fold) {
 
 void* Slots::grad_pointer(const at::Tensor& grad, const at::Tensor& param) {
   // equal dispatch keys: same kind of device and layout, no lazy negation, no subclass
-  if (grad.key_set() == param.key_set() && grad.scalar_type() == stored_ &&
+  if (grad.key_set() == param.key_set() && grad.scalar_type() == stored_.dtype &&
       grad.numel() == param.numel() && grad.strides().equals(param.strides()) &&
       (device_.is_cpu() || grad.device() == device_))
-    return address(grad, stored_size_);
-  if (grad.layout() != at::kStrided || grad.scalar_type() != stored_ ||
+    return address(grad, stored_.itemsize);
+  if (grad.layout() != at::kStrided || grad.scalar_type() != stored_.dtype ||
       grad.device() != param.device() || grad.sizes() != param.sizes())
     refuse_grad(grad, param);
   if (same_order(grad, param) && !grad.is_neg()) return grad.data_ptr();
@@ -229,7 +263,7 @@ void Slots::advance() {
       if (!capturable_) *counters_[i] = row.step;
       bump_version(tensor[0]);
     }
-    for (size_t k = 2 + num_states_; k < slot_size(); ++k) bump_version(tensor[k]);
+    for (size_t k = 2 + num_states_; k < num_tensors(); ++k) bump_version(tensor[k]);
   }
   copies_.clear();
 }
@@ -283,26 +317,11 @@ at::Tensor Slots::chunks(int64_t elements) const {
 std::vector<c10::Storage> Slots::storages() const {
   std::vector<c10::Storage> held;
   for (size_t i = 0; i < size(); ++i) {
-    for (size_t k = 0; k < slot_size(); ++k) held.push_back(unpack(tensors(i)[k]).storage());
+    for (size_t k = 0; k < num_tensors(); ++k) held.push_back(unpack(tensors(i)[k]).storage());
     const at::Tensor& grad = unpack(tensors(i)[0]).unsafeGetTensorImpl()->grad();
     if (takes_grads_ && grad.defined()) held.push_back(grad.storage());
   }
   return held;
-}
-
-Storage Slots::storage() const {
-  switch (stored_) {
-    case at::kFloat:
-      return {StoredType::float32, master_};
-    case at::kDouble:
-      return {StoredType::float64, master_};
-    case at::kBFloat16:
-      return {StoredType::bfloat16, master_};
-    case at::kHalf:
-      return {StoredType::float16, master_};
-    default:
-      throw std::invalid_argument(std::string("no kernel for dtype ") + at::toString(stored_));
-  }
 }
 
 bool is_plain(const at::Tensor& tensor) {

@@ -18,19 +18,22 @@ namespace py = pybind11;
 // tensors is for its Watch to say.
 //
 // What a kernel reads lies in one sequence of words, those that change most often first:
-//   scalars  a row of doubles: the rule's scalars, then a weight per average
+//   scalars  a row of doubles: the rule's scalars, a weight per average; where something is rounded
+//            by random bits, the seed of the step
 //   rows     the row of each slot
 //   grads    each slot's gradient, null without one: the averages alone move
-//   slots    numel, param, its master if there is one, the rule's states, the averages
+//   slots    numel, which of the optimizer's parameters it is; addresses: param, its master if
+//            there is one, the rule's states, the averages
 class Slots {
  public:
   //   frozen: a gradient means that the bucket must be made anew
   //   takes_grads: gradients are looked at
   //   states: the first is the master where there is one
+  //   places: which of the optimizer's parameters each is, for its random bits
   Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bool master,
         std::vector<py::object> params, std::vector<py::object> steps,
         std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
-        std::vector<int> groups);
+        std::vector<int> groups, const std::vector<int64_t>& places);
 
   // Reads gradients and pointers and folds the scalars; writes nothing. False: a tensor lies
   // differently now, or a frozen parameter has a gradient, and the bucket must be made anew.
@@ -67,14 +70,13 @@ class Slots {
   std::vector<bool> active() const;
 
   size_t size() const { return groups_.size(); }
-  size_t slot_size() const { return 2 + num_states_ + num_emas_; }
+  size_t slot_size() const { return 1 + num_tensors(); }
   c10::Device device() const { return device_; }
   bool capturable() const { return capturable_; }
   int num_scalars() const { return num_scalars_; }
   // The rule's states.
   int num_states() const { return num_states_ - master_; }
-  // Throws std::invalid_argument where no kernel knows the type.
-  Storage storage() const;
+  Storage storage() const { return storage_; }
   int num_emas() const { return num_emas_; }
   int num_rows() const { return static_cast<int>(rows_.size()); }
   const std::vector<int64_t>& offsets() const { return offsets_; }
@@ -84,7 +86,13 @@ class Slots {
   const void* grad(size_t i) const { return reinterpret_cast<const void*>(grads_[i]); }
   // param, its master if there is one, the rule's states, the averages
   void* const* pointers(size_t i) const {
-    return reinterpret_cast<void* const*>(&slots_[i * slot_size() + 1]);
+    return reinterpret_cast<void* const*>(&slots_[i * slot_size() + 2]);
+  }
+  // Of the random bits of the step, 0 where nothing takes any.
+  uint32_t key(size_t i) const {
+    if (!rounds_) return 0;
+    const auto seed = static_cast<uint32_t>(row(i)[num_scalars_ + num_emas_]);
+    return parameter_key(seed, static_cast<uint32_t>(slots_[i * slot_size() + 1]));
   }
 
  private:
@@ -96,6 +104,14 @@ class Slots {
     double step;  // counted
   };
 
+  // How a slot's first, second, ... tensors are stored.
+  struct Kind {
+    explicit Kind(at::ScalarType type)
+        : dtype(type), itemsize(static_cast<int64_t>(c10::elementSize(type))) {}
+    at::ScalarType dtype;
+    int64_t itemsize;
+  };
+
   // How a parameter lay when the slots were made.
   struct Shape {
     c10::DispatchKeySet keys;  // kind of device and layout
@@ -104,8 +120,9 @@ class Slots {
     size_t strides;  // where its strides begin in strides_
   };
 
-  size_t row_size() const { return num_scalars_ + num_emas_; }
-  const py::object* tensors(size_t i) const { return &tensors_[i * slot_size()]; }
+  size_t num_tensors() const { return 2 + num_states_ + num_emas_; }
+  size_t row_size() const { return num_scalars_ + num_emas_ + rounds_; }
+  const py::object* tensors(size_t i) const { return &tensors_[i * num_tensors()]; }
   int64_t find_row(const Row& row);
   void fold_rows(const py::object& fold);
   bool read_counter(size_t i, const at::Tensor& step);
@@ -119,17 +136,14 @@ class Slots {
   bool takes_grads_;
   bool capturable_;
   bool master_;
-  at::ScalarType stored_;   // parameters and gradients
-  at::ScalarType average_;  // arithmetic
-  at::ScalarType state_;    // the master and the rule's states
-  at::ScalarType ema_;      // the averages, as they are stored
+  Kind stored_;  // parameters and gradients
   c10::Device device_;
-  int64_t stored_size_;
-  int64_t ema_size_;
-  int64_t state_size_;
   int num_states_;  // with the master
   int num_emas_;
   std::vector<py::object> tensors_;  // per slot: param, step, states, averages
+  std::vector<Kind> kinds_;          // of those
+  Storage storage_;
+  bool rounds_;
   std::vector<int> groups_;
   std::vector<Shape> shapes_;
   std::vector<int64_t> strides_;  // of all parameters, in turn

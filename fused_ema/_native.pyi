@@ -8,8 +8,10 @@ from .backends.plan import Fold
 class Slots:
     """A bucket's tensors as the words that a device kernel reads.
 
-    ``[scalars: rows x W float64 | row of each slot | gradients | slots]``; a slot is its number of
-    elements, then addresses: parameter, states, averages. The first of the states is the master
+    ``[scalars: rows x W float64 | row of each slot | gradients | slots]``. A row is the rule's
+    scalars and a weight per average; where averages or states are rounded stochastically, the
+    step's seed comes last. A slot is its number of elements, its place among the optimizer's
+    parameters, then addresses: parameter, states, averages. The first of the states is the master
     where there is one.
     """
 
@@ -25,6 +27,7 @@ class Slots:
         states: Sequence[Sequence[Tensor]],
         emas: Sequence[Sequence[Tensor]],
         groups: Sequence[int],
+        places: Sequence[int],
     ) -> None: ...
     def prepare(self, fold: Fold) -> bool: ...
     def advance(self) -> None:
@@ -53,10 +56,7 @@ class Plan:
 
     captured: bool
     skipping: None
-    def __init__(
-        self, rule: str, slots: Slots, ema_before: bool, ema_format: str, tensors: Sequence[int]
-    ) -> None:
-        """``tensors``: which parameter of the optimizer each slot is."""
+    def __init__(self, rule: str, slots: Slots, ema_before: bool) -> None: ...
     @property
     def target(self) -> str:
         """The CPU loop in use: "baseline", "avx2" or "avx512"."""

@@ -61,6 +61,11 @@ class Key(NamedTuple):
     backend: str
     spread: Spread | None
 
+    @property
+    def rounds(self) -> bool:
+        """Whether a step takes random bits."""
+        return not self.ema_format == self.state_format == "full"
+
 
 @dataclass(frozen=True)
 class Bucket:

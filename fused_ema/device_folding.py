@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from .ema import decay_at, decays
+from .formats import step_seed
 from .rules import Rule
 from .scaling import check_range, decay_weight
 
 Group: TypeAlias = Mapping[str, Any]
 Name: TypeAlias = tuple[str, int]  # a field, and which of its numbers
+
+# What the seed of a step is made from.
+SEEDING = ("ema_seed", "base_steps")
 
 
 @dataclass(frozen=True)
@@ -38,18 +42,27 @@ class DeviceFolder:
         rule: the bucket's rule.
         groups: index of each slot's param group, ascending.
         num_emas: how many averages each slot has.
+        rounds: whether a step takes random bits.
         counters: base steps of the slots, float64 on the device, in one or several tensors that
             are counted in place.
 
     Attributes:
-        table: a row a slot: the rule's scalars, then a weight per average; float64.
+        table: a row a slot: the rule's scalars, a weight per average and, where the step takes
+            random bits, its seed; float64.
     """
 
     def __init__(
-        self, rule: Rule, groups: Sequence[int], num_emas: int, counters: Sequence[Tensor]
+        self,
+        rule: Rule,
+        groups: Sequence[int],
+        num_emas: int,
+        rounds: bool,
+        counters: Sequence[Tensor],
     ) -> None:
         self._rule = rule
         self._num_emas = num_emas
+        self._rounds = rounds
+        self._fields = (*rule.numbers, "ema_decay", *(SEEDING if rounds else ()))
         self._indices = sorted(set(groups))
         self._sizes = [groups.count(index) for index in self._indices]
         self._counters = counters
@@ -62,7 +75,7 @@ class DeviceFolder:
         self._known: list[list[float | None]] = []
         self._inputs = self._steps.new_empty(0)
         self._constants: dict[float, Tensor] = {}
-        width = len(rule.scalars._fields) + num_emas
+        width = len(rule.scalars._fields) + num_emas + rounds
         self.table = self._steps.new_zeros(len(groups), width)
 
     @torch.no_grad()
@@ -75,7 +88,7 @@ class DeviceFolder:
         """
         taken = [groups[index] for index in self._indices]
         self._flags = [{name: group[name] for name in self._rule.flags} for group in taken]
-        self._names = _names(self._rule, taken[0])
+        self._names = _names(self._fields, taken[0])
         self._numbers = [[self._number(group, name) for group in taken] for name in self._names]
 
     @torch.no_grad()
@@ -110,6 +123,9 @@ class DeviceFolder:
         for run in self._runs():
             part = {name: value[run.begin : run.end] for name, value in inputs.items()}
             columns = [*self._scalars(run, part), *self._weights(part)]
+            if self._rounds:
+                seed, count = (part[field, 0] for field in SEEDING)
+                columns.append(step_seed(seed.long(), count).double())
             rows = self.table[run.begin : run.end]
             if columns:
                 torch.stack([self._tensor(c, rows) for c in columns], dim=1, out=rows)
@@ -194,9 +210,8 @@ def _true_runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
     return runs
 
 
-def _names(rule: Rule, group: Group) -> list[Name]:
+def _names(fields: Sequence[str], group: Group) -> list[Name]:
     """The fields that hold numbers; a field of several is named by each of its positions."""
-    fields = (*rule.numbers, "ema_decay")
     return [(field, i) for field in fields for i in range(len(_values(group, field)))]
 
 

@@ -144,7 +144,7 @@ class Folder:
     def seed(self, group: int) -> int:
         """Of the random bits that round a group's averages at this step."""
         fields = self.groups[group]
-        return step_seed(fields["ema_seed"], fields["base_steps"])
+        return int(step_seed(fields["ema_seed"], fields["base_steps"]))
 
     def weights(self, group: int) -> tuple[float, ...]:
         """The EMA weights of a group at this step; a schedule is asked once."""

@@ -37,10 +37,13 @@ def mix(x: Any) -> Any:
     return x ^ (x >> 16)
 
 
-def step_seed(seed: int, base_steps: float) -> int:
-    """32 bits of a step, from those of its count."""
-    (bits,) = struct.unpack("<Q", struct.pack("<d", base_steps))
-    return int(mix(mix(seed & MASK ^ bits & MASK) ^ bits >> 32))
+def step_seed(seed: Any, base_steps: Any) -> Any:
+    """32 bits of a step, from those of its count: a float, or float64 and int64 tensors."""
+    if isinstance(base_steps, Tensor):
+        bits = base_steps.view(torch.int64)
+    else:
+        (bits,) = struct.unpack("<q", struct.pack("<d", base_steps))
+    return mix(mix(seed & MASK ^ bits & MASK) ^ bits >> 32)
 
 
 def element_bits(seed: int, tensor: int, average: int, like: Tensor) -> Tensor:

@@ -43,6 +43,17 @@ def ema(average, param, weight):
 
 
 @device
+def ema_delta(delta, change, weight, BEFORE: tl.constexpr):
+    """Move ``d = ema - param``, where param has moved by ``change``: ``d <- (1-w)*(d - change)``.
+
+    Of averages that take the parameter from before, ``(1-w)*d - change``.
+    """
+    rest = delta if BEFORE else delta - change
+    kept = rest - weight * rest
+    return kept - change if BEFORE else kept
+
+
+@device
 def directed(grad, param, grad_factor, weight_decay):
     """The gradient to descend: ``grad_factor*g``, plus the L2 penalty ``weight_decay*p``."""
     grad = grad_factor * grad

@@ -14,9 +14,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 from .interpreter import bound, device, float_errors_ignored, interpreted
-from .rules import RULES, ema, frozen
+from .rounding import (
+    DELTA_SCALE,
+    FIRST_STATE,
+    chunk_key,
+    random_bits,
+    round_bfloat16,
+    round_float16,
+)
+from .rules import RULES, ema, ema_delta, frozen
 
 # Programs are small, so that many share a multiprocessor: one computes while others wait for
 # memory, and no program needs to load ahead.
@@ -30,6 +39,8 @@ ELEMENTS = {tl.float32: 4, tl.float64: 1}
 # about as long as one block: eight blocks (sixteen in float64) make that little, and with 244
 # programs for a million parameters a small network still reaches all multiprocessors.
 CHUNK = 4096
+# Of a thread, where the compiler is told: half of a multiprocessor's threads fit then.
+MAX_REGISTERS = 64
 
 TYPES = {
     torch.float32: (tl.float32, tl.float32),
@@ -75,11 +86,39 @@ def pointer(address, o_block, TYPE: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @device
+def stored_state(value, key, o_block, K: tl.constexpr, WEIGHT: tl.constexpr, STATE: tl.constexpr):
+    """State K as it is kept: as the weights, or rounded to fewer bits."""
+    if STATE == WEIGHT:
+        stored = value.to(STATE)
+    else:
+        stored = round_bfloat16(value, random_bits(key, FIRST_STATE + K, o_block))
+    return stored
+
+
+@device
+def follow(average, old, new, weight, key, o_block, K: tl.constexpr, BEFORE: tl.constexpr):
+    """Average K one step on, as it is kept: its dtype tells the format."""
+    param = old if BEFORE else new
+    if average.dtype == tl.bfloat16:
+        moved = ema(average.to(tl.float32), param, weight)
+        stored = round_bfloat16(moved, random_bits(key, K, o_block))
+    elif average.dtype == tl.float16:
+        delta = average.to(tl.float32) * (1.0 / DELTA_SCALE)
+        moved = ema_delta(delta, new - old, weight, BEFORE)
+        stored = round_float16(moved * DELTA_SCALE, random_bits(key, K, o_block))
+    else:
+        stored = ema(average, param, weight)
+    return stored
+
+
+@device
 def step_block(
     RULE: tl.constexpr,
     EMA_BEFORE: tl.constexpr,
     STORED: tl.constexpr,
     WEIGHT: tl.constexpr,
+    STATE: tl.constexpr,
+    AVERAGE: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -88,38 +127,42 @@ def step_block(
     end,
 ):
     """Step a slot's elements from ``start`` on: BLOCK of them, unless ``end`` comes first."""
-    param, copy, grad, states, averages, scalars, weights = slot
+    param, copy, grad, states, averages, scalars, weights, key = slot
     # 64 bits, and the same for all tensors: a running pointer for each costs more registers
     o_block = start + tl.arange(0, BLOCK).to(tl.int64)
     m_block = None if WHOLE else o_block < end
     p_param = pointer(param, o_block, WEIGHT, WHOLE)
     # loads come before the first store, so that they are under way at once
-    b_param = tl.load(p_param, m_block).to(COMPUTE)
+    b_old = tl.load(p_param, m_block).to(COMPUTE)
+    b_new = b_old
     FEW: tl.constexpr = len(states) < (3 if WEIGHT != STORED else 4)  # for the registers there are
-    EARLY: tl.constexpr = len(averages) > 0 and COMPUTE.is_fp32() and FEW
+    # differences move with both the old and the new parameter
+    EARLY: tl.constexpr = len(averages) > 0 and COMPUTE.is_fp32() and FEW and not AVERAGE.is_fp16()
     if EARLY:
-        p_average = pointer(averages[0], o_block, COMPUTE, WHOLE)
+        p_average = pointer(averages[0], o_block, AVERAGE, WHOLE)
         b_average = tl.load(p_average, m_block)
     if RULE is not frozen:
-        p_states = [pointer(state, o_block, WEIGHT, WHOLE) for state in states]
+        p_states = [pointer(state, o_block, STATE, WHOLE) for state in states]
         b_states = [tl.load(p_state, m_block).to(COMPUTE) for p_state in p_states]
         b_grad = tl.load(pointer(grad, o_block, STORED, WHOLE), m_block).to(COMPUTE)
-        b_moved, b_states = RULE(b_param, b_grad, b_states, scalars)
+        b_moved, b_states = RULE(b_old, b_grad, b_states, scalars)
         b_stored = b_moved.to(WEIGHT)
         tl.store(p_param, b_stored, m_block)
         if WEIGHT != STORED:
             tl.store(pointer(copy, o_block, STORED, WHOLE), b_moved.to(STORED), m_block)
         for k in tl.static_range(len(states)):
-            tl.store(p_states[k], b_states[k].to(WEIGHT), m_block)
-        if not EMA_BEFORE:
-            b_param = b_stored.to(COMPUTE)
+            b_state = stored_state(b_states[k], key, o_block, k, WEIGHT, STATE)
+            tl.store(p_states[k], b_state, m_block)
+        b_new = b_stored.to(COMPUTE)
     if EARLY:
-        tl.store(p_average, ema(b_average, b_param, weights[0]), m_block)
+        b_average = follow(b_average, b_old, b_new, weights[0], key, o_block, 0, EMA_BEFORE)
+        tl.store(p_average, b_average, m_block)
     # other averages wait: their values would take the registers of another program
     for k in tl.static_range(1 if EARLY else 0, len(averages)):
-        p_average = pointer(averages[k], o_block, COMPUTE, WHOLE)
+        p_average = pointer(averages[k], o_block, AVERAGE, WHOLE)
         b_average = tl.load(p_average, m_block)
-        tl.store(p_average, ema(b_average, b_param, weights[k]), m_block)
+        b_average = follow(b_average, b_old, b_new, weights[k], key, o_block, k, EMA_BEFORE)
+        tl.store(p_average, b_average, m_block)
 
 
 @device
@@ -128,6 +171,8 @@ def step_slot(
     EMA_BEFORE: tl.constexpr,
     STORED: tl.constexpr,
     WEIGHT: tl.constexpr,
+    STATE: tl.constexpr,
+    AVERAGE: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     slot,
@@ -135,7 +180,7 @@ def step_slot(
     end,
 ):
     """Step a slot's elements from ``start`` to ``end``: whole blocks of aligned tensors first."""
-    param, copy, grad, states, averages, _, _ = slot
+    param, copy, grad, states, averages, _, _, _ = slot
     bits = param | copy | grad
     for k in tl.static_range(len(states)):
         bits |= states[k]
@@ -144,12 +189,38 @@ def step_slot(
     whole = tl.where(bits % 16 == 0, (end - start) // BLOCK * BLOCK, 0)
     first, tail, last = bound(start), bound(start + whole), bound(end)
     for i in range(first, tail, BLOCK):
-        step_block(RULE, EMA_BEFORE, STORED, WEIGHT, COMPUTE, BLOCK, True, slot, i, end)
+        step_block(
+            RULE,
+            EMA_BEFORE,
+            STORED,
+            WEIGHT,
+            STATE,
+            AVERAGE,
+            COMPUTE,
+            BLOCK,
+            True,
+            slot,
+            i,
+            end,
+        )
     # Of another size: blocks of the same one would be laid out over the threads alike, for the wide
     # accesses, and masked stores, which are narrow, would exchange elements between threads first.
     TAIL: tl.constexpr = BLOCK // 2 if COMPUTE.is_fp32() else BLOCK
     for i in range(tail, last, TAIL):
-        step_block(RULE, EMA_BEFORE, STORED, WEIGHT, COMPUTE, TAIL, False, slot, i, end)
+        step_block(
+            RULE,
+            EMA_BEFORE,
+            STORED,
+            WEIGHT,
+            STATE,
+            AVERAGE,
+            COMPUTE,
+            TAIL,
+            False,
+            slot,
+            i,
+            end,
+        )
 
 
 POINTERS = ["p_control", "p_scalars", "p_rows", "p_grads", "p_slots", "p_chunks"]
@@ -171,6 +242,8 @@ def step_kernel(
     EMA_BEFORE: tl.constexpr,
     STORED: tl.constexpr,
     WEIGHT: tl.constexpr,
+    STATE: tl.constexpr,
+    AVERAGE: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -181,42 +254,79 @@ def step_kernel(
     p_chunk = p_chunks + 2 * tl.program_id(0).to(tl.int64)
     i_slot = tl.load(p_chunk).to(tl.int64)
     start = tl.load(p_chunk + 1).to(tl.int64) * CHUNK
-    STATES: tl.constexpr = 3 if WEIGHT != STORED else 2  # after numel, the parameter, its master
+    # after numel, place, the parameter, its master
+    STATES: tl.constexpr = 4 if WEIGHT != STORED else 3
+    ROUNDS: tl.constexpr = STATE != WEIGHT or AVERAGE != COMPUTE
     p_slot = p_slots + i_slot * (STATES + NUM_STATES + NUM_AVERAGES)
     end = tl.minimum(start + CHUNK, tl.load(p_slot))
-    copy = tl.load(p_slot + 1)
+    copy = tl.load(p_slot + 2)
     param = tl.load(p_slot + STATES - 1)
     averages = load_each(p_slot + STATES + NUM_STATES, NUM_AVERAGES)
     grad = tl.load(p_grads + i_slot)
-    p_row = p_scalars + tl.load(p_rows + i_slot) * (NUM_SCALARS + NUM_AVERAGES)
+    WIDTH: tl.constexpr = NUM_SCALARS + NUM_AVERAGES
+    p_row = p_scalars + tl.load(p_rows + i_slot) * (WIDTH + (1 if ROUNDS else 0))
     weights = [w.to(COMPUTE) for w in load_each(p_row + NUM_SCALARS, NUM_AVERAGES)]
+    key = chunk_key(tl.load(p_row + WIDTH), tl.load(p_slot + 1), start) if ROUNDS else ()
     if grad != 0:
         states = load_each(p_slot + STATES, NUM_STATES)
         scalars = rule_scalars(p_row, tl.load(p_control), COMPUTE, NUM_SCALARS)
-        moving = (param, copy, grad, states, averages, scalars, weights)
-        step_slot(RULE, EMA_BEFORE, STORED, WEIGHT, COMPUTE, BLOCK, moving, start, end)
+        moving = (param, copy, grad, states, averages, scalars, weights, key)
+        step_slot(
+            RULE,
+            EMA_BEFORE,
+            STORED,
+            WEIGHT,
+            STATE,
+            AVERAGE,
+            COMPUTE,
+            BLOCK,
+            moving,
+            start,
+            end,
+        )
     else:
-        resting = (param, copy, grad, (), averages, (), weights)
-        step_slot(frozen, EMA_BEFORE, STORED, WEIGHT, COMPUTE, BLOCK, resting, start, end)
+        resting = (param, copy, grad, (), averages, (), weights, key)
+        step_slot(
+            frozen,
+            EMA_BEFORE,
+            STORED,
+            WEIGHT,
+            STATE,
+            AVERAGE,
+            COMPUTE,
+            BLOCK,
+            resting,
+            start,
+            end,
+        )
 
 
-def compile_options(warp_size: int) -> dict[str, Any]:
-    """What kernels are compiled with; a product and a sum are rounded apart, as on the CPU."""
-    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+def compile_options(target: GPUTarget, rounds: bool = False) -> dict[str, Any]:
+    """What kernels are compiled with; a product and a sum are rounded apart, as on the CPU.
+
+    Args:
+        target: what for.
+        rounds: whether the kernel rounds by random bits, for which NVIDIA's compiler would take
+            more registers than leave room for half of the threads.
+    """
+    options = {"num_warps": THREADS // target.warp_size, "enable_fp_fusion": False}
+    return options | ({"maxnreg": MAX_REGISTERS} if rounds and target.backend == "cuda" else {})
 
 
 @cache
-def launch_options() -> dict[str, Any]:
+def launch_options(rounds: bool = False) -> dict[str, Any]:
     """The options for this machine's devices, which are of one kind."""
     if interpreted():
         return {}
-    return compile_options(triton.runtime.driver.active.get_current_target().warp_size)
+    return compile_options(triton.runtime.driver.active.get_current_target(), rounds)
 
 
 def launch(
     rule: str,
     dtype: torch.dtype,
     master: bool,
+    rounded_states: bool,
+    average: torch.dtype | None,
     num_scalars: int,
     num_states: int,
     num_averages: int,
@@ -232,26 +342,32 @@ def launch(
 
     Args:
         rule: key of :data:`RULES`.
-        dtype: of parameters and gradients, and of states; averages are in that of the arithmetic.
-        master: whether parameters are copies of weights that, with the states, are in the dtype of
-            the arithmetic too.
+        dtype: of parameters and gradients.
+        master: whether parameters are copies of weights in the dtype of the arithmetic.
+        rounded_states: whether states are in bfloat16, rounded stochastically, not as the weights.
+        average: dtype of averages that are rounded stochastically: bfloat16, or float16 for
+            differences to the weights; None: in that of the arithmetic.
         num_scalars: how many scalars the rule takes.
         control: float64, what gradients are multiplied by, and not 0 if nothing shall move.
-        scalars: float64, rows of the rule's scalars and each average's weight.
+        scalars: float64, rows of the rule's scalars and each average's weight, then, where
+            something is rounded stochastically, the seed of the step.
         rows: int64, each slot's row.
         grads: int64, the address of each slot's gradient, 0 for none: then the averages alone move.
-        slots: int64, each slot's ``numel`` and addresses of parameter, its master if there is one,
-            states and averages.
+        slots: int64, each slot's ``numel``, its place among the optimizer's parameters and
+            addresses of parameter, its master if there is one, states and averages.
         chunks: int32 pairs, slot and which CHUNK elements of it; every element is in one chunk.
     """
     if not chunks.shape[0]:
         return
     stored, compute = TYPES[dtype]
+    weight = compute if master else stored
     with torch.accelerator.device_index(chunks.device.index), float_errors_ignored():
         step_kernel[(chunks.shape[0],)](
             *(control, scalars, rows, grads, slots, chunks),
             RULES[rule],
             *(num_scalars, num_states, num_averages, ema_before),
-            *(stored, compute if master else stored, compute, block_size(compute), CHUNK),
-            **launch_options(),
+            *(stored, weight, tl.bfloat16 if rounded_states else weight),
+            *(compute if average is None else TYPES[average][0], compute),
+            *(block_size(compute), CHUNK),
+            **launch_options(rounded_states or average is not None),
         )

@@ -13,8 +13,6 @@ NAME = "shim"
 
 
 def unsupported(bucket) -> str | None:
-    if bucket.key.ema_format != "full":
-        return f"ema_format={bucket.key.ema_format!r}"
     return dense.unsupported(bucket, _native.rule_scalars())
 
 

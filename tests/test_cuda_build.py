@@ -20,13 +20,14 @@ CSRC = Path(__file__).parents[1] / "csrc"
 MAX_REGISTERS = 64
 # float, double and the halves, in symbols, and how they are stored
 TYPES = ("f", "d", "NS_8BFloat16E", "NS_4HalfE")
-LAYOUTS = (
-    *(f"NS_5PlainI{stored}EE" for stored in TYPES),
-    *(f"NS_6MasterI{stored}EE" for stored in TYPES[2:]),
-)
+PLAIN = [f"NS_5PlainI{stored}EE" for stored in TYPES]
+MASTER = [f"NS_6MasterI{stored}EE" for stored in TYPES[2:]]
+ROUNDED_STATES = [f"NS_13RoundedStatesI{layout}EE" for layout in (PLAIN[0], *MASTER)]
+# averages in full, in bfloat16, as differences
+FORMATS = [f"LNS_9EmaFormatE{k}E" for k in range(3)]
 KERNEL = re.compile(
-    rf"_ZN9fused_ema4cuda(?:4step(INS_\w+?E)({'|'.join(LAYOUTS)})|7squares(I)({'|'.join(TYPES)}))"
-    r"Li\d+EE\w+"
+    rf"_ZN9fused_ema4cuda(?:4step(INS_\w+?E)({'|'.join([*PLAIN, *MASTER, *ROUNDED_STATES])})"
+    rf"({'|'.join(FORMATS)})|7squares(I)({'|'.join(TYPES)}))Li\d+EE\w+"
 )
 
 
@@ -95,12 +96,18 @@ def test_every_kernel_is_built_for_every_architecture(sass):
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         assert built.keys() == {"sm_80", "sm_90"}
         assert "target sm_90" in dump("-ptx")
-    rules = re.search(r"AllRules = RuleList<(.+)>;", (CSRC / "rules.h").read_text())
+    rules = re.search(r"AllRules = RuleList<Frozen, (.+)>;", (CSRC / "rules.h").read_text())
+    count = len(rules[1].split(", "))  # of those that move something, and may have a master
+    with_states = count - 1  # all but SGD without momentum
+    full = count * len([*PLAIN, *MASTER]) + len(PLAIN)
+    rounded = 2 * (full - count - 1)  # averages of two formats, but not of float64
     for names in built.values():
         kinds = Counter(KERNEL.match(name).groups() for name in names)
-        # each with small and with large parameters
-        assert len(kinds) == len(rules[1].split(", ")) * len(LAYOUTS) + len(TYPES)
-        assert set(kinds.values()) == {2}
+        # with small and with large parameters; those that round take the large ones
+        sizes = Counter(kinds.values())
+        assert sizes[2] == full + len(TYPES)
+        assert sizes[1] == rounded + with_states * len(ROUNDED_STATES) * len(FORMATS)
+        assert len(sizes) == 2
 
 
 def test_registers_suffice(sass):
@@ -121,26 +128,38 @@ def test_squares_are_read_by_16_bytes(sass, steps):
         assert "LDG.E.128" in " ".join(sass[key]), key
 
 
+def widest(name: str) -> int:
+    """Bits of the weights that a kernel takes at once: half as many for random bits of AMSGrad."""
+    rounds = "RoundedStates" in name or FORMATS[0] not in name
+    return 64 if rounds and "AdamILb1E" in name else 128
+
+
 def test_memory_is_accessed_by_16_bytes(steps):
     for key, opcodes in steps.items():
         stores = [op for op in opcodes if op.startswith("STG")]
-        # halves beside floats go by as many elements, half as many bytes
-        whole = ("STG.E.128", "STG.E.64") if "6Master" in key[1] else ("STG.E.128",)
-        wide = [op for op in stores if op.startswith(whole)]
-        # the path for single elements has a store for each of these, the one for vectors no other
-        assert 2 <= len(wide) >= len(stores) - len(wide), key
+        wide = [op for op in stores if op.startswith(f"STG.E.{widest(key[1])}")]
+        # averages and, with a gradient, weights: each where there is an average, and where not
+        assert len(wide) >= (2 if "Frozen" not in key[1] else 1), key
+        if widest(key[1]) == 128:
+            # halves beside floats go by as many elements, half as many bytes
+            wide += [op for op in stores if op.startswith("STG.E.64")]
+            # the path for single elements has a store for each, the one for vectors no other
+            assert len(wide) >= len(stores) - len(wide), key
         # generic accesses, which look for the kind of memory first
         assert not {"LD.E.128", "ST.E.128"} & set(opcodes), key
 
 
 def test_a_vector_is_loaded_before_any_of_it_is_used(steps):
     for key, opcodes in steps.items():
-        events = [op[:9] for op in opcodes if op.startswith(("LDG.E.128", "STG", "BRA", "CALL"))]
+        load, store = (f"{access}.E.{widest(key[1])}" for access in ("LDG", "STG"))
+        kinds = [op if not op.startswith((load, store)) else op[: len(load)] for op in opcodes]
+        events = [op for op in kinds if op.startswith((load, "STG", "BRA", "CALL"))]
         longest = dict.fromkeys(events, 0)
         for kind, run in groupby(events):
             longest[kind] = max(longest[kind], len(list(run)))
         # what is written together was read together before
-        assert longest["LDG.E.128"] >= longest["STG.E.128"] >= 1, (key, longest)
+        assert longest[load] >= longest.get(store, 0), (key, longest)
+        assert longest[load] >= 1, (key, longest)
 
 
 def test_every_operation_rounds_on_its_own():

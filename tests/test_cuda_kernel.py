@@ -18,9 +18,12 @@ import pytest
 from fused_ema import _native
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("tests/shim/step.cpp", "tests/shim/parity.cpp", "csrc/cpu/targets.cpp")
+SOURCES = (
+    *("tests/shim/step_rounding.cpp", "tests/shim/step.cpp"),
+    *("tests/shim/parity.cpp", "csrc/cpu/targets.cpp"),
+)
 FLAGS = (
-    *("-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-std=c++17", "-O0", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     *("-I", "tests/shim", "-I", "csrc"),
@@ -52,7 +55,7 @@ def parity(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "group", ["rules", "masters", "words", "control", "empty", "accesses", "errors"]
+    "group", ["rules", "masters", "rounding", "words", "control", "empty", "accesses", "errors"]
 )
 def test_the_kernel_gives_the_bits_of_the_cpu_loop(parity, group):
     result = run(parity, group)

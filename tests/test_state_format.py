@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 import torch
 import twins
-from cases import CHUNK, FEW
+from cases import FEW
 
-from fused_ema import FusedScaledAdam, FusedScaledAdamW, FusedScaledSGD
+from fused_ema import FusedScaledAdam, FusedScaledAdamW, FusedScaledSGD, _native
 
-ROUNDING = ("reference", "foreach")
-parameters = partial(twins.parameters, (*FEW, (CHUNK + 300,)))
+# The last is more than a program of Triton's steps.
+parameters = partial(twins.parameters, (*FEW, (4396,)))
 BETAS = 0.9, 0.99
 
 
@@ -28,10 +28,9 @@ def run(backend: str, dtype=torch.float32, steps: int = 4, **options):
     return opt, params
 
 
-@pytest.mark.parametrize("kernels", ROUNDING)
-def test_moments_are_rounded_to_a_neighbour_without_bias(kernels):
+def test_moments_are_rounded_to_a_neighbour_without_bias(backend):
     """A step from the moments as they are stored, in float64."""
-    opt, params = run(kernels, steps=3)
+    opt, params = run(backend, steps=3)
     p = params[-1]
     beta1, beta2 = (beta**2.0 for beta in BETAS)
     before = {key: opt.state[p][key].double() for key in ("exp_avg", "exp_avg_sq")}
@@ -54,11 +53,12 @@ def test_moments_are_rounded_to_a_neighbour_without_bias(kernels):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_backends_draw_the_same_bits(amsgrad, dtype):
+def test_backends_draw_the_same_bits(amsgrad, dtype, backend, monkeypatch):
     """The same numbers, but where arithmetic differs in a last bit and the rounding with it."""
     options = {"dtype": dtype, "master_weights": dtype != torch.float32, "amsgrad": amsgrad}
     expected, params = run("reference", **options)
-    for backend in ROUNDING[1:]:
+    for target in _native.cpu_targets() if backend == "native" else ("",):
+        monkeypatch.setenv("FUSED_EMA_CPU", target)
         found, others = run(backend, **options)
         for p, q in zip(params, others, strict=True):
             keys = [key for key in expected.state[p] if key.startswith(("exp", "max"))]
@@ -70,7 +70,17 @@ def test_backends_draw_the_same_bits(amsgrad, dtype):
             torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernels", ROUNDING)
+@pytest.mark.parametrize("form", ["full", "bf16", "delta"])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_device_kernels_draw_the_native_bits(capturable, form, device_backend):
+    """Seeds of capturable groups are made on the device, of what it has counted."""
+    expected, params = run("native", ema_format=form)
+    found, _ = run(device_backend, ema_format=form, capturable=capturable)
+    assert expected.state[params[0]]["exp_avg"].dtype == torch.bfloat16
+    twins.assert_same(expected, found, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "foreach", "native"])
 def test_a_second_moment_arrives(kernels):
     """Rounded to nearest it would stop at a third of the way: (1 - beta)*(g*g - v) is too small."""
     p = torch.nn.Parameter(torch.zeros(512))
@@ -92,11 +102,10 @@ def test_momentum_too():
     assert opt.state[p]["momentum_buffer"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kernels", ROUNDING)
-def test_a_resumed_run_is_bit_exact(kernels):
-    opt, params = run(kernels)
+def test_a_resumed_run_is_bit_exact(backend):
+    opt, params = run(backend)
     others = parameters(torch.float32)
-    other = FusedScaledAdamW(others, lr=1e-2, betas=BETAS, ema_decay=0.9, backend=kernels)
+    other = FusedScaledAdamW(others, lr=1e-2, betas=BETAS, ema_decay=0.9, backend=backend)
     other.load_state_dict(deepcopy(opt.state_dict()))
     for p, q in zip(params, others, strict=True):
         q.data.copy_(p)
@@ -133,6 +142,3 @@ def test_what_cannot_be_is_refused():
         opt = FusedScaledAdam(parameters(dtype), state_format="bf16")
         with pytest.raises(TypeError, match=f"state_format='bf16': a parameter has dtype {dtype}"):
             opt.step()
-    opt = FusedScaledAdam(parameters(torch.float32), state_format="bf16", backend="triton")
-    with pytest.raises(RuntimeError, match="triton: state_format='bf16'"):
-        opt.step()

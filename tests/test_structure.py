@@ -12,9 +12,9 @@ PACKAGE = Path(fused_ema.__file__).parent
 LAYERS = (
     ("realmath", "_native", "kernels"),
     ("scaling", "tensorlist", "sharding"),
-    ("ema", "posthoc", "progressive"),
+    ("ema", "posthoc", "progressive", "formats"),
     ("rules",),
-    ("buckets", "device_folding", "build", "gradients", "formats"),
+    ("buckets", "device_folding", "build", "gradients"),
     ("state", "swap", "ema_buffers"),
     ("backends", "teacher", "checkpoint"),
     ("averages", "clock", "folding"),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, product
 
 import pytest
 import torch
 from cases import DTYPES
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
-from fused_ema import _native
+from fused_ema import _native, formats
 from fused_ema.kernels import step
 from fused_ema.kernels.interpreter import interpreted
 from fused_ema.kernels.rules import RULES
@@ -35,6 +36,7 @@ SCALARS = {
     ),
 }
 EMA_WEIGHTS = ((0.1, 0.0, 0.6), (1.0, 0.3, 1e-7), (0.8, 0.5, 0.01))
+SEEDS = (0, 0xFFFFFFFF, 123456789)
 SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -2e-8, 7e-5, 6e4, -3e38)
 
 
@@ -46,6 +48,7 @@ class Slot:
     states: list[Tensor]
     averages: list[Tensor]
     row: int
+    place: int
 
     def tensors(self) -> list[Tensor]:
         return [self.param, *self.states, *self.averages]
@@ -68,10 +71,23 @@ class Variant:
     dtype: torch.dtype
     averages: int = 1
     ema_before: bool = False
+    rounded_states: bool = False
+    rounded_average: torch.dtype | None = None
 
     @property
     def average_dtype(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return self.rounded_average or wide
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.rounded_states else self.dtype
+
+    def row(self, group: int) -> list[float]:
+        """A group's scalars, weights and, where something is rounded by it, its seed."""
+        rounds = self.rounded_states or self.rounded_average is not None
+        weights = EMA_WEIGHTS[group][: self.averages]
+        return [*SCALARS[self.rule][group], *weights, *([SEEDS[group]] if rounds else [])]
 
     @property
     def block(self) -> int:
@@ -85,9 +101,11 @@ class Variant:
         turns, shift_turns, rows = cycle(active), cycle(shifts), cycle(range(len(EMA_WEIGHTS)))
         found = []
         for size in sizes:
-            param, grad, *states = (
-                draw(size, self.dtype, generator, next(shift_turns)) for _ in range(2 + self.states)
-            )
+            param, grad = (draw(size, self.dtype, generator, next(shift_turns)) for _ in "pg")
+            states = [
+                draw(size, self.state_dtype, generator, next(shift_turns))
+                for _ in range(self.states)
+            ]
             for squares in states[1:]:
                 squares.abs_()
             averages = [
@@ -96,7 +114,7 @@ class Variant:
             ]
             if next(turns) and self.rule != "frozen":
                 param.grad = grad
-            found.append(Slot(param, states, averages, next(rows)))
+            found.append(Slot(param, states, averages, next(rows), 3 * len(found) + 7))
         return found
 
 
@@ -111,6 +129,9 @@ class Table:
         scalars = () if step is None else SCALARS[self.variant.rule][group]
         return scalars, EMA_WEIGHTS[group][: self.variant.averages]
 
+    def seed(self, group: int) -> int:
+        return SEEDS[group]
+
 
 def step_natively(variant: Variant, slots: list[Slot]) -> None:
     tensors = _native.Slots(
@@ -124,14 +145,15 @@ def step_natively(variant: Variant, slots: list[Slot]) -> None:
         states=[slot.states for slot in slots],
         emas=[slot.averages for slot in slots],
         groups=[slot.row for slot in slots],
+        places=[slot.place for slot in slots],
     )
-    plan = _native.Plan(variant.rule, tensors, variant.ema_before, "full", [0] * len(slots))
+    plan = _native.Plan(variant.rule, tensors, variant.ema_before)
     assert plan.prepare(Table(variant))
     plan.run(None)
 
 
 def words_of(slot: Slot) -> list[int]:
-    return [slot.param.numel(), *(tensor.data_ptr() for tensor in slot.tensors())]
+    return [slot.param.numel(), slot.place, *(tensor.data_ptr() for tensor in slot.tensors())]
 
 
 def chunks_of(slots: list[Slot]) -> list[tuple[int, int]]:
@@ -147,10 +169,7 @@ def launch(
     chunks: Sequence[tuple[int, int]],
 ) -> None:
     """Lays the metadata out in one buffer, as the backend does."""
-    table = [
-        (*scalars, *weights[: variant.averages])
-        for scalars, weights in zip(SCALARS[variant.rule], EMA_WEIGHTS, strict=True)
-    ]
+    table = [variant.row(group) for group in range(len(EMA_WEIGHTS))]
     parts = [
         torch.tensor(table, dtype=torch.float64).view(-1).view(torch.int64),
         torch.tensor(rows),
@@ -163,6 +182,8 @@ def launch(
         variant.rule,
         variant.dtype,
         False,
+        variant.rounded_states,
+        variant.rounded_average,
         len(SCALARS[variant.rule][0]),
         variant.states,
         variant.averages,
@@ -216,6 +237,31 @@ def test_the_bits_are_those_of_the_native_kernel(rule, states, dtype, averages, 
     assert_same_bits(slots, others)
 
 
+ROUNDING = [
+    (rule, states, dtype, rounded, average)
+    for (rule, states), dtype, rounded, average in product(
+        RULE_STATES,
+        (torch.float32, torch.bfloat16),
+        (False, True),
+        (None, torch.bfloat16, torch.float16),
+    )
+    if rounded or average is not None
+    if not rounded or (states and dtype == torch.float32)
+]
+
+
+@pytest.mark.parametrize("ema_before", [False, True], ids=["after", "before"])
+@pytest.mark.parametrize(("rule", "states", "dtype", "rounded", "average"), ROUNDING, ids=name_of)
+def test_rounded_bits_are_the_native_ones(rule, states, dtype, rounded, average, ema_before):
+    variant = Variant(rule, states, dtype, 2, ema_before, rounded, average)
+    sizes = (1, variant.block + 1, step.CHUNK + 3, 7, variant.block + 2)
+    active = (True, True, True, False, False)
+    slots, others = variant.slots(sizes, active), variant.slots(sizes, active)
+    step_natively(variant, slots)
+    step_interpreted(variant, others)
+    assert_same_bits(slots, others)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_alignment_does_not_change_a_bit(dtype):
     variant = Variant("adam", 3, dtype, averages=2)
@@ -232,10 +278,10 @@ def blocks(monkeypatch) -> list[tuple[bool, int]]:
     """Of every block that is stepped, whether it is taken as whole and aligned, and its start."""
     taken = []
 
-    def recorded(rule, ema_before, stored, weight, compute, block, whole, slot, start, end):
+    def recorded(rule, ema_before, *types_and_place):
+        *_, whole, _, start, _ = types_and_place
         taken.append((whole, start))
-        types = (stored, weight, compute)
-        return step_block(rule, ema_before, *types, block, whole, slot, start, end)
+        return step_block(rule, ema_before, *types_and_place)
 
     step_block = step.step_block
     monkeypatch.setattr(step, "step_block", recorded)
@@ -266,8 +312,8 @@ def test_without_a_gradient_only_param_and_averages_are_touched(ema_before):
     variant = Variant("adam", 2, torch.float32, 2, ema_before)
     (slot,), (other,) = variant.slots([9], [False]), variant.slots([9], [False])
     step_natively(variant, [slot])
-    numel, param, _, _, *averages = words_of(other)
-    launch(variant, [other.row], [0], [(numel, param, 0, 0, *averages)], [(0, 0)])
+    numel, place, param, _, _, *averages = words_of(other)
+    launch(variant, [other.row], [0], [(numel, place, param, 0, 0, *averages)], [(0, 0)])
     assert_same_bits([slot], [other])
 
 
@@ -282,8 +328,26 @@ def test_offsets_have_64_bits(dtype, active):
     (slot,) = far
     grad = slot.param.grad.data_ptr() - skipped * dtype.itemsize if active else 0
     starts = [tensor.data_ptr() - skipped * tensor.element_size() for tensor in slot.tensors()]
-    launch(variant, [slot.row], [grad], [(skipped + step.CHUNK, *starts)], [(0, index)])
+    words = (skipped + step.CHUNK, slot.place, *starts)
+    launch(variant, [slot.row], [grad], [words], [(0, index)])
     assert_same_bits(near, far)
+
+
+def test_random_bits_take_offsets_of_64_bits():
+    """Of the specification: no native tensor of so many elements is at hand."""
+    variant = Variant("frozen", 0, torch.float32, rounded_average=torch.bfloat16)
+    ((slot,), (near,)) = variant.slots([step.CHUNK]), variant.slots([step.CHUNK])
+    index = 2**32 // step.CHUNK + 5
+    place = torch.arange(step.CHUNK) + index * step.CHUNK
+    key = formats.mix(formats.mix(SEEDS[slot.row] ^ formats.mix(slot.place)) ^ 0)
+    bits = formats.mix(key ^ (place & formats.MASK) ^ formats.mix(place >> 32))
+    formats.follow(near.averages[0], near.param, EMA_WEIGHTS[near.row][0], bits)
+    starts = [
+        tensor.data_ptr() - index * step.CHUNK * tensor.element_size() for tensor in slot.tensors()
+    ]
+    words = ((index + 1) * step.CHUNK, slot.place, *starts)
+    launch(variant, [slot.row], [0], [words], [(0, index)])
+    assert_same_bits([slot], [near])
 
 
 def test_without_chunks_nothing_is_launched(monkeypatch):
@@ -297,4 +361,4 @@ def test_every_rule_has_a_kernel():
 
 
 def test_products_and_sums_are_rounded_apart():
-    assert step.compile_options(32)["enable_fp_fusion"] is False
+    assert step.compile_options(GPUTarget("cuda", 80, 32))["enable_fp_fusion"] is False

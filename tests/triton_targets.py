@@ -51,11 +51,29 @@ class Variant:
     averages: int = 1
     ema_before: bool = False
     master: bool = False
+    rounded_states: bool = False
+    rounded_average: str | None = None
 
     @property
     def types(self) -> tuple[tl.dtype, tl.dtype]:
-        """Of parameters, and of the arithmetic and the averages."""
+        """Of parameters and gradients, and of the arithmetic."""
         return step.TYPES[getattr(torch, self.dtype)]
+
+    @property
+    def rounds(self) -> bool:
+        return self.rounded_states or self.rounded_average is not None
+
+    @property
+    def weight(self) -> tl.dtype:
+        return self.types[self.master]
+
+    @property
+    def state(self) -> tl.dtype:
+        return tl.bfloat16 if self.rounded_states else self.weight
+
+    @property
+    def average(self) -> tl.dtype:
+        return getattr(tl, self.rounded_average) if self.rounded_average else self.types[1]
 
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -66,6 +84,13 @@ VARIANTS = (
     Variant("adam", 2, averages=3),
     Variant("adam", 2, ema_before=True),
     *(Variant("adam", states, "bfloat16", master=True) for states in (2, 3)),
+    Variant("frozen", 0, rounded_average="bfloat16"),
+    *(
+        Variant("adam", states, dtype, 1, False, dtype != "float32", rounded, average)
+        for states in (2, 3)
+        for dtype in ("float32", "bfloat16")
+        for rounded, average in ((True, None), (False, "bfloat16"), (True, "float16"))
+    ),
     *(Variant(SQUARES, 0, dtype, averages=0) for dtype in DTYPES),
 )
 
@@ -105,7 +130,6 @@ class Row:
 def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.CompiledKernel:
     stored, compute = variant.types
     constants = (compute, step.block_size(compute), step.CHUNK)
-    weight = compute if variant.master else stored
     if variant.rule == SQUARES:
         kernel, pointers = squares.squares_kernel, SQUARES_ARGUMENTS
         constants = (2, stored, *constants)
@@ -113,11 +137,11 @@ def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.Compi
         kernel, pointers = step.step_kernel, ARGUMENTS
         scalars = (RULES[variant.rule], NUM_SCALARS[variant.rule])
         kind = (*scalars, variant.states, variant.averages, variant.ema_before)
-        constants = (*kind, stored, weight, *constants)
+        constants = (*kind, stored, variant.weight, variant.state, variant.average, *constants)
     types = (*pointers, *("constexpr" for _ in constants))
     constexprs = {(len(pointers) + i,): value for i, value in enumerate(constants)}
     source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), constexprs)
-    options = step.compile_options(target.warp_size)
+    options = step.compile_options(target, variant.rounds)
     return triton.compile(source, target=target, options=options)
 
 
@@ -207,14 +231,16 @@ def compile_all() -> Iterable[Row]:
 
 
 def print_table(rows: Iterable[Row]) -> None:
-    form = "{:7} {:7} {:>6} {:16} {:>4} {:6} {:>9} {:>9} {:>7} {:>6}  {:26}  {:26}"
+    form = "{:7} {:7} {:>7} {:16} {:>7} {:6} {:>9} {:>9} {:>7} {:>6}  {:26}  {:26}"
     names = ("target", "rule", "states", "dtype", "EMAs", "order", "registers", "occupancy")
     print(form.format(*names, "spilled", "shared", "vector loads", "vector stores"))
     for row in rows:
         v = row.variant
         order = "before" if v.ema_before else "after"
         dtype = f"{v.dtype}, master" if v.master else v.dtype
-        cells = (row.target, v.rule, v.states, dtype, v.averages, order, row.registers)
+        states = f"{v.states}, bf16" if v.rounded_states else v.states
+        averages = f"{v.averages}, {v.average.name}" if v.rounded_average else v.averages
+        cells = (row.target, v.rule, states, dtype, averages, order, row.registers)
         accesses = (summary(row.loads), summary(row.stores))
         print(form.format(*cells, f"{row.occupancy:.0%}", row.spilled, row.shared, *accesses))
 

@@ -7,16 +7,20 @@ constexpr int64_t block = 256;
 // Scalars by value: behind a reference the stores might change them, and nothing would vectorise.
 template <class Rule, class Layout>
 void rule_loop(void* const* pointers, const void* grads, int64_t begin, int64_t count,
-               typename Rule::template Scalars<Compute<typename Layout::Weight>> scalars) {
+               typename Rule::template Scalars<Compute<typename Layout::Weight>> scalars,
+               uint32_t key) {
   using Param = typename Layout::Param;
   using Weight = typename Layout::Weight;
+  using State = typename Layout::State;
   constexpr int num_states = Rule::num_states, first = Layout::has_master;
   Param* param = static_cast<Param*>(pointers[0]) + begin;
   Weight* weight = static_cast<Weight*>(pointers[first]) + begin;
   const Param* grad = static_cast<const Param*>(grads) + begin;
-  Weight* state[num_states + 1] = {};
+  State* state[num_states + 1] = {};
   for (int k = 0; k < num_states; ++k)
-    state[k] = static_cast<Weight*>(pointers[first + 1 + k]) + begin;
+    state[k] = static_cast<State*>(pointers[first + 1 + k]) + begin;
+  RandomBits bits[num_states + 1];
+  for (int k = 0; k < num_states; ++k) bits[k] = RandomBits(key, first_state_key + k, begin);
   FUSED_EMA_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
     Compute<Weight> states[num_states + 1];
@@ -25,7 +29,12 @@ void rule_loop(void* const* pointers, const void* grads, int64_t begin, int64_t 
     Rule::update(value, load(grad[i]), states, scalars);
     weight[i] = store<Weight>(value);
     if constexpr (Layout::has_master) param[i] = store<Param>(value);
-    for (int k = 0; k < num_states; ++k) state[k][i] = store<Weight>(states[k]);
+    for (int k = 0; k < num_states; ++k) {
+      if constexpr (Layout::rounded_states)
+        state[k][i] = round_bfloat16(states[k], bits[k][i]);
+      else
+        state[k][i] = store<State>(states[k]);
+    }
   }
 }
 
@@ -36,30 +45,20 @@ void ema_loop(Compute<Weight>* average, const Weight* param, int64_t count,
   for (int64_t i = 0; i < count; ++i) average[i] = ema(average[i], load(param[i]), weight);
 }
 
-// Random bits of an element: of a block, whose elements share the upper half of their index.
-inline uint32_t block_key(uint32_t ema_key, int average, int64_t begin) {
-  return mix(ema_key ^ static_cast<uint32_t>(average)) ^ mix(static_cast<uint32_t>(begin >> 32));
-}
-
 template <class Weight>
 void rounded_ema_loop(BFloat16* average, const Weight* param, int64_t count, float weight,
-                      uint32_t key, uint32_t first) {
+                      RandomBits bits) {
   FUSED_EMA_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) {
-    const float moved = ema(load(average[i]), load(param[i]), weight);
-    average[i] = round_bfloat16(moved, mix(key ^ (first + static_cast<uint32_t>(i))));
-  }
+  for (int64_t i = 0; i < count; ++i)
+    average[i] = rounded_ema(average[i], load(param[i]), weight, bits[i]);
 }
 
 template <bool before, class Weight>
 void delta_loop(Half* delta, const float* old, const Weight* param, int64_t count, float weight,
-                uint32_t key, uint32_t first) {
+                RandomBits bits) {
   FUSED_EMA_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) {
-    const float held = load(delta[i]) * (1 / delta_scale);
-    const float moved = ema_delta<before>(held, load(param[i]) - old[i], weight);
-    delta[i] = round_half(moved * delta_scale, mix(key ^ (first + static_cast<uint32_t>(i))));
-  }
+  for (int64_t i = 0; i < count; ++i)
+    delta[i] = rounded_ema_delta<before>(delta[i], load(param[i]) - old[i], weight, bits[i]);
 }
 
 template <class Layout>
@@ -73,7 +72,7 @@ void ema_loops(const Piece& piece, void* const* emas, const double* weights, int
       ema_loop<Weight>(static_cast<Compute<Weight>*>(emas[k]) + begin, param, count, weight);
     } else if constexpr (std::is_same_v<Compute<Weight>, float>) {
       rounded_ema_loop<Weight>(static_cast<BFloat16*>(emas[k]) + begin, param, count, weight,
-                               block_key(piece.ema_key, k, begin), static_cast<uint32_t>(begin));
+                               RandomBits(piece.key, k, begin));
     }
   }
 }
@@ -91,7 +90,7 @@ void delta_block(const Piece& piece, void* const* emas, const double* weights, i
     for (int k = 0; k < piece.num_emas; ++k) {
       const auto move = piece.ema_before ? delta_loop<true, Weight> : delta_loop<false, Weight>;
       move(static_cast<Half*>(emas[k]) + begin, old, param, count, static_cast<float>(weights[k]),
-           block_key(piece.ema_key, k, begin), static_cast<uint32_t>(begin));
+           RandomBits(piece.key, k, begin));
     }
   }
 }
@@ -108,7 +107,7 @@ void step_piece(const Piece& piece) {
     count = std::min(piece.end - begin, block - begin % block);
     const auto step = [&] {
       if (piece.grad != nullptr)
-        rule_loop<Rule, Layout>(piece.pointers, piece.grad, begin, count, scalars);
+        rule_loop<Rule, Layout>(piece.pointers, piece.grad, begin, count, scalars, piece.key);
     };
     if (piece.ema_format == EmaFormat::delta) {
       delta_block<Layout>(piece, emas, weights, begin, count, step);
@@ -147,7 +146,7 @@ KernelInfo find_kernel(const std::string& rule, int num_states, Storage storage)
   KernelInfo found;
   with_rule(AllRules{}, rule, num_states, [&](auto candidate) {
     using Rule = decltype(candidate);
-    with_layout(storage, [&](auto layout) {
+    with_layout<Rule>(storage, [&](auto layout) {
       found = {step_piece<Rule, decltype(layout)>, static_cast<int>(Rule::scalars.size())};
     });
   });

@@ -15,34 +15,16 @@ constexpr int64_t grain = 32768;
 // Elements of a gradient that are summed on their own: few enough for float to be exact enough.
 constexpr int64_t sum_size = 4096;
 
-EmaFormat format_named(const std::string& name) {
-  if (name == "full") return EmaFormat::full;
-  if (name == "bf16") return EmaFormat::bf16;
-  if (name == "delta") return EmaFormat::delta;
-  throw std::invalid_argument("no loop for ema_format " + name);
-}
-
 }  // namespace
 
-Plan::Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before,
-           const std::string& ema_format, std::vector<uint32_t> tensors)
+Plan::Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before)
     : target_(chosen_target()),
       kernel_(known(find_kernel(target_, rule, slots->num_states(), slots->storage()), rule,
                     slots->num_states(), slots->num_scalars())),
       squares_(find_squares(target_, slots->storage().type)),
       ema_before_(ema_before),
-      ema_format_(format_named(ema_format)),
       slots_(std::move(slots)),
-      chunks_(slots_->chunks(sum_size)),
-      tensors_(std::move(tensors)),
-      ema_keys_(slots_->size()) {}
-
-bool Plan::prepare(const py::object& fold) {
-  if (ema_format_ != EmaFormat::full)
-    for (size_t i = 0; i < slots_->size(); ++i)
-      ema_keys_[i] = mix(fold.attr("seed")(slots_->group(i)).cast<uint32_t>() ^ mix(tensors_[i]));
-  return slots_->prepare(fold);
-}
+      chunks_(slots_->chunks(sum_size)) {}
 
 at::Tensor Plan::sum_of_squares() const {
   const std::vector<c10::Storage> held = slots_->storages();
@@ -86,8 +68,8 @@ void Plan::run_elements(int64_t begin, int64_t end, double grad_factor) const {
     const int64_t stop = std::min(end, offsets[i + 1]);
     if (stop == begin) continue;
     kernel_.kernel({slots_->pointers(i), slots_->grad(i), begin - offsets[i], stop - offsets[i],
-                    slots_->row(i), grad_factor, slots_->num_emas(), ema_before_, ema_format_,
-                    ema_keys_[i]});
+                    slots_->row(i), grad_factor, slots_->num_emas(), ema_before_,
+                    slots_->storage().ema_format, slots_->key(i)});
     begin = stop;
   }
 }

@@ -11,12 +11,10 @@ namespace fused_ema::cpu {
 
 class Plan {
  public:
-  // tensors: which parameter of the optimizer each slot is, for the random bits of its averages
-  Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before,
-       const std::string& ema_format, std::vector<uint32_t> tensors);
+  Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before);
 
   // As Slots::prepare.
-  bool prepare(const py::object& fold);
+  bool prepare(const py::object& fold) { return slots_->prepare(fold); }
 
   // The sum of the squares of all gradients, as prepared, the same for any number of threads.
   at::Tensor sum_of_squares() const;
@@ -34,11 +32,8 @@ class Plan {
   KernelInfo kernel_;
   Squares squares_;
   bool ema_before_;
-  EmaFormat ema_format_;
   std::shared_ptr<Slots> slots_;
   at::Tensor chunks_;  // of gradients, as they are summed
-  std::vector<uint32_t> tensors_;
-  std::vector<uint32_t> ema_keys_;  // of each slot, at the step that is prepared
 };
 
 }  // namespace fused_ema::cpu

@@ -27,7 +27,7 @@ struct GradParameters {
 template <class Stored>
 __device__ Compute<Stored> chunk_squares(const Stored* grad, int count, bool aligned) {
   Compute<Stored> sum = 0;
-  for_each_pack<Stored>(count, aligned, [&](auto size, int at) {
+  for_each_pack<access / int{sizeof(Stored)}>(count, aligned, [&](auto size, int at) {
     constexpr int n = decltype(size)::value;
     Pack<Stored, n> pack;
     pack.read(grad + at);

@@ -96,6 +96,8 @@ class Pack {
     __builtin_assume(__isGlobal(from));
     if constexpr (n == 1) {
       set(0, *from);
+    } else if constexpr (size == 1) {
+      words_[0] = *reinterpret_cast<const uint32_t*>(from);
     } else if constexpr (size == 2) {
       const uint2 part = read_half(from);
       std::memcpy(words_, &part, sizeof part);
@@ -112,6 +114,8 @@ class Pack {
     __builtin_assume(__isGlobal(to));
     if constexpr (n == 1) {
       *to = get(0);
+    } else if constexpr (size == 1) {
+      *reinterpret_cast<uint32_t*>(to) = words_[0];
     } else if constexpr (size == 2) {
       uint2 part;
       std::memcpy(&part, words_, sizeof part);
@@ -154,23 +158,33 @@ class Pack {
 };
 
 // A chunk of a slot: where its tensors are, and its row of the scalar table.
-template <class Rule, class Layout>
+template <class RuleOf, class LayoutOf, EmaFormat format_of>
 struct Chunk {
+  using Rule = RuleOf;
+  using Layout = LayoutOf;
   using Param = typename Layout::Param;
   using Weight = typename Layout::Weight;
-  using Average = Compute<Weight>;
+  using State = typename Layout::State;
+  using Average = StoredAverage<format_of, Compute<Weight>>;
+  static constexpr EmaFormat format = format_of;
+  static constexpr bool rounds = Layout::rounded_states || format != EmaFormat::full;
   static constexpr int num_states = Rule::num_states;
   static constexpr int num_scalars = Rule::scalars.size();
-  static constexpr int first_state = 2 + Layout::has_master;
+  static constexpr int first_state = 3 + Layout::has_master;
   static constexpr int first_average = first_state + num_states;
   static constexpr int64_t elements = chunk_bytes / sizeof(Param);
+  // What a thread takes at a time: the widest access, but with three states random bits need the
+  // registers of half of it.
+  static constexpr int width = access / sizeof(Weight) / (rounds && num_states > 2 ? 2 : 1);
 
   const int64_t* tensors;
   const Param* grad;  // null: the rule does not run
   const double* row;
   int64_t begin;
   int count;
-  bool aligned;  // to the widest access, all tensors
+  int num_emas;
+  bool aligned;      // to the widest access, all tensors
+  uint32_t key = 0;  // of random bits
 
   __device__ Chunk(const Task& task, const int64_t* words, int64_t index) {
     const int64_t slot = task.chunks[2 * index];
@@ -178,8 +192,9 @@ struct Chunk {
     tensors = task.slots + slot * (first_average + task.num_emas);
     const int64_t left = tensors[0] - begin;
     count = static_cast<int>(left < elements ? left : elements);
+    num_emas = task.num_emas;
 
-    const int row_size = num_scalars + task.num_emas;
+    const int row_size = num_scalars + task.num_emas + rounds;
     const bool in_words = task.scalars == nullptr;
     const double* table = in_words ? reinterpret_cast<const double*>(words) : task.scalars;
     const int64_t* rows = words + (in_words ? int64_t{task.num_rows} * row_size : 0);
@@ -190,18 +205,35 @@ struct Chunk {
     // a chunk begins at a multiple of the widest access, so that the tensors' addresses decide
     int64_t low_bits = grad_address;
 #pragma unroll
-    for (int k = 1; k < first_average; ++k) low_bits |= tensors[k];
+    for (int k = 2; k < first_average; ++k) low_bits |= tensors[k];
 #pragma unroll 1
     for (int k = 0; k < task.num_emas; ++k) low_bits |= tensors[first_average + k];
     aligned = low_bits % access == 0;
+
+    if constexpr (rounds) {
+      const auto seed = static_cast<uint32_t>(row[num_scalars + num_emas]);
+      key = parameter_key(seed, static_cast<uint32_t>(tensors[1]));
+    }
   }
 
   // Addresses are looked up (in the L1 cache) for each access: kept, each would take two registers.
-  __device__ Param* copy() const { return at<Param>(1); }
+  __device__ Param* copy() const { return at<Param>(2); }
   __device__ Weight* param() const { return at<Weight>(first_state - 1); }
-  __device__ Weight* state(int k) const { return at<Weight>(first_state + k); }
+  __device__ State* state(int k) const { return at<State>(first_state + k); }
   __device__ Average* average(int k) const { return at<Average>(first_average + k); }
-  __device__ Average weight(int k) const { return static_cast<Average>(row[num_scalars + k]); }
+  __device__ Compute<Weight> weight(int k) const {
+    return static_cast<Compute<Weight>>(row[num_scalars + k]);
+  }
+
+  // Of the elements from `at` on: for average `which`, or for a state. Made anew for each of them:
+  // kept, those of several tensors would take the registers of a pack.
+  __device__ RandomBits bits(uint32_t which, int at) const {
+    uint32_t own = key;
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(own));
+#endif
+    return {own, which, begin, static_cast<uint32_t>(at)};
+  }
 
  private:
   template <class T>
@@ -241,51 +273,101 @@ class RuleScalars<Rule, double> {
   const double* control_;
 };
 
-template <class Rule, class Stored, class Grad, int n>
-__device__ void update(Pack<Stored, n>& param, const Pack<Grad, n>& grad, Pack<Stored, n>* states,
-                       const RuleScalars<Rule, Compute<Stored>>& scalars) {
-  constexpr int num_states = Rule::num_states;
+template <class Chunk>
+using ScalarsOf = RuleScalars<typename Chunk::Rule, Compute<typename Chunk::Weight>>;
+
+// How an average moves.
+template <class T>
+struct Motion {
+  int k;  // which one
+  T weight;
+  bool before;  // it takes the weights before the step
+};
+
+template <class Chunk>
+using MotionOf = Motion<Compute<typename Chunk::Weight>>;
+
+template <class Chunk, int n>
+__device__ void update(const Chunk& chunk, int at, Pack<typename Chunk::Weight, n>& param,
+                       const Pack<typename Chunk::Param, n>& grad,
+                       Pack<typename Chunk::State, n>* states, const ScalarsOf<Chunk>& scalars) {
+  using Value = Compute<typename Chunk::Weight>;
+  constexpr int num_states = Chunk::num_states;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    Compute<Stored> value = load(param.get(i));
-    Compute<Stored> state[num_states + 1];
+    Value value = load(param.get(i));
+    Value state[num_states + 1];
 #pragma unroll
     for (int k = 0; k < num_states; ++k) state[k] = load(states[k].get(i));
-    Rule::update(value, load(grad.get(i)), state, scalars.get());
-    param.set(i, store<Stored>(value));
+    Chunk::Rule::update(value, load(grad.get(i)), state, scalars.get());
+    param.set(i, store<typename Chunk::Weight>(value));
 #pragma unroll
-    for (int k = 0; k < num_states; ++k) states[k].set(i, store<Stored>(state[k]));
+    for (int k = 0; k < num_states; ++k) {
+      if constexpr (Chunk::Layout::rounded_states)
+        states[k].set(i, round_bfloat16(state[k], chunk.bits(first_state_key + k, at)[i]));
+      else
+        states[k].set(i, store<typename Chunk::State>(state[k]));
+    }
   }
 }
 
-template <class Stored, int n>
-__device__ void follow(Pack<Compute<Stored>, n>& average, const Pack<Stored, n>& param,
-                       Compute<Stored> weight) {
+// What averages follow: n weights or, where they are differences, how far those have moved.
+template <class Chunk, int n>
+struct Target {
+  Compute<typename Chunk::Weight> values[n] = {};
+
+  __device__ explicit Target(const Pack<typename Chunk::Weight, n>& param) {
 #pragma unroll
-  for (int i = 0; i < n; ++i) average.set(i, ema(average.get(i), load(param.get(i)), weight));
+    for (int i = 0; i < n; ++i) values[i] = load(param.get(i));
+  }
+  __device__ Target(const Pack<typename Chunk::Weight, n>& param,
+                    const Pack<typename Chunk::Weight, n>& old) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) values[i] = load(param.get(i)) - load(old.get(i));
+  }
+};
+
+template <class Chunk, int n>
+__device__ void follow(const Chunk& chunk, int at, const MotionOf<Chunk>& motion,
+                       Pack<typename Chunk::Average, n>& average, const Target<Chunk, n>& target) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    const auto old = average.get(i);
+    const auto value = target.values[i];
+    if constexpr (Chunk::format == EmaFormat::full) {
+      average.set(i, ema(old, value, motion.weight));
+    } else {
+      const uint32_t bits = chunk.bits(motion.k, at)[i];
+      if constexpr (Chunk::format == EmaFormat::bf16)
+        average.set(i, rounded_ema(old, value, motion.weight, bits));
+      else
+        average.set(i, motion.before ? rounded_ema_delta<true>(old, value, motion.weight, bits)
+                                     : rounded_ema_delta<false>(old, value, motion.weight, bits));
+    }
+  }
 }
 
-// Steps n neighbours, and moves their first average where `averaged`.
-template <bool averaged, int n, class Rule, class Layout>
-__device__ void step_pack(const Chunk<Rule, Layout>& chunk, int at, bool ema_before,
-                          const RuleScalars<Rule, Compute<typename Layout::Weight>>& scalars,
-                          Compute<typename Layout::Weight> weight) {
-  using Param = typename Layout::Param;
-  using Weight = typename Layout::Weight;
-  constexpr int num_states = Rule::num_states;
-  // More packs of 16 bytes would not leave enough registers for the arithmetic; double needs more.
-  constexpr int packs = sizeof(Compute<Weight>) == 8 ? 4 : 5;
-  constexpr bool early =
-      n * (sizeof(Param) + (1 + num_states) * sizeof(Weight) + sizeof(Compute<Weight>)) <=
-      packs * access;
+// Steps n neighbours, and moves their first average where `averaged`: all of them where they are
+// differences, for which the old weights are gone after the step.
+template <bool averaged, int n, class Chunk>
+__device__ void step_pack(const Chunk& chunk, int at, const ScalarsOf<Chunk>& scalars,
+                          const MotionOf<Chunk>& first) {
+  using Param = typename Chunk::Param;
+  using Weight = typename Chunk::Weight;
+  using State = typename Chunk::State;
+  using Average = typename Chunk::Average;
+  constexpr int num_states = Chunk::num_states;
+  constexpr bool differences = Chunk::format == EmaFormat::delta;
+  // More packs of 16 bytes would not leave enough registers for the arithmetic; double needs more,
+  // and so do random bits.
+  constexpr int packs = Chunk::rounds ? 3 : (sizeof(Compute<Weight>) == 8 ? 4 : 5);
+  constexpr bool early = !differences && n * (sizeof(Param) + sizeof(Weight) +
+                                              num_states * sizeof(State) + sizeof(Average)) <=
+                                             packs * access;
   Pack<Param, n> grad;
-  Pack<Weight, n> param, states[num_states + 1];
-  Pack<Compute<Weight>, n> average;
-  const auto move_average = [&] {
-    if constexpr (!early) average.read(chunk.average(0) + at);
-    follow(average, param, weight);
-    average.write(chunk.average(0) + at);
-  };
+  Pack<Weight, n> param;
+  Pack<State, n> states[num_states + 1];
+  Pack<Average, n> average;
 
   param.read(chunk.param() + at);
   grad.read(chunk.grad + at);
@@ -293,27 +375,47 @@ __device__ void step_pack(const Chunk<Rule, Layout>& chunk, int at, bool ema_bef
   for (int k = 0; k < num_states; ++k) states[k].read(chunk.state(k) + at);
   if constexpr (averaged && early) average.read(chunk.average(0) + at);
   if constexpr (averaged && !early) prefetch(chunk.average(0) + at);
-
-  if (averaged && ema_before) move_average();
-  update(param, grad, states, scalars);
-  param.write(chunk.param() + at);
-  if constexpr (Layout::has_master) {
-    Pack<Param, n> copy;
+  const auto move_average = [&](const MotionOf<Chunk>& motion, const Target<Chunk, n>& target) {
+    if constexpr (!early) average.read(chunk.average(motion.k) + at);
+    follow(chunk, at, motion, average, target);
+    average.write(chunk.average(motion.k) + at);
+  };
+  const auto write_param = [&] {
+    param.write(chunk.param() + at);
+    if constexpr (Chunk::Layout::has_master) {
+      Pack<Param, n> copy;
 #pragma unroll
-    for (int i = 0; i < n; ++i) copy.set(i, store<Param>(param.get(i)));
-    copy.write(chunk.copy() + at);
-  }
+      for (int i = 0; i < n; ++i) copy.set(i, store<Param>(param.get(i)));
+      copy.write(chunk.copy() + at);
+    }
+  };
+
+  if constexpr (averaged && !differences)
+    if (first.before) move_average(first, Target<Chunk, n>(param));
+  update(chunk, at, param, grad, states, scalars);
 #pragma unroll
   for (int k = 0; k < num_states; ++k) states[k].write(chunk.state(k) + at);
-  // the new parameter as it is in memory: rounded
-  if (averaged && !ema_before) move_average();
+  if constexpr (averaged && differences) {
+    // read again: kept, the old weights would take the registers of the rule
+    Pack<Weight, n> old;
+    old.read(chunk.param() + at);
+    const Target<Chunk, n> target(param, old);
+    write_param();
+#pragma unroll 1
+    for (int k = 0; k < chunk.num_emas; ++k)
+      move_average({k, chunk.weight(k), first.before}, target);
+  } else {
+    write_param();
+    // the new parameter as it is in memory: rounded
+    if constexpr (averaged)
+      if (!first.before) move_average(first, Target<Chunk, n>(param));
+  }
 }
 
 // Calls visit with every pack of a chunk that is this thread's: how many elements (a constant), and
 // where. Whole packs where all tensors are aligned to them, single elements elsewhere.
-template <class Stored, class Visit>
+template <int width, class Visit>
 __device__ void for_each_pack(int count, bool aligned, Visit visit) {
-  constexpr int width = access / sizeof(Stored);
   const int thread = static_cast<int>(threadIdx.x);
   const int wide = aligned ? count / width * width : 0;
 #pragma unroll 1
@@ -324,35 +426,36 @@ __device__ void for_each_pack(int count, bool aligned, Visit visit) {
     visit(std::integral_constant<int, 1>{}, at);
 }
 
-template <bool averaged, class Rule, class Layout>
-__device__ void step_chunk(const Chunk<Rule, Layout>& chunk, const double* control,
-                           bool ema_before) {
-  using Weight = typename Layout::Weight;
-  const RuleScalars<Rule, Compute<Weight>> scalars(chunk.row, control);
-  const Compute<Weight> weight = averaged ? chunk.weight(0) : 0;
-  for_each_pack<Weight>(chunk.count, chunk.aligned, [&](auto size, int at) {
-    step_pack<averaged, decltype(size)::value>(chunk, at, ema_before, scalars, weight);
+template <bool averaged, class Chunk>
+__device__ void step_chunk(const Chunk& chunk, const double* control, bool ema_before) {
+  const ScalarsOf<Chunk> scalars(chunk.row, control);
+  const MotionOf<Chunk> first{0, averaged ? chunk.weight(0) : 0, ema_before};
+  for_each_pack<Chunk::width>(chunk.count, chunk.aligned, [&](auto size, int at) {
+    step_pack<averaged, decltype(size)::value>(chunk, at, scalars, first);
   });
 }
 
 // Moves average k of a chunk, nothing else.
-template <class Rule, class Layout>
-__device__ void follow_chunk(const Chunk<Rule, Layout>& chunk, int k) {
-  using Weight = typename Layout::Weight;
-  const Compute<Weight> weight = chunk.weight(k);
-  for_each_pack<Weight>(chunk.count, chunk.aligned, [&](auto size, int at) {
-    Pack<Weight, decltype(size)::value> param;
-    Pack<Compute<Weight>, decltype(size)::value> average;
+template <class Chunk>
+__device__ void follow_chunk(const Chunk& chunk, int k, bool ema_before) {
+  using Weight = typename Chunk::Weight;
+  const MotionOf<Chunk> motion{k, chunk.weight(k), ema_before};
+  for_each_pack<Chunk::width>(chunk.count, chunk.aligned, [&](auto size, int at) {
+    constexpr int n = decltype(size)::value;
+    Pack<Weight, n> param;
+    Pack<typename Chunk::Average, n> average;
     param.read(chunk.param() + at);
     average.read(chunk.average(k) + at);
-    follow(average, param, weight);
+    constexpr bool differences = Chunk::format == EmaFormat::delta;
+    follow(chunk, at, motion, average,
+           differences ? Target<Chunk, n>(param, param) : Target<Chunk, n>(param));
     average.write(chunk.average(k) + at);
   });
 }
 
 // A grid that fills the GPU and whose blocks go from chunk to chunk. In every pass over a chunk a
 // thread meets the same elements, so that no thread ever waits for another.
-template <class Rule, class Layout, int bytes>
+template <class Rule, class Layout, EmaFormat format, int bytes>
 __global__ void __launch_bounds__(threads, min_blocks)
     step(const __grid_constant__ Parameters<bytes> parameters) {
   const Task& task = parameters.task;
@@ -364,14 +467,15 @@ __global__ void __launch_bounds__(threads, min_blocks)
   for (int64_t index = blockIdx.x; index < task.num_chunks; index += gridDim.x) {
 #pragma unroll 1
     for (int pass = 0; pass < passes; ++pass) {
-      const Chunk<Rule, Layout> chunk(task, words, index);
+      const Chunk<Rule, Layout, format> chunk(task, words, index);
+      const bool steps = chunk.grad != nullptr;
       const int k = task.ema_before ? passes - 1 - pass : pass;
-      if (k == 0 && chunk.grad != nullptr && task.num_emas > 0)
+      if (k == 0 && steps && task.num_emas > 0)
         step_chunk<true>(chunk, task.control, task.ema_before);
-      else if (k == 0 && chunk.grad != nullptr)
+      else if (k == 0 && steps)
         step_chunk<false>(chunk, task.control, false);
-      else if (k < task.num_emas)
-        follow_chunk(chunk, k);
+      else if (k < task.num_emas && !(steps && format == EmaFormat::delta))
+        follow_chunk(chunk, k, task.ema_before);
     }
   }
 }

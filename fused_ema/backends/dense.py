@@ -22,8 +22,6 @@ def unsupported(bucket: Bucket, rules: Iterable[str]) -> str | None:
         return f"dtype {key.dtype} (supported: {', '.join(map(str, DTYPES))})"
     if key.layout != "dense":
         return "memory with gaps, overlaps or differing strides, or tensor subclasses"
-    if key.state_format != "full":
-        return f"state_format={key.state_format!r}"
     if key.differentiable:
         return "differentiable=True needs the reference backend"
     return None
@@ -43,4 +41,5 @@ def slots(bucket: Bucket) -> _native.Slots:
         states=[[local(slot.state[name]) for name in bucket.state_keys] for slot in members],
         emas=[[local(slot.state[name]) for name in key.emas] for slot in members],
         groups=[slot.group for slot in members],
+        places=[slot.place for slot in members],
     )

@@ -64,12 +64,11 @@ class EagerPlan:
                 check_grad(slot.param.grad, slot.param)
                 step = slot.state["step"].item() + fold.kappas[slot.group]
             members.setdefault((slot.group, step), []).append(slot)
-        rounds = not key.ema_format == key.state_format == "full"
         self.rows = [
             Row(
                 *fold(group, step),
                 fold.kappas[group],
-                fold.seed(group) if rounds else 0,
+                fold.seed(group) if key.rounds else 0,
                 slots,
             )
             for (group, step), slots in members.items()

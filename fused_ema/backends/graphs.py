@@ -16,7 +16,9 @@ def device_folder(bucket: Bucket) -> DeviceFolder:
     groups = [slot.group for slot in bucket.slots]
     _gather_counters(bucket)
     counters = [slot.state["step"] for slot in bucket.slots]
-    return DeviceFolder(bucket.rule, groups, len(bucket.key.emas), _stretches(counters))
+    return DeviceFolder(
+        bucket.rule, groups, len(bucket.key.emas), bucket.key.rounds, _stretches(counters)
+    )
 
 
 def _gather_counters(bucket: Bucket) -> None:

@@ -18,8 +18,6 @@ def unsupported(bucket: Bucket) -> str | None:
         return f"device {device} (supported: cpu, cuda)"
     if device.type == "cuda" and not _native.HAS_CUDA:
         return f"device {device} (built without CUDA, see fused_ema.build_info())"
-    if device.type == "cuda" and bucket.key.ema_format != "full":
-        return f"ema_format={bucket.key.ema_format!r} on device {device}"
     if device.type == "cpu" and bucket.key.capturable:
         return "capturable=True: it folds the scalars on the host"
     return dense.unsupported(bucket, _native.rule_scalars())
@@ -68,10 +66,4 @@ def cuda_plan(bucket: Bucket) -> Plan:
 def plan(bucket: Bucket) -> Plan:
     if bucket.key.device.type == "cuda":
         return cuda_plan(bucket)
-    return _native.Plan(
-        bucket.rule.name,
-        dense.slots(bucket),
-        is_before(bucket),
-        bucket.key.ema_format,
-        [slot.place for slot in bucket.slots],
-    )
+    return _native.Plan(bucket.rule.name, dense.slots(bucket), is_before(bucket))

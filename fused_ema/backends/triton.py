@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, formats
 from ..buckets import Bucket
 from . import dense, graphs
 from .plan import Fold
@@ -28,8 +28,6 @@ def unsupported(bucket: Bucket) -> str | None:
         return "device cpu (supported: Triton's, and the CPU with TRITON_INTERPRET=1)"
     if device.type != "cpu" and interpreted():
         return f"device {device} (supported: cpu, because of TRITON_INTERPRET=1)"
-    if bucket.key.ema_format != "full":
-        return f"ema_format={bucket.key.ema_format!r}"
     return dense.unsupported(bucket, RULES)
 
 
@@ -117,11 +115,11 @@ class TritonPlan:
         self._device = key.device
         self._folder = graphs.device_folder(bucket) if key.capturable else None
         self._slots = dense.slots(bucket)
-        row_size = 0 if key.capturable else len(scalars) + len(key.emas)
+        row_size = 0 if key.capturable else len(scalars) + len(key.emas) + key.rounds
         self._words = DeviceWords(self._slots, row_size, key.device)
         self._control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=key.device)
         chunks = self._slots.chunks(CHUNK).to(key.device)
-        slot_size = 2 + len(bucket.state_keys) + len(key.emas)
+        slot_size = 3 + len(bucket.state_keys) + len(key.emas)
         self._squares = partial(squares, dtype=key.dtype, slot_size=slot_size, chunks=chunks)
         self._launch = partial(
             launch,
@@ -129,6 +127,8 @@ class TritonPlan:
             dtype=key.dtype,
             num_scalars=len(scalars),
             master=key.master,
+            rounded_states=key.state_format != "full",
+            average=formats.DTYPES.get(key.ema_format),
             num_states=len(key.states or ()),
             num_averages=len(key.emas),
             ema_before=key.ema_order == "before",

@@ -48,8 +48,24 @@ struct Kind {
   int num_emas;
   bool ema_before;
   bool master = false;
+  bool rounded_states = false;
+  EmaFormat ema_format = EmaFormat::full;
 
-  Storage storage() const { return {stored, master}; }
+  Storage storage() const { return {stored, master, rounded_states, ema_format}; }
+  int first_average() const { return 2 + master + num_states; }
+  int num_tensors() const { return first_average() + num_emas; }
+
+  // How tensor k is stored: the parameter, its gradient, master and states, the averages.
+  StoredType type_of(int k) const {
+    const bool wide = stored == StoredType::float64;
+    const StoredType arithmetic = wide ? StoredType::float64 : StoredType::float32;
+    if (k < 2) return stored;
+    if (k < 2 + master) return arithmetic;
+    if (k < first_average())
+      return rounded_states ? StoredType::bfloat16 : (master ? arithmetic : stored);
+    if (ema_format == EmaFormat::bf16) return StoredType::bfloat16;
+    return ema_format == EmaFormat::delta ? StoredType::float16 : arithmetic;
+  }
 };
 
 // misaligned: the tensor whose address is not a multiple of 16, -1 for none, -2 for all. Tensors
@@ -66,18 +82,16 @@ inline int64_t stored_bytes(StoredType stored) {
   return bytes;
 }
 
-inline int64_t average_bytes(StoredType stored) { return stored == StoredType::float64 ? 8 : 4; }
-
 class Bucket {
  public:
   Bucket(const Kind& kind, const std::vector<Size>& sizes, unsigned seed)
       : kind_(kind), sizes_(sizes), random_(seed) {
     kernel_ = cuda::find_kernel(kind.rule, kind.num_states, kind.storage());
-    row_size_ = kernel_.num_scalars + kind.num_emas;
+    row_size_ = kernel_.num_scalars + kind.num_emas + kind.storage().rounds();
     for (const Size& size : sizes_) {
       slots_.push_back(make_tensors(size));
       expected_.push_back(make_tensors(size));
-      for (int k = 0; k < num_tensors(); ++k) expected_.back()[k].copy(slots_.back()[k]);
+      for (int k = 0; k < kind_.num_tensors(); ++k) expected_.back()[k].copy(slots_.back()[k]);
     }
     for (int row = 0; row < num_rows; ++row)
       for (int k = 0; k < row_size_; ++k) table_.push_back(scalar(row, k));
@@ -130,14 +144,14 @@ class Bucket {
       pointers.erase(pointers.begin() + 1);
       const double* row = table_.data() + i % num_rows * row_size_;
       cpu.kernel({pointers.data(), grad, 0, sizes_[i].numel, row, grad_factor, kind_.num_emas,
-                  kind_.ema_before, EmaFormat::full, 0});
+                  kind_.ema_before, kind_.ema_format, key(i)});
     }
   }
 
   // Throws where a tensor differs from its copy in a bit.
   void check() const {
     for (size_t i = 0; i < sizes_.size(); ++i)
-      for (int k = 0; k < num_tensors(); ++k)
+      for (int k = 0; k < kind_.num_tensors(); ++k)
         if (!slots_[i][k].same(expected_[i][k]))
           throw std::runtime_error("slot " + std::to_string(i) + " of " +
                                    std::to_string(sizes_[i].numel) + " elements: tensor " +
@@ -147,22 +161,23 @@ class Bucket {
  private:
   static constexpr int num_rows = 3;
 
-  int num_tensors() const { return 2 + kind_.master + kind_.num_states + kind_.num_emas; }
+  uint32_t key(size_t slot) const {
+    if (!kind_.storage().rounds()) return 0;
+    const double seed = table_[(slot % num_rows + 1) * row_size_ - 1];
+    return parameter_key(static_cast<uint32_t>(seed), place(slot));
+  }
+
+  // Which of an optimizer's parameters a slot is: any number.
+  static uint32_t place(size_t slot) { return 7 + 3 * static_cast<uint32_t>(slot); }
 
   std::vector<Block> make_tensors(const Size& size) {
     std::vector<Block> tensors;
-    for (int k = 0; k < num_tensors(); ++k) {
-      // averages, and with a master all but the parameter and its gradient
-      const bool average = k >= 2 + (kind_.master ? 0 : kind_.num_states);
-      const int64_t bytes = average ? average_bytes(kind_.stored) : stored_bytes(kind_.stored);
+    for (int k = 0; k < kind_.num_tensors(); ++k) {
+      const int64_t bytes = stored_bytes(kind_.type_of(k));
       const bool misaligned = size.misaligned == -2 || size.misaligned == k;
       tensors.emplace_back(size.numel * bytes, misaligned ? bytes : 0);
-      with_stored_type(kind_.stored, [&](auto value) {
-        using Stored = decltype(value);
-        if (average)
-          fill<Compute<Stored>>(tensors.back(), size.numel, kind_.master && k >= 2);
-        else
-          fill<Stored>(tensors.back(), size.numel, k >= 2);
+      with_stored_type(kind_.type_of(k), [&](auto value) {
+        fill<decltype(value)>(tensors.back(), size.numel, k >= 2 && k < kind_.first_average());
       });
     }
     return tensors;
@@ -180,6 +195,7 @@ class Bucket {
 
   // Every scalar is 0 in one row, and what it multiplies or switches on is tested in the others.
   double scalar(int row, int k) {
+    if (kind_.storage().rounds() && k == row_size_ - 1) return random_();  // the seed
     return (k + row) % num_rows == 0 ? 0 : std::uniform_real_distribution(0.05, 0.95)(random_);
   }
 
@@ -198,7 +214,8 @@ class Bucket {
     std::vector<int64_t> table;
     for (size_t i = 0; i < sizes_.size(); ++i) {
       table.push_back(sizes_[i].numel);
-      for (int k = 0; k < num_tensors(); ++k)
+      table.push_back(place(i));
+      for (int k = 0; k < kind_.num_tensors(); ++k)
         if (k != 1) table.push_back(slots_[i][k].address());
     }
     return table;

@@ -21,7 +21,7 @@ void require(bool condition, const std::string& what) {
 std::vector<Size> edges(const Kind& kind) {
   const int64_t vector = 16 / stored_bytes(kind.stored);
   const int64_t chunk = cuda::chunk_elements(kind.stored);
-  const int last = 1 + kind.master + kind.num_states + kind.num_emas;
+  const int last = kind.num_tensors() - 1;
   std::vector<Size> sizes;
   for (int64_t numel : {int64_t{0}, int64_t{1}, vector - 1, vector, vector + 1, chunk - 1, chunk,
                         chunk + 1, 3 * chunk + vector + 3})
@@ -66,6 +66,42 @@ int test_masters() {
         }
   require(cuda::find_kernel("adam", 2, {StoredType::float32, true}).kernel == nullptr,
           "a master of float32 is none");
+  return buckets;
+}
+
+int step_rounding_kinds(StoredType stored, bool master) {
+  int buckets = 0;
+  for (EmaFormat format : {EmaFormat::full, EmaFormat::bf16, EmaFormat::delta})
+    for (int num_emas : {0, 1, 3})
+      for (bool before : {false, true}) {
+        const auto step = [&](const char* rule, int num_states, bool rounded_states) {
+          if (!rounded_states && (format == EmaFormat::full || num_emas == 0)) return;
+          buckets += step_kind(
+              {rule, num_states, stored, num_emas, before, master, rounded_states, format});
+        };
+        if (!master) step("frozen", 0, false);
+        step("sgd", 0, false);
+        for (bool rounded : {false, master || stored == StoredType::float32}) {
+          step("sgd", 1, rounded);
+          step("adam", 2, rounded);
+          step("adam", 3, rounded);
+        }
+      }
+  return buckets;
+}
+
+int test_rounding() {
+  int buckets = 0;
+  for (StoredType stored : {StoredType::float32, StoredType::bfloat16, StoredType::float16})
+    buckets += step_rounding_kinds(stored, false);
+  buckets += step_rounding_kinds(StoredType::bfloat16, true);
+  const auto none = [](Storage storage) {
+    require(cuda::find_kernel("adam", 2, storage).kernel == nullptr, "nothing to round");
+  };
+  none({StoredType::float64, false, true});
+  none({StoredType::bfloat16, false, true});
+  none({StoredType::float64, false, false, EmaFormat::bf16});
+  none({StoredType::float64, false, false, EmaFormat::delta});
   return buckets;
 }
 
@@ -162,6 +198,7 @@ int test_errors() {
 int run(const std::string& group) {
   if (group == "rules") return test_rules();
   if (group == "masters") return test_masters();
+  if (group == "rounding") return test_rounding();
   if (group == "words") return test_words();
   if (group == "control") return test_control();
   if (group == "empty") return test_empty();

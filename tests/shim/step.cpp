@@ -1,4 +1,3 @@
-// The CUDA kernel and its launcher as C++, in place of what nvcc makes of them.
+// The other CUDA kernels and their launchers as C++, in place of what nvcc makes of them.
+#include "cuda/squares.cu"
 #include "cuda/step.cu"
-
-#include <cuda_runtime.h>

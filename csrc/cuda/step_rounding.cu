@@ -1,0 +1,10 @@
+// The kernels that round averages or states by random bits.
+#include "cuda/launch.cuh"
+
+namespace fused_ema::cuda {
+
+KernelInfo find_rounding_kernel(const std::string& rule, int num_states, Storage storage) {
+  return find_kernel_that<true>(rule, num_states, storage);
+}
+
+}  // namespace fused_ema::cuda

@@ -1,0 +1,58 @@
+"""Stochastic rounding for Triton: :mod:`fused_ema.formats` has the same operations and names."""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from .interpreter import device
+
+DELTA_SCALE = tl.constexpr(1024.0)
+LARGEST_HALF = tl.constexpr(65504.0)
+# Smaller ones lose bits in float16.
+SMALLEST_NORMAL = tl.constexpr(2.0**-14)
+# Which average the first of the rule's states is to the hash.
+FIRST_STATE = tl.constexpr(1 << 31)
+
+
+@device
+def mix(x):
+    """32 bits from 32 bits, each of them dependent on all: MurmurHash3's finalizer."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@device
+def chunk_key(seed, place, start):
+    """What the bits of a chunk depend on; its elements share the upper half of their index."""
+    key = mix(seed.to(tl.uint32) ^ mix(place.to(tl.uint32)))
+    return key, mix((start >> 32).to(tl.uint32))
+
+
+@device
+def random_bits(key, WHICH: tl.constexpr, o_block):
+    """32 random bits an element, of average WHICH, or of a state."""
+    return mix((mix(key[0] ^ WHICH) ^ key[1]) ^ o_block.to(tl.uint32))
+
+
+@device
+def round_bfloat16(value, bits):
+    """float32 to bfloat16, up with the probability of what is cut off; a NaN stays one."""
+    rounded = (value.to(tl.uint32, bitcast=True) + (bits >> 16)) >> 16
+    rounded = tl.where(value != value, 0x7FC0, rounded)
+    return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@device
+def round_float16(value, bits):
+    """float32 to float16 likewise; cut off at its largest number."""
+    pattern = value.to(tl.uint32, bitcast=True)
+    magnitude = (pattern & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    magnitude = tl.where(magnitude < LARGEST_HALF, magnitude, LARGEST_HALF)
+    small = magnitude < SMALLEST_NORMAL
+    low = bits >> 19
+    normal = (magnitude.to(tl.uint32, bitcast=True) - (112 << 23) + low) >> 13
+    units = tl.where(small, magnitude * 16777216.0, 0.0) + low.to(tl.float32) * (1.0 / 8192.0)
+    result = tl.where(small, units.to(tl.uint32), normal) | ((pattern >> 16) & 0x8000)
+    result = tl.where(value != value, 0x7E00, result)
+    return result.to(tl.uint16).to(tl.float16, bitcast=True)
