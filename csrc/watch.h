@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <vector>
 
 namespace fused_ema {
@@ -17,10 +18,22 @@ class Watch {
   Watch(const py::list& param_groups, const py::dict& state);
 
   // Whether the same objects are there, in the same places.
-  bool unchanged(const py::list& param_groups, const py::dict& state) const;
+  bool unchanged(const py::list& param_groups, const py::dict& state);
 
  private:
-  std::vector<py::object> objects_;  // owned, so that no address is used again
+  // A dict as it was when its objects were compared.
+  struct Compared {
+    py::object dict;
+    uint64_t version;
+  };
+
+  bool untouched(const py::dict& state) const;
+  void remember_versions(const py::dict& state);
+
+  // owned, so that no address is used again
+  std::vector<py::object> listed_;  // by the groups: lists of parameters, and their items
+  std::vector<py::object> held_;    // by the state and its entries: keys and values
+  std::vector<Compared> dicts_;     // the state and its entries
 };
 
 }  // namespace fused_ema

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 import torch
 from cases import DEVICE_BACKENDS
@@ -215,6 +217,34 @@ def test_storage_is_replaced_under_the_same_tensor(backend):
     run_with(backend, replace)
 
 
+def replace_averages(params, optimizer) -> None:
+    for p in params:
+        optimizer.state[p]["ema"] = optimizer.state[p]["ema"].clone()
+
+
+def test_the_whole_state_is_replaced(backend):
+    def replace(params, optimizer):
+        entries = {p: dict(entry) for p, entry in optimizer.state.items()}
+        optimizer.state = defaultdict(dict, entries)
+        replace_averages(params, optimizer)
+
+    run_with(backend, replace)
+
+
+def test_a_state_that_is_written_to_and_as_before_keeps_its_plans(backend):
+    def replace(params, optimizer):
+        plans = optimizer._stepper.plans
+        optimizer.state = defaultdict(dict, optimizer.state)
+        for p in params:
+            optimizer.state[p]["note"] = 1
+            del optimizer.state[p]["note"]
+        optimizer._stepper.prepare(optimizer.param_groups, optimizer.state)
+        assert optimizer._stepper.plans is plans
+        replace_averages(params, optimizer)
+
+    run_with(backend, replace)
+
+
 def test_parameters_are_swapped_for_new_ones(backend):
     """As Gaussian splatting does when it prunes: a new parameter takes over the state."""
 
@@ -246,6 +276,30 @@ def test_tensors_are_swapped(backend):
     optimizer.step()
     reference.step()
     assert_alike(params, optimizer, others, reference)
+
+
+def refill(entry, values) -> None:
+    entry.clear()
+    entry.update(values)
+
+
+WRITES = {
+    "assign": lambda entry, key, value: entry.__setitem__(key, value),
+    "update": lambda entry, key, value: entry.update({key: value}),
+    "merge": lambda entry, key, value: entry.__ior__({key: value}),
+    "pop and setdefault": lambda entry, key, value: (entry.pop(key), entry.setdefault(key, value)),
+    "clear and refill": lambda entry, key, value: refill(entry, {**entry, key: value}),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_every_way_to_replace_a_state_is_seen(write):
+    def replace(params, optimizer):
+        for p in params:
+            entry = optimizer.state[p]
+            WRITES[write](entry, "ema", entry["ema"].clone())
+
+    run_with("native", replace)
 
 
 def test_load_state_dict_between_steps(backend):
