@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace fused_ema {
 
@@ -25,12 +26,28 @@ bool same_order(const at::Tensor& a, const at::Tensor& b) {
 
 const at::Tensor& unpack(const py::object& tensor) { return THPVariable_Unpack(tensor.ptr()); }
 
+const c10::TensorImpl& impl(const py::object& tensor) {
+  return *unpack(tensor).unsafeGetTensorImpl();
+}
+
 // data_ptr() without the checks that a plain dense tensor passes by construction: it is the host's
 // largest cost where there are many small tensors. Copy-on-write storage is still made writable.
-char* address(const at::Tensor& tensor, int64_t itemsize) {
-  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  char* storage = static_cast<char*>(impl->unsafe_storage().mutable_data());
-  return storage + impl->storage_offset() * itemsize;
+inline void* address(const c10::TensorImpl& tensor, int64_t itemsize) {
+  char* storage = static_cast<char*>(tensor.unsafe_storage().mutable_data());
+  return storage + tensor.storage_offset() * itemsize;
+}
+
+// Sets a word and tells whether it was another one.
+inline bool put(int64_t& word, int64_t value) { return std::exchange(word, value) != value; }
+
+inline bool put(int64_t& word, const void* pointer) {
+  return put(word, reinterpret_cast<int64_t>(pointer));
+}
+
+inline bool equal(c10::IntArrayRef a, c10::IntArrayRef b) {
+  bool equal = a.size() == b.size();
+  for (size_t d = 0; equal && d < a.size(); ++d) equal = a[d] == b[d];
+  return equal;
 }
 
 // Out of line, so that the checks themselves stay small.
@@ -111,7 +128,8 @@ Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bo
   for (size_t i = 0; i < params.size(); ++i) {
     const at::Tensor& param = unpack(params[i]);
     offsets_.push_back(offsets_.back() + param.numel());
-    shapes_.push_back({param.key_set(), param.is_contiguous(), param.dim(), strides_.size()});
+    shapes_.push_back(
+        {param.key_set(), param.numel(), param.is_contiguous(), param.dim(), strides_.size()});
     strides_.insert(strides_.end(), param.strides().begin(), param.strides().end());
     tensors_.push_back(std::move(params[i]));
     tensors_.push_back(std::move(steps.at(i)));
@@ -119,7 +137,10 @@ Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bo
     for (py::object& average : emas.at(i)) tensors_.push_back(std::move(average));
   }
   slots_.resize(size() * slot_size());
-  for (size_t i = 0; i < size(); ++i) slots_[i * slot_size() + 1] = places.at(i);
+  for (size_t i = 0; i < size(); ++i) {
+    slots_[i * slot_size()] = shapes_[i].numel;
+    slots_[i * slot_size() + 1] = places.at(i);
+  }
   grads_.resize(size());
   row_of_.resize(size());
   counters_.resize(size());
@@ -133,69 +154,57 @@ bool Slots::prepare(const py::object& fold) {
     const at::Tensor& param = unpack(tensors(i)[0]);
     const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
     const bool active = takes_grads_ && grad.defined();
-    if (!read_pointers(i, param) || (active && frozen_)) return false;
+    if (!read_pointers(i) || (active && frozen_)) return false;
     Row row{groups_[i], active, 0.0, 0.0};
-    if (row.active && !capturable_) {
+    if (active && !capturable_) {
       row.before = *counters_[i];
       row.step = row.before + kappas[groups_[i]];
     }
-    const auto address =
-        reinterpret_cast<int64_t>(row.active ? grad_pointer(grad, param) : nullptr);
-    const int64_t index = find_row(row);
-    new_rows_ |= grads_[i] != address || row_of_[i] != index;
-    grads_[i] = address;
-    row_of_[i] = index;
+    new_rows_ |= put(grads_[i], active ? grad_pointer(grad, param) : nullptr);
+    new_rows_ |= put(row_of_[i], find_row(row));
   }
   if (!capturable_) fold_rows(fold);
   return true;
 }
 
 // False where a tensor no longer lies as it did when the slots were made.
-bool Slots::read_pointers(size_t i, const at::Tensor& param) {
+inline bool Slots::read_pointers(size_t i) {
   const py::object* tensor = tensors(i);
-  int64_t* words = &slots_[i * slot_size()];
-  const auto put = [this](int64_t& word, int64_t value) {
-    new_slots_ |= word != value;
-    word = value;
-  };
-  if (!as_planned(param, i, stored_.dtype) || param.dim() != shapes_[i].dim ||
-      !read_counter(i, unpack(tensor[1])))
-    return false;
-  put(words[0], param.numel());
-  put(words[2], reinterpret_cast<int64_t>(address(param, stored_.itemsize)));
-  for (size_t k = 2; k < num_tensors(); ++k) {
-    const at::Tensor& held = unpack(tensor[k]);
-    if (!as_planned(held, i, kinds_[k].dtype)) return false;
-    put(words[1 + k], reinterpret_cast<int64_t>(address(held, kinds_[k].itemsize)));
-  }
-  return true;
-}
-
-bool Slots::read_counter(size_t i, const at::Tensor& step) {
-  if (step.scalar_type() != at::kDouble || step.numel() != 1) return false;
-  auto* counter = reinterpret_cast<double*>(address(step, sizeof(double)));
-  if (capturable_) {
-    // the device counts where the counter was when the slots were made
-    const bool first = counters_[i] == nullptr;
-    if (first) counters_[i] = counter;
-    return step.device() == device_ && counters_[i] == counter;
-  }
-  if (!step.is_cpu()) return false;
-  counters_[i] = counter;
-  return true;
-}
-
-bool Slots::as_planned(const at::Tensor& tensor, size_t i, at::ScalarType dtype) const {
   const Shape& shape = shapes_[i];
-  return tensor.key_set() == shape.keys && tensor.scalar_type() == dtype &&
-         tensor.numel() == offsets_[i + 1] - offsets_[i] &&
-         (device_.is_cpu() || tensor.device() == device_) &&
+  int64_t* words = &slots_[i * slot_size()];
+  const c10::TensorImpl& param = impl(tensor[0]);
+  if (!as_planned(param, stored_, shape) || param.dim() != shape.dim) return false;
+  new_slots_ |= put(words[2], address(param, stored_.itemsize));
+  double* counter = read_counter(impl(tensor[1]));
+  // the device counts where the counter was when the slots were made
+  if (counter == nullptr || (capturable_ && counters_[i] != nullptr && counters_[i] != counter))
+    return false;
+  counters_[i] = counter;
+  for (size_t k = 2; k < num_tensors(); ++k) {
+    const c10::TensorImpl& held = impl(tensor[k]);
+    if (!as_planned(held, kinds_[k], shape)) return false;
+    new_slots_ |= put(words[1 + k], address(held, kinds_[k].itemsize));
+  }
+  return true;
+}
+
+// Where steps are counted, null where they cannot be.
+inline double* Slots::read_counter(const c10::TensorImpl& step) const {
+  if (!step.dtype().isScalarType(at::kDouble) || step.numel() != 1) return nullptr;
+  if (capturable_ ? step.device() != device_ : !step.is_cpu()) return nullptr;
+  return static_cast<double*>(address(step, sizeof(double)));
+}
+
+inline bool Slots::as_planned(const c10::TensorImpl& tensor, const Kind& kind,
+                              const Shape& shape) const {
+  return tensor.key_set() == shape.keys && tensor.dtype().isScalarType(kind.dtype) &&
+         tensor.numel() == shape.numel && (device_.is_cpu() || tensor.device() == device_) &&
          tensor.is_contiguous() == shape.contiguous &&
          (shape.contiguous || same_strides(tensor, shape));
 }
 
 // Strides of dimensions of size one do not matter.
-bool Slots::same_strides(const at::Tensor& tensor, const Shape& shape) const {
+bool Slots::same_strides(const c10::TensorImpl& tensor, const Shape& shape) const {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   bool equal = tensor.dim() == shape.dim;
   for (size_t d = 0; equal && d < sizes.size(); ++d)
@@ -203,7 +212,7 @@ bool Slots::same_strides(const at::Tensor& tensor, const Shape& shape) const {
   return equal;
 }
 
-int64_t Slots::find_row(const Row& row) {
+inline int64_t Slots::find_row(const Row& row) {
   // the parameters of a group nearly always share a count, so the newest row is the likely one
   for (size_t r = capturable_ ? 0 : rows_.size(); r-- > 0;)
     if (rows_[r].group == row.group && rows_[r].active == row.active &&
@@ -234,12 +243,19 @@ void Slots::fold_rows(const py::object& fold) {
   table_ = std::move(table);
 }
 
-void* Slots::grad_pointer(const at::Tensor& grad, const at::Tensor& param) {
+inline void* Slots::grad_pointer(const at::Tensor& grad, const at::Tensor& param) {
+  const c10::TensorImpl& found = *grad.unsafeGetTensorImpl();
+  const c10::TensorImpl& like = *param.unsafeGetTensorImpl();
   // equal dispatch keys: same kind of device and layout, no lazy negation, no subclass
-  if (grad.key_set() == param.key_set() && grad.scalar_type() == stored_.dtype &&
-      grad.numel() == param.numel() && grad.strides().equals(param.strides()) &&
-      (device_.is_cpu() || grad.device() == device_))
-    return address(grad, stored_.itemsize);
+  if (found.key_set() == like.key_set() && found.dtype().isScalarType(stored_.dtype) &&
+      found.numel() == like.numel() && equal(found.strides(), like.strides()) &&
+      (device_.is_cpu() || found.device() == device_))
+    return address(found, stored_.itemsize);
+  return copy_grad(grad, param);
+}
+
+// A gradient that lies otherwise than its parameter, laid out like it.
+void* Slots::copy_grad(const at::Tensor& grad, const at::Tensor& param) {
   if (grad.layout() != at::kStrided || grad.scalar_type() != stored_.dtype ||
       grad.device() != param.device() || grad.sizes() != param.sizes())
     refuse_grad(grad, param);
@@ -271,8 +287,8 @@ void Slots::advance() {
 void Slots::uncount() {
   for (size_t i = 0; i < size() && !capturable_; ++i) {
     const Row& row = rows_[row_of_[i]];
-    const bool counted = row.active && read_counter(i, unpack(tensors(i)[1]));
-    if (counted && *counters_[i] == row.step) *counters_[i] = row.before;
+    double* counter = row.active ? read_counter(impl(tensors(i)[1])) : nullptr;
+    if (counter != nullptr && *counter == row.step) *counter = row.before;
   }
 }
 

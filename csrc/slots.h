@@ -115,6 +115,7 @@ class Slots {
   // How a parameter lay when the slots were made.
   struct Shape {
     c10::DispatchKeySet keys;  // kind of device and layout
+    int64_t numel;
     bool contiguous;
     int64_t dim;
     size_t strides;  // where its strides begin in strides_
@@ -125,11 +126,12 @@ class Slots {
   const py::object* tensors(size_t i) const { return &tensors_[i * num_tensors()]; }
   int64_t find_row(const Row& row);
   void fold_rows(const py::object& fold);
-  bool read_counter(size_t i, const at::Tensor& step);
-  bool read_pointers(size_t i, const at::Tensor& param);
-  bool as_planned(const at::Tensor& tensor, size_t i, at::ScalarType dtype) const;
-  bool same_strides(const at::Tensor& tensor, const Shape& shape) const;
+  double* read_counter(const c10::TensorImpl& step) const;
+  bool read_pointers(size_t i);
+  bool as_planned(const c10::TensorImpl& tensor, const Kind& kind, const Shape& shape) const;
+  bool same_strides(const c10::TensorImpl& tensor, const Shape& shape) const;
   void* grad_pointer(const at::Tensor& grad, const at::Tensor& param);
+  void* copy_grad(const at::Tensor& grad, const at::Tensor& param);
 
   int num_scalars_;
   bool frozen_;
