@@ -30,11 +30,21 @@ const c10::TensorImpl& impl(const py::object& tensor) {
   return *unpack(tensor).unsafeGetTensorImpl();
 }
 
+// Out of line, so that the checks themselves stay small.
+[[noreturn, gnu::cold, gnu::noinline]] void refuse_storage(const c10::TensorImpl& tensor) {
+  throw std::runtime_error(c10::str("a tensor of shape ", tensor.sizes(),
+                                    " has a storage that is too small for it: received ",
+                                    tensor.unsafe_storage().nbytes(), " bytes"));
+}
+
 // data_ptr() without the checks that a plain dense tensor passes by construction: it is the host's
 // largest cost where there are many small tensors. Copy-on-write storage is still made writable.
 inline void* address(const c10::TensorImpl& tensor, int64_t itemsize) {
-  char* storage = static_cast<char*>(tensor.unsafe_storage().mutable_data());
-  return storage + tensor.storage_offset() * itemsize;
+  const c10::Storage& storage = tensor.unsafe_storage();
+  const int64_t first = tensor.storage_offset(), count = tensor.numel();
+  if (static_cast<int64_t>(storage.nbytes()) < (first + count) * itemsize && count > 0)
+    refuse_storage(tensor);
+  return static_cast<char*>(storage.mutable_data()) + first * itemsize;
 }
 
 // Sets a word and tells whether it was another one.
@@ -50,7 +60,6 @@ inline bool equal(c10::IntArrayRef a, c10::IntArrayRef b) {
   return equal;
 }
 
-// Out of line, so that the checks themselves stay small.
 [[noreturn, gnu::cold, gnu::noinline]] void refuse_grad(const at::Tensor& grad,
                                                         const at::Tensor& param) {
   if (grad.layout() != at::kStrided)
@@ -259,7 +268,8 @@ void* Slots::copy_grad(const at::Tensor& grad, const at::Tensor& param) {
   if (grad.layout() != at::kStrided || grad.scalar_type() != stored_.dtype ||
       grad.device() != param.device() || grad.sizes() != param.sizes())
     refuse_grad(grad, param);
-  if (same_order(grad, param) && !grad.is_neg()) return grad.data_ptr();
+  if (same_order(grad, param) && !grad.is_neg())
+    return address(*grad.unsafeGetTensorImpl(), stored_.itemsize);
   const at::NoGradGuard no_grad;
   copies_.push_back(at::empty_strided(param.sizes(), param.strides(), param.options()).copy_(grad));
   return copies_.back().data_ptr();

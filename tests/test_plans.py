@@ -217,6 +217,22 @@ def test_storage_is_replaced_under_the_same_tensor(backend):
     run_with(backend, replace)
 
 
+@pytest.mark.parametrize("of", ["param", "grad", *STATES])
+def test_a_storage_that_is_too_small_is_refused(of):
+    params = parameters()
+    optimizer = make(params, "native")
+    give_gradients(params)
+    optimizer.step()
+    weight = params[1]
+    tensors = {"param": weight, "grad": weight.grad, **optimizer.state[weight]}
+    tensors[of].untyped_storage().resize_(4)
+    before = params[0].detach().clone()
+    with pytest.raises(RuntimeError, match=r"shape \[5\] has a storage that is too small"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    assert optimizer.state[params[0]]["step"].item() == 1.0
+
+
 def replace_averages(params, optimizer) -> None:
     for p in params:
         optimizer.state[p]["ema"] = optimizer.state[p]["ema"].clone()
