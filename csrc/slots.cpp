@@ -30,6 +30,14 @@ const c10::TensorImpl& impl(const py::object& tensor) {
   return *unpack(tensor).unsafeGetTensorImpl();
 }
 
+inline void ask_for(const void* address) { __builtin_prefetch(address); }
+
+// What is read of a tensor lies at both of its ends.
+inline void ask_for_tensor(const c10::TensorImpl& tensor) {
+  ask_for(&tensor.unsafe_storage());
+  ask_for(reinterpret_cast<const char*>(&tensor + 1) - 1);
+}
+
 // Out of line, so that the checks themselves stay small.
 [[noreturn, gnu::cold, gnu::noinline]] void refuse_storage(const c10::TensorImpl& tensor) {
   throw std::runtime_error(c10::str("a tensor of shape ", tensor.sizes(),
@@ -160,6 +168,7 @@ bool Slots::prepare(const py::object& fold) {
   rows_.clear();
   copies_.clear();
   for (size_t i = 0; i < size(); ++i) {
+    fetch(i);
     const at::Tensor& param = unpack(tensors(i)[0]);
     const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
     const bool active = takes_grads_ && grad.defined();
@@ -174,6 +183,18 @@ bool Slots::prepare(const py::object& fold) {
   }
   if (!capturable_) fold_rows(fold);
   return true;
+}
+
+// Asks for the memory that the next slots are read from, a link of each chain at a time: objects,
+// their tensors, the tensors' storages. With many tensors, waiting for it is most of the work.
+inline void Slots::fetch(size_t i) const {
+  const size_t count = num_tensors(), end = tensors_.size();
+  const auto end_of = [=](size_t slot) { return std::min(end, (slot + 1) * count); };
+  for (size_t k = (i + 4) * count; k < end_of(i + 4); ++k) ask_for(&unpack(tensors_[k]));
+  for (size_t k = (i + 2) * count; k < end_of(i + 2); ++k) ask_for_tensor(impl(tensors_[k]));
+  for (size_t k = (i + 1) * count; k < end_of(i + 1); ++k)
+    ask_for(impl(tensors_[k]).unsafe_storage().unsafeGetStorageImpl());
+  if (i + 1 < size()) ask_for_tensor(*impl(tensors(i + 1)[0]).grad().unsafeGetTensorImpl());
 }
 
 // False where a tensor no longer lies as it did when the slots were made.

@@ -126,6 +126,7 @@ class Slots {
   const py::object* tensors(size_t i) const { return &tensors_[i * num_tensors()]; }
   int64_t find_row(const Row& row);
   void fold_rows(const py::object& fold);
+  void fetch(size_t i) const;
   double* read_counter(const c10::TensorImpl& step) const;
   bool read_pointers(size_t i);
   bool as_planned(const c10::TensorImpl& tensor, const Kind& kind, const Shape& shape) const;
