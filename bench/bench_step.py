@@ -1,12 +1,12 @@
-"""The benchmarks as pytest runs them: ``pytest bench``, with ``--benchmark-compare`` at hand.
+"""Micro-benchmarks as pytest runs them: ``pytest bench``, with ``--benchmark-compare`` at hand.
 
-``test_interleaved`` and ``test_host`` compare providers with each other, in turns; ``test_step``
-times one at a time, to compare commits. A wrong result fails, a slow one never does.
+One provider at a time, to compare commits; ``python -m bench.run`` compares providers, in turns. A
+wrong result fails, a slow one never does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from time import perf_counter
 from typing import Any
@@ -17,77 +17,54 @@ from .cases import CASES, Case, host_cases
 from .check import FACTORS, Checker
 from .data import Data, Running
 from .device import Cpu
-from .harness import Result, Settings, measure
-from .host import fits, measure_host
-from .providers import (
-    FEW_PROVIDERS,
-    HOST_PROVIDERS,
-    OPTIMIZERS,
-    OURS,
-    PEER,
-    PROVIDERS,
-    Provider,
-)
-from .table import host_table, step_table
+from .harness import Settings
+from .provider import Provider
+from .providers import AVERAGES, FOREACH, NATIVE, PEER
+from .spec import BF16, CHAIN, EMA, OPTIMIZERS, STEP, THREE, Scenario
 
-ADAMW = OPTIMIZERS["adamw"]
-SETTINGS = Settings(rounds=7, warmup_seconds=0.05)
 CPU = Cpu()
 
-# Alone a provider is timed for as many rounds as fit, but enough for a median.
+# As many rounds as fit, but enough for a median.
 SECONDS = 1.0
 LEAST_ROUNDS, MOST_ROUNDS = 5, 500
 
-# Above this many parameters a provider takes seconds to set up.
-MANY = 90_000_000
-
-HOST_CASES = host_cases(hot=False, elements=CPU.host_elements)
+LERP = AVERAGES[0]
+MODELS = [CASES[name] for name in ("resnet18", "vit_b16", "tiny_10000x64")]
+HOST = host_cases(hot=False, elements=CPU.host_elements)
 STEPS = [
-    *((case, provider) for case in CASES.values() for provider in (*OURS, PEER)),
-    *((case, provider) for case in HOST_CASES for provider in HOST_PROVIDERS["cpu"]),
+    *((STEP, case, provider) for case in MODELS for provider in (NATIVE, FOREACH, PEER)),
+    *((STEP, CASES[name], NATIVE) for name in ("resnetv2_50", "groups50", "one_100m")),
+    *((STEP, case, provider) for case in HOST for provider in (NATIVE, PEER)),
+    *(
+        (s, CASES["resnet18"], provider)
+        for s in (CHAIN, THREE, BF16)
+        for provider in (NATIVE, PEER)
+    ),
+    *((EMA, MODELS[0], provider) for provider in (NATIVE, LERP)),
 ]
 
 
-def named(value: Case | Provider) -> str:
+def named(value: Scenario | Case | Provider) -> str:
     return value.name.replace(" ", "_")
 
 
 @lru_cache(maxsize=1)
-def checker_of(case: Case) -> Checker:
-    return Checker(ADAMW, Data.draw(case, CPU, SETTINGS.seed), CPU)
+def checker_of(scenario: Scenario, case: Case) -> Checker:
+    spec = replace(OPTIMIZERS["adamw"], scenario=scenario)
+    return Checker(spec, Data.draw(case, scenario.dtype, CPU, Settings.seed), CPU)
 
 
-def fail_on_errors(results: list[Result]) -> None:
-    failed = [result for result in results if result.verdict.error]
-    errors = [f"{result.provider.name}: {result.verdict.error}" for result in failed]
-    assert not errors, "\n".join(errors)
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=named)
-def test_interleaved(case: Case, show: Callable[[str], None]) -> None:
-    providers = FEW_PROVIDERS if case.numel > MANY else PROVIDERS["cpu"]
-    results = measure(case, ADAMW, providers, CPU, SETTINGS)
-    show(step_table(results))
-    fail_on_errors(results)
-
-
-def test_host(show: Callable[[str], None]) -> None:
-    results = measure_host(ADAMW, CPU, SETTINGS)
-    show(host_table(results, fits(results)))
-    fail_on_errors(results)
-
-
-@pytest.mark.parametrize(("case", "provider"), STEPS, ids=named)
-def test_step(benchmark: Any, case: Case, provider: Provider) -> None:
-    checker = checker_of(case)
+@pytest.mark.parametrize(("scenario", "case", "provider"), STEPS, ids=named)
+def test_step(benchmark: Any, scenario: Scenario, case: Case, provider: Provider) -> None:
+    checker = checker_of(scenario, case)
     verdict = checker.check(provider)
-    assert verdict.error is None, verdict.error
-    running = Running(provider, ADAMW, checker.data)
-    benchmark.group = case.title
-    benchmark.extra_info["torch_ops"] = verdict.num_operators
+    assert verdict.is_right, verdict.reason
+    running = Running(provider, checker.spec, checker.data)
+    benchmark.group = f"{case.title}, {scenario.title}"
+    benchmark.extra_info["torch_ops"] = verdict.counts.num_operators
     benchmark.pedantic(
         running.step,
-        setup=lambda: running.backward(FACTORS[0]),
+        setup=lambda: running.prepare(FACTORS[0]),
         rounds=rounds_of(running),
         warmup_rounds=1,
     )
@@ -97,7 +74,7 @@ def rounds_of(running: Running) -> int:
     """From the second step: the first one also makes the state."""
     for factor in FACTORS[:2]:
         start = perf_counter()
-        running.backward(factor)
+        running.prepare(factor)
         running.step()
         spent = perf_counter() - start
     return min(MOST_ROUNDS, max(LEAST_ROUNDS, int(SECONDS / spent)))

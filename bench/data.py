@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .cases import Case
 from .device import Device
-from .providers import Group, Groups, Parameters, Provider, Spec
+from .provider import Provider
+from .spec import LR, Group, Groups, Parameters, Spec
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Data:
     grads: Tensor
 
     @classmethod
-    def draw(cls, case: Case, device: Device, seed: int) -> Data:
+    def draw(cls, case: Case, dtype: torch.dtype, device: Device, seed: int) -> Data:
         generator = torch.Generator(device.torch_device).manual_seed(seed)
-        kind = {"dtype": case.dtype, "device": device.torch_device}
+        kind = {"dtype": dtype, "device": device.torch_device}
         weights, grads = (torch.randn(case.numel, generator=generator, **kind) for _ in range(2))
         return cls(case, weights, grads)
 
@@ -47,20 +48,29 @@ class Running:
 
     def __init__(self, provider: Provider, spec: Spec, data: Data) -> None:
         self.provider = provider
-        weights, self._grads = [data.weights], [data.grads]
-        if provider.bound is None:
-            weights, self._grads = data.views(data.weights), data.views(data.grads)
+        self._loss_scale = spec.scenario.loss_scale
+        weights, self._grads = data.views(data.weights), data.views(data.grads)
+        if provider.bound:
+            weights, self._grads = [data.weights.float()], [data.grads.float()]
         self.params = [nn.Parameter(weight.clone()) for weight in weights]
         groups = [Group(self.params)] if provider.bound else data.groups(self.params)
         stepper = provider.make(groups, spec)
         self.step: Callable[[], object] = stepper.step
+        self.weights = stepper.weights
         self.emas = stepper.emas
+        self.prepare = self.backward if spec.scenario.rule or provider.bound else self.move
 
     def backward(self, factor: float) -> None:
         """New gradients in new memory, as after zero_grad(set_to_none=True) and a backward pass."""
         self.zero_grad()
-        for param, grad in zip(self.params, torch._foreach_mul(self._grads, factor), strict=True):
+        grads = torch._foreach_mul(self._grads, factor * self._loss_scale)
+        for param, grad in zip(self.params, grads, strict=True):
             param.grad = grad
+
+    @torch.no_grad()
+    def move(self, factor: float) -> None:
+        """Other weights, for averages to follow."""
+        torch._foreach_add_(self.params, self._grads, alpha=-LR * factor)
 
     def zero_grad(self) -> None:
         for param in self.params:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import itemgetter
 from statistics import median
 from time import perf_counter
 from typing import Any, Protocol
@@ -67,6 +69,12 @@ class Device(Protocol):
     def launches(self, step: Step) -> Launches | None:
         """Make a step; tells what it launched, None if there is no telling."""
 
+    def peak_memory(self, step: Step) -> int:
+        """Make a step; the most bytes that it holds at once beyond what was held before it."""
+
+    def synchronize(self) -> None:
+        """Wait until the device is through with all that was queued."""
+
     def describe(self) -> dict[str, object]: ...
 
 
@@ -89,6 +97,17 @@ class Cpu:
     def launches(self, step: Step) -> Launches | None:
         step()
         return None
+
+    def peak_memory(self, step: Step) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            step()
+        events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+        held = accumulate(size for _, size in sorted(changes, key=itemgetter(0)))
+        return max(0, *held, 0)
+
+    def synchronize(self) -> None:
+        """A call's work is done when it returns."""
 
     def describe(self) -> dict[str, object]:
         return {"device": "cpu", "driver": None}
@@ -155,6 +174,17 @@ class Cuda:
         copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
         kernels = len(names) - copies - 1
         return None if kernels < 0 else Launches(kernels, copies)
+
+    def peak_memory(self, step: Step) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
 
     def describe(self) -> dict[str, object]:
         return {"device": torch.cuda.get_device_name(), "driver": driver()}

@@ -7,14 +7,19 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from statistics import median, quantiles
-from time import perf_counter
+from time import monotonic, perf_counter
+
+import torch
 
 from .cases import Case
 from .check import Checker, Verdict
 from .data import Data, Running
 from .device import Device, Seconds
-from .providers import PREFERRED, Provider, Spec
+from .provider import Provider
+from .providers import PREFERRED
+from .spec import Spec
 from .streams import READ
 
 # Gradients are the drawn ones times a factor: no two steps get the same.
@@ -24,17 +29,22 @@ FACTORS = (0.5, 1.5)
 # gradients, the new gradients, and a step's temporaries.
 SHARED_ARRAYS = 2 + 1 + 4
 
+# However little time there is: enough for a median.
+LEAST_ROUNDS = 5
+
 
 @dataclass(frozen=True)
 class Settings:
     """How long to measure.
 
-    rounds: turns of every provider.
+    rounds: turns of every provider, at most.
+    seconds: for all of them, after which no more than :data:`LEAST_ROUNDS` are made.
     round_seconds: time that a turn takes, by repeating short steps.
     warmup_seconds: time that every provider steps before it counts.
     """
 
     rounds: int = 30
+    seconds: float = inf
     round_seconds: float = 0.02
     warmup_seconds: float = 0.2
     seed: int = 0
@@ -87,10 +97,8 @@ class Result:
 
     @property
     def bytes_per_param(self) -> int:
-        """Every array read once; all but the gradients written once."""
         bound = self.provider.bound
-        arrays = bound.arrays if bound else 2 * self.spec.num_arrays - 1
-        return arrays * self.case.dtype.itemsize
+        return bound.arrays * torch.float32.itemsize if bound else self.spec.bytes_per_param
 
     @property
     def numel(self) -> int:
@@ -118,7 +126,8 @@ def measure(
     case: Case, spec: Spec, providers: Sequence[Provider], device: Device, settings: Settings
 ) -> list[Result]:
     """Check every provider, then time the right ones; one result each, in the given order."""
-    data = Data.draw(case, device, settings.seed)
+    start = monotonic()
+    data = Data.draw(case, spec.scenario.dtype, device, settings.seed)
     checker = Checker(spec, data, device)
     results = {
         provider: Result(case, spec, provider, checker.check(provider)) for provider in providers
@@ -129,8 +138,10 @@ def measure(
     for result in results.values():
         result.baseline = baseline
     shared = [provider for provider in right if provider is baseline or provider.bound]
-    for group in memory_groups(right, shared, case, spec, device.memory):
-        time_group(group, spec, data, results, device, settings)
+    groups = list(memory_groups(right, shared, case, spec, device.memory))
+    for i, group in enumerate(groups, start=1):
+        deadline = start + settings.seconds * i / len(groups)
+        time_group(group, spec, data, results, device, settings, deadline)
     return list(results.values())
 
 
@@ -142,7 +153,7 @@ def memory_groups(
     memory: float,
 ) -> Iterator[list[Provider]]:
     """Splits providers so that a group fits; the shared ones are in every group."""
-    array = case.numel * case.dtype.itemsize
+    array = case.numel * torch.float32.itemsize
     others = [provider for provider in providers if provider not in shared]
     held = (max(spec.num_arrays, READ) - 1) * array
     room = (memory - SHARED_ARRAYS * array) // max(1, held)
@@ -158,6 +169,7 @@ def time_group(
     results: dict[Provider, Result],
     device: Device,
     settings: Settings,
+    deadline: float,
 ) -> None:
     """Adds the times and ratios of every round to the results."""
     order = random.Random(settings.seed)
@@ -167,7 +179,9 @@ def time_group(
         ]
         for turn in turns:
             turn.warm_up()
-        for _ in range(settings.rounds):
+        for count in range(settings.rounds):
+            if count >= LEAST_ROUNDS and monotonic() > deadline:
+                break
             order.shuffle(turns)
             seconds = {turn.provider: turn.seconds() for turn in turns}
             for provider, value in seconds.items():
@@ -202,7 +216,7 @@ class Turn:
         self._steps = 1
 
     def warm_up(self) -> None:
-        self._backward()
+        self._prepare()
         start = perf_counter()
         steps = 0
         while steps == 0 or perf_counter() - start < self._settings.warmup_seconds:
@@ -215,17 +229,17 @@ class Turn:
     def seconds(self) -> Seconds:
         """Median time of this turn's steps; making the gradients is not counted."""
         if self._case.hot:
-            self._backward()
+            self._prepare()
         spent = self._time(self._steps)
         self._running.zero_grad()
         return spent.host_alone if self._case.host_only else spent
 
     def _time(self, count: int) -> Seconds:
-        prepare = nothing if self._case.hot else self._backward
+        prepare = nothing if self._case.hot else self._prepare
         return self._device.time(prepare, self._running.step, count)
 
-    def _backward(self) -> None:
-        self._running.backward(self._factors.uniform(*FACTORS))
+    def _prepare(self) -> None:
+        self._running.prepare(self._factors.uniform(*FACTORS))
 
 
 def nothing() -> None:

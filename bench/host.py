@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from .cases import host_cases
 from .device import Device
 from .harness import Result, Settings, measure
-from .providers import HOST_PROVIDERS, Spec
+from .providers import HOST_PROVIDERS
+from .spec import Spec
 
 
 @dataclass(frozen=True)

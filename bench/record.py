@@ -12,19 +12,24 @@ from pathlib import Path
 
 import torch
 
+from .check import Verdict
 from .device import MILLI, Device
 from .harness import Result, median_of
 from .host import Fit
-from .table import GIGA, MICRO
+from .spec import Spec
+from .table import GIGA, MEGA, MICRO
+from .train import Training
 
 COLUMNS = (
     *("commit", "cpu", "cores", "threads", "device", "driver", "torch", "triton"),
-    *("case", "optimizer", "provider", "dtype", "rounds"),
+    *("case", "scenario", "optimizer", "provider", "dtype", "rounds"),
     *("median_ms", "p10_ms", "p90_ms", "device_ms", "host_us", "host_us_per_tensor"),
     *("bytes_per_param", "gb_per_s", "share_of_bound", "time_over_ours"),
-    *("launches", "copies", "torch_ops", "error"),
+    *("launches", "copies", "torch_ops", "peak_extra_mb", "first_step_ms"),
+    *("batch", "step_share", "error"),
 )
 FIT_CASE = "host_fit"
+TRAINING = "training"
 
 Row = dict[str, object]
 
@@ -77,20 +82,36 @@ def cpu_model() -> str:
 
 
 def result_row(result: Result) -> Row:
-    verdict = result.verdict
     row: Row = {
         "case": result.case.name,
+        "scenario": result.spec.scenario.name,
         "optimizer": result.spec.name,
         "provider": result.provider.name,
-        "dtype": str(result.case.dtype).removeprefix("torch."),
+        "dtype": dtype_name(result.spec),
         "rounds": len(result.seconds),
         "bytes_per_param": result.bytes_per_param,
-        "torch_ops": verdict.num_operators,
-        "error": verdict.reason,
+        "error": result.verdict.reason,
+        **counts(result.verdict),
     }
-    if verdict.launches:
-        row |= {"launches": verdict.launches.kernels, "copies": verdict.launches.copies}
     return row | times(result) if result.seconds else row
+
+
+def dtype_name(spec: Spec) -> str:
+    return str(spec.scenario.dtype).removeprefix("torch.")
+
+
+def counts(verdict: Verdict) -> Row:
+    if verdict.counts is None:
+        return {}
+    own = verdict.counts
+    row: Row = {
+        "torch_ops": own.num_operators,
+        "peak_extra_mb": digits(own.peak_bytes / MEGA),
+        "first_step_ms": digits(own.first_step / MILLI),
+    }
+    if own.launches:
+        row |= {"launches": own.launches.kernels, "copies": own.launches.copies}
+    return row
 
 
 def times(result: Result) -> Row:
@@ -110,9 +131,32 @@ def times(result: Result) -> Row:
     }
 
 
+def training_row(result: Training) -> Row:
+    row: Row = {
+        "case": result.model,
+        "scenario": TRAINING,
+        "optimizer": result.spec.name,
+        "provider": result.provider.name,
+        "dtype": dtype_name(result.spec),
+        "rounds": len(result.steps),
+        "batch": result.batch,
+        "error": result.verdict.reason,
+    }
+    if not result.steps:
+        return row
+    return row | {
+        "median_ms": digits(median_of(result.totals), MILLI),
+        "p10_ms": digits(result.p10 / MILLI),
+        "p90_ms": digits(result.p90 / MILLI),
+        "time_over_ours": digits(median_of(result.against_ours)),
+        "step_share": digits(result.share),
+    }
+
+
 def fit_row(fit: Fit) -> Row:
     return {
         "case": f"{FIT_CASE}{'_hot' if fit.hot else ''}",
+        "scenario": fit.spec.scenario.name,
         "optimizer": fit.spec.name,
         "provider": fit.provider,
         "host_us": digits(fit.per_step / MICRO),
@@ -124,11 +168,10 @@ def digits(value: float | None, unit: float = 1.0) -> str | None:
     return None if value is None else f"{value / unit:.5g}"
 
 
-def write(path: Path, device: Device, results: Iterable[Result], fits: Iterable[Fit]) -> None:
+def write(path: Path, device: Device, rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     shared = machine(device)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(shared | row for row in map(result_row, results))
-        writer.writerows(shared | row for row in map(fit_row, fits))
+        writer.writerows(shared | row for row in rows)

@@ -1,54 +1,122 @@
-"""Times every provider on every case: ``python -m bench.run``; see README.md beside this file."""
+"""Times every provider in every scenario and case; see README.md beside this file.
+
+``python -m bench.run --seconds 600 --out bench/results/NAME.csv`` is the whole of it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import product
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 
 from . import record, table
-from .cases import CASES, GPU_CASES
+from .cases import CASES
 from .device import DEVICES, Device
-from .harness import Result, Settings, measure
-from .host import Fit, fits, measure_host
-from .providers import OPTIMIZERS, PROVIDERS
+from .harness import Settings, measure
+from .host import fits, measure_host
+from .providers import providers
+from .record import Row
+from .spec import OPTIMIZERS, SCENARIOS, STEP, Scenario, Spec
+from .train import BATCHES, measure_training
 
-HOST = "host"
-DEFAULT_CASES = {"cpu": (*CASES, HOST), "cuda": (*GPU_CASES, HOST)}
+HOST, TRAINING = "host", record.TRAINING
+
+# A processor takes too long for more: the other scenarios on the models but the largest.
+CPU_CASES = [name for name in CASES if name != "vit_l16"]
+CPU_SCENARIO_CASES = ["resnet18", "resnetv2_50", "vit_b16", "tiny_10000x64"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One table to measure."""
+
+    name: str
+    measure: Callable[[Device, Settings], Measured]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A table's rows for the CSV, its text, and whether a provider failed."""
+
+    rows: list[Row]
+    text: str
+    failed: bool
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
-    parser.add_argument("--device", choices=DEVICES, default="cpu")
-    cases = (*GPU_CASES, HOST)
-    parser.add_argument("--cases", nargs="+", choices=cases, metavar="CASE")
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw"])
-    parser.add_argument("--rounds", type=int, default=Settings.rounds)
-    parser.add_argument("--seconds", type=float, help="start no case after so many")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.run", description="Times every provider in every scenario and case."
+    )
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to step (cpu)")
+    cases = (*CASES, HOST, TRAINING)
+    parser.add_argument(
+        "--cases", nargs="+", choices=cases, metavar="CASE", help=f"some of {', '.join(cases)}"
+    )
+    scenarios = parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS)
+    scenarios.metavar, scenarios.help = "SCENARIO", f"some of {', '.join(SCENARIOS)}"
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw"], help="(adamw)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=Settings.rounds, help=f"at most ({Settings.rounds})"
+    )
+    parser.add_argument("--seconds", type=float, help="share so many out between the tables")
     parser.add_argument("--out", type=Path, help="CSV file to write")
     return parser.parse_args(argv)
 
 
-def measure_case(
-    name: str, optimizer: str, device: Device, settings: Settings
-) -> tuple[list[Result], list[Fit], str]:
-    """Results, the host's fitted lines, and the table."""
-    spec = OPTIMIZERS[optimizer]
-    if name == HOST:
-        results = measure_host(spec, device, settings)
-        lines = fits(results)
-        return results, lines, table.host_table(results, lines)
-    providers = PROVIDERS[device.torch_device.type]
-    results = measure(GPU_CASES[name], spec, providers, device, settings)
-    return results, [], table.step_table(results)
+def items(args: argparse.Namespace) -> list[Item]:
+    """The tables asked for, the most telling ones first."""
+    found = []
+    for optimizer in args.optimizers:
+        for scenario in args.scenarios or SCENARIOS:
+            spec = replace(OPTIMIZERS[optimizer], scenario=SCENARIOS[scenario])
+            for case in args.cases or default_cases(args.device, spec.scenario):
+                found += item(case, spec)
+    return found
+
+
+def default_cases(device: str, scenario: Scenario) -> list[str]:
+    if scenario is not STEP:
+        return list(CASES) if device == "cuda" else CPU_SCENARIO_CASES
+    return [*(CASES if device == "cuda" else CPU_CASES), HOST, TRAINING]
+
+
+def item(case: str, spec: Spec) -> list[Item]:
+    """Nothing where the case makes no sense in the scenario."""
+    name = f"{case}, {spec.scenario.name} with {spec.name}"
+    if case not in (HOST, TRAINING):
+        return [Item(name, lambda *where: measured_case(case, spec, *where))]
+    measure_it = measured_host if case == HOST else measured_training
+    return [Item(name, lambda *where: measure_it(spec, *where))] if spec.scenario is STEP else []
+
+
+def measured_case(case: str, spec: Spec, device: Device, settings: Settings) -> Measured:
+    chosen = providers(spec.scenario, CASES[case], device.torch_device.type)
+    results = measure(CASES[case], spec, chosen, device, settings)
+    failed = any(result.verdict.error for result in results)
+    return Measured(list(map(record.result_row, results)), table.step_table(results), failed)
+
+
+def measured_host(spec: Spec, device: Device, settings: Settings) -> Measured:
+    results = measure_host(spec, device, settings)
+    lines = fits(results)
+    rows = [*map(record.result_row, results), *map(record.fit_row, lines)]
+    failed = any(result.verdict.error for result in results)
+    return Measured(rows, table.host_table(results, lines), failed)
+
+
+def measured_training(spec: Spec, device: Device, settings: Settings) -> Measured:
+    results = measure_training(list(BATCHES["cpu"]), spec, device, settings)
+    failed = any(result.verdict.error for result in results)
+    return Measured(list(map(record.training_row, results)), table.training_table(results), failed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table per case; 1 if a provider failed or a case found no time, else 0."""
+    """Print a table per item; 1 if a provider failed or an item found no time, else 0."""
     start = monotonic()
     args = arguments(argv)
     try:
@@ -56,24 +124,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         sys.exit(f"--device {args.device}: {error}")
     settings = replace(Settings(), rounds=args.rounds)
-    results: list[Result] = []
-    lines: list[Fit] = []
-    late: list[str] = []
+    rows: list[Row] = []
+    late, failed = [], False
     print(", ".join(f"{key} {value}" for key, value in record.machine(device).items() if value))
-    for optimizer, name in product(args.optimizers, args.cases or DEFAULT_CASES[args.device]):
-        if args.seconds is not None and monotonic() - start > args.seconds:
-            late.append(f"{name} with {optimizer}")
-            continue
-        print(f"measuring {name} with {optimizer} ...", file=sys.stderr, flush=True)
-        new, fitted, text = measure_case(name, optimizer, device, settings)
-        results += new
-        lines += fitted
-        print(f"\n{text}\n", flush=True)
-        if args.out:  # after every case, in case a later one is the last
-            record.write(args.out, device, results, lines)
+    left = items(args)
+    while left:
+        item = left.pop(0)
+        if args.seconds is not None:
+            remaining = args.seconds - (monotonic() - start)
+            if remaining <= 0:
+                late.append(item.name)
+                continue
+            settings = replace(settings, seconds=remaining / (len(left) + 1))
+        print(f"measuring {item.name} ...", file=sys.stderr, flush=True)
+        done = item.measure(device, settings)
+        rows += done.rows
+        failed |= done.failed
+        print(f"\n{done.text}\n", flush=True)
+        if args.out:  # after every item, in case a later one is the last
+            record.write(args.out, device, rows)
     if late:
-        print(f"no time left for {', '.join(late)}")
-    return int(bool(late) or any(result.verdict.error for result in results))
+        print(f"no time left for {'; '.join(late)}")
+    return int(bool(late) or failed)
 
 
 if __name__ == "__main__":

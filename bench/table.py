@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from .check import Counts, Verdict
 from .device import MILLI
 from .harness import Result, median_of
 from .host import Fit
+from .provider import Provider
+from .train import Training
 
-GIGA, MICRO = 1e9, 1e-6
+GIGA, MEGA, MICRO = 1e9, 1e6, 1e-6
 
 
 Columns = Mapping[str, Callable[[Result], str]]
@@ -28,9 +31,13 @@ def share(result: Result) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def launches(result: Result) -> str:
-    made = result.verdict.launches
+def launches(counts: Counts) -> str:
+    made = counts.launches
     return "" if made is None else f"{made.kernels} + {made.copies}"
+
+
+def counted(show: Callable[[Counts], str]) -> Callable[[Result], str]:
+    return lambda result: "" if result.verdict.counts is None else show(result.verdict.counts)
 
 
 def gradients(hot: bool) -> str:
@@ -47,8 +54,10 @@ STEP: Columns = {
     "GB/s": lambda result: number(result.bandwidth, GIGA, 1),
     "of bound": share,
     "time / ours": ratio,
-    "launches": launches,
-    "torch ops": lambda result: str(result.verdict.num_operators),
+    "launches": counted(launches),
+    "torch ops": counted(lambda counts: str(counts.num_operators)),
+    "extra MB": counted(lambda counts: number(counts.peak_bytes, MEGA, 1)),
+    "first ms": counted(lambda counts: number(counts.first_step, MILLI, 0)),
 }
 HOST: Columns = {
     "provider": lambda result: result.provider.name,
@@ -58,16 +67,18 @@ HOST: Columns = {
     "p10": lambda result: number(result.p10, MICRO, 1),
     "p90": lambda result: number(result.p90, MICRO, 1),
     "time / ours": ratio,
-    "launches": launches,
-    "torch ops": lambda result: str(result.verdict.num_operators),
+    "launches": counted(launches),
+    "torch ops": counted(lambda counts: str(counts.num_operators)),
 }
 
 
 def step_table(results: Sequence[Result]) -> str:
     """One case; the ratio is the time over that of our default backend, above 1 where we win."""
     first = results[0]
-    counted = max(result.bytes_per_param for result in results if not result.provider.bound)
-    heading = f"{first.case.title}; {first.spec.name}, {counted} B a parameter"
+    heading = (
+        f"{first.case.title}; {first.spec.name}, {first.spec.scenario.title}, "
+        f"{first.spec.bytes_per_param} B a parameter"
+    )
     return "\n".join([heading, *rows(STEP, results), *remarks(results)])
 
 
@@ -84,12 +95,36 @@ def host_table(results: Sequence[Result], fits: Sequence[Fit]) -> str:
     return "\n".join([heading, *rows(HOST, results), *lines, *remarks(results)])
 
 
+def training_table(results: Sequence[Training]) -> str:
+    """Whole steps of training; the ratio is of those."""
+    heading = ("model, images", "provider", "median ms", "p10", "p90", "of it step", "time / ours")
+    lines = [
+        (
+            f"{result.model}, {result.batch}",
+            result.provider.name,
+            number(median_of(result.totals), MILLI, 1),
+            number(result.p10, MILLI, 1),
+            number(result.p90, MILLI, 1),
+            f"{result.share:.1%}",
+            f"{median_of(result.against_ours) or 0.0:.2f}x",
+        )
+        for result in results
+        if result.steps
+    ]
+    untimed = [without_time(r.provider, r.model, r.verdict) for r in results if r.verdict.reason]
+    return "\n".join(["training", *aligned([heading, *lines]), *untimed])
+
+
 def rows(columns: Columns, results: Sequence[Result]) -> list[str]:
     """What has a time; columns that nobody fills are left out."""
     timed = [result for result in results if result.seconds]
     cells = {name: [cell(result) for result in timed] for name, cell in columns.items()}
     filled = [(name, *column) for name, column in cells.items() if any(column)]
     return aligned(list(zip(*filled, strict=True)))
+
+
+def without_time(provider: Provider, case: str, verdict: Verdict) -> str:
+    return f"no time for {provider.name} on {case}: {verdict.reason}"
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
@@ -102,14 +137,9 @@ def remarks(results: Sequence[Result]) -> list[str]:
         and not result.provider.bound
     ]
     baselines = dict.fromkeys(result.baseline.name for result in results if result.baseline)
-    without_time = [
-        f"no time for {result.provider.name} on {result.case.name}: {reason}"
-        for result in results
-        if (reason := result.verdict.reason)
-    ]
     return [
         f"faster than {' and '.join(baselines)}: {', '.join(beaten_by) or 'none'}",
-        *without_time,
+        *(without_time(r.provider, r.case.name, r.verdict) for r in results if r.verdict.reason),
     ]
 
 

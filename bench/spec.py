@@ -1,0 +1,170 @@
+"""What one step does: an optimizer with its hyper-parameters, and the scenario around its rule.
+
+Every provider gets the same hyper-parameters: ours as base values and ``KAPPA``, others as the
+values that those scale to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_ema import FusedScaledAdamW, FusedScaledSGD, scaling
+
+# Large enough that leaving any one of them out shows in the check after a few steps; the time of
+# a step does not depend on them.
+KAPPA = 2.0
+EMA_DECAYS = (0.9, 0.8, 0.95)
+LR, BETAS, EPS, MOMENTUM, WEIGHT_DECAY = 1e-2, (0.9, 0.99), 1e-2, 0.9, 0.1
+LOSS_SCALE = 1024.0
+
+Parameters = list[nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters whose learning rate is ``LR`` times a factor."""
+
+    params: Parameters
+    lr_factor: float = 1.0
+
+
+Groups = Sequence[Group]
+
+
+def flat(groups: Groups) -> Parameters:
+    return [param for group in groups for param in group.params]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """The work of one step.
+
+    title: what it is, in a table's heading.
+    num_averages: how many decays are averaged with.
+    rule: whether the optimizer steps; if not, averages follow weights that move by themselves.
+    chain: gradients come multiplied by ``LOSS_SCALE``, and are unscaled, checked and clipped.
+    master: parameters are bfloat16, with float32 masters.
+    ema_format: of our averages.
+    norm_error: relative, of the gradients' norm that clips. torch adds squares up in float32: on a
+        processor it is off by 0.1 % for 20 million elements.
+    """
+
+    name: str
+    title: str
+    num_averages: int = 1
+    rule: bool = True
+    chain: bool = False
+    master: bool = False
+    ema_format: str = "full"
+    norm_error: float = 0.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and gradients."""
+        return torch.bfloat16 if self.master else torch.float32
+
+    @property
+    def base_decays(self) -> tuple[float, ...]:
+        return EMA_DECAYS[: self.num_averages]
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        return tuple(decay**KAPPA for decay in self.base_decays)
+
+    @property
+    def loss_scale(self) -> float:
+        return LOSS_SCALE if self.chain else 1.0
+
+
+STEP = Scenario("step", "step + EMA")
+CHAIN = Scenario("chain", "unscale + clip + step + EMA", chain=True, norm_error=5e-3)
+THREE = Scenario("three_emas", "step + 3 EMAs", num_averages=3)
+BF16 = Scenario(
+    "bf16",
+    "bfloat16 parameters, float32 masters, bfloat16 EMA",
+    master=True,
+    ema_format="bf16",
+)
+EMA = Scenario("ema", "EMA alone", rule=False)
+SCENARIOS = {scenario.name: scenario for scenario in (STEP, CHAIN, THREE, BF16, EMA)}
+
+
+def max_norm(params: Sequence[torch.Tensor]) -> float:
+    """Below the norm of the drawn gradients, so that they are clipped."""
+    return 0.5 * sqrt(sum(param.numel() for param in params))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One optimizer, ours and torch's, in a scenario.
+
+    base: arguments of ours, at the base batch size.
+    scaled: arguments of torch's at ``KAPPA`` times that, for a base learning rate.
+    num_states: state tensors that a step reads and writes.
+    """
+
+    name: str
+    ours: Callable[..., torch.optim.Optimizer]
+    torch: Callable[..., torch.optim.Optimizer]
+    base: Mapping[str, Any]
+    scaled: Callable[[float], Mapping[str, Any]]
+    num_states: int
+    scenario: Scenario = STEP
+
+    @property
+    def bytes_per_param(self) -> int:
+        """What a step must move: each array read once and all but the gradients written once.
+
+        Clipping needs the norm first, so that gradients are read twice. Parameters that are copies
+        of their masters are only written.
+        """
+        full, own = torch.float32.itemsize, self.scenario.dtype.itemsize
+        averages = self.scenario.num_averages * own
+        if not self.scenario.rule:
+            return full + 2 * averages
+        gradients = own * (2 if self.scenario.chain else 1)
+        copies = own if self.scenario.master else 0
+        return 2 * (full + self.num_states * full + averages) + gradients + copies
+
+    @property
+    def num_arrays(self) -> int:
+        """Arrays of float32 that a provider may hold, with the gradients."""
+        masters = 2 if self.scenario.master else 0
+        return 2 + self.num_states + self.scenario.num_averages + masters
+
+    def make_ours(self, groups: Groups, **flags: Any) -> torch.optim.Optimizer:
+        own = [{"params": g.params, "lr": LR * g.lr_factor} for g in groups]
+        return self.ours(own, **self.base, **flags)
+
+    def make_torch(self, groups: Groups, **flags: Any) -> torch.optim.Optimizer:
+        own = [{"params": g.params, **self.scaled(LR * g.lr_factor)} for g in groups]
+        return self.torch(own, **flags)
+
+
+def scaled_adamw(base_lr: float) -> Mapping[str, Any]:
+    lr = scaling.adaptive_lr(base_lr, KAPPA)
+    decay = scaling.decoupled_decay(base_lr, lr, WEIGHT_DECAY, KAPPA, "exact")
+    return {
+        "lr": lr,
+        "betas": tuple(1.0 - scaling.beta_weight(beta, KAPPA) for beta in BETAS),
+        "eps": scaling.adaptive_eps(EPS, KAPPA),
+        "weight_decay": decay / lr,
+    }
+
+
+def scaled_sgd(base_lr: float) -> Mapping[str, Any]:
+    return {**SGD, "lr": scaling.sgd_lr(base_lr, KAPPA)}
+
+
+ADAMW = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+SGD = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+OPTIMIZERS = {
+    "adamw": Spec("adamw", FusedScaledAdamW, torch.optim.AdamW, ADAMW, scaled_adamw, num_states=2),
+    "sgd": Spec("sgd", FusedScaledSGD, torch.optim.SGD, SGD, scaled_sgd, num_states=1),
+}

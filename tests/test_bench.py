@@ -1,0 +1,117 @@
+"""The benchmarks' harness: all that is timed is right, and counts are what they should be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bench import cases, providers, record, theirs
+from bench.cases import Case
+from bench.check import Checker
+from bench.data import Data
+from bench.device import Cpu
+from bench.harness import LEAST_ROUNDS, Settings, measure, memory_groups
+from bench.provider import NotOfferedError, Provider
+from bench.spec import EMA, LR, OPTIMIZERS, SCENARIOS, STEP
+from bench.theirs import Averaging, averaging_alone
+
+ADAMW = OPTIMIZERS["adamw"]
+CPU = Cpu()
+SMALL = Case("small", ((3, 5), (257,), (), (64, 9), (1, 31), (2048,)), num_groups=3)
+LATER = theirs.compiled()  # compiling takes longer than all other tests
+
+
+def checker(scenario, optimizer="adamw", case=SMALL):
+    own = replace(OPTIMIZERS[optimizer], scenario=scenario)
+    return Checker(own, Data.draw(case, scenario.dtype, CPU, seed=0), CPU)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=lambda scenario: scenario.name)
+def test_every_provider_makes_the_same_step(scenario, optimizer):
+    checked = checker(scenario, optimizer)
+    chosen = [p for p in providers.providers(scenario, SMALL, "cpu") if p.name != LATER.name]
+    verdicts = {provider.name: checked.check(provider) for provider in chosen}
+    assert not {name: v.error for name, v in verdicts.items() if v.error}
+    left_out = {name for name, v in verdicts.items() if v.left_out}
+    needs_adamw = set() if optimizer == "adamw" else {"optimi + lerp"}
+    assert left_out == ({"flashoptim + lerp"} | needs_adamw if scenario is not EMA else set())
+
+
+def test_the_check_finds_an_error_of_a_thousandth(monkeypatch):
+    checked = checker(STEP)
+    assert checked.check(providers.PEER).is_right
+    monkeypatch.setattr(type(checked.spec), "make_torch", with_lr_times(1.001))
+    assert "wrong weights" in checked.check(providers.PEER).error
+
+
+def with_lr_times(factor):
+    def make(self, groups, **flags):
+        own = [{"params": g.params, **self.scaled(factor * LR * g.lr_factor)} for g in groups]
+        return self.torch(own, **flags)
+
+    return make
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=lambda scenario: scenario.name)
+def test_averages_that_move_too_little_get_no_time(scenario):
+    """In 16 bits, too, where each element is off by the rounding alone."""
+    wide = Case("wide", ((50_000,),))
+
+    def slower(weights, decay):
+        return theirs.TIMM.make(weights, 1.0 - 0.95 * (1.0 - decay))
+
+    wrong = Averaging("slower", slower)
+    checked = checker(scenario, case=wide)
+    kinds = [(theirs.TIMM, True), (wrong, False)]
+    for averaging, is_right in kinds:
+        provider = averaging_alone(averaging)
+        if scenario.rule:
+            provider = theirs.theirs(*providers.FUSED, averaging)
+        assert checked.check(provider).is_right == is_right, averaging.name
+
+
+def test_what_a_provider_leaves_out_or_fails_on_is_its_row():
+    def refuse(groups, spec):
+        raise NotOfferedError("there is no such thing")
+
+    def fail(groups, spec):
+        raise ValueError("bad luck\nand more")
+
+    checked = checker(STEP)
+    assert checked.check(Provider("none", refuse)).reason == "left out, there is no such thing"
+    verdict = checked.check(Provider("broken", fail))
+    assert (verdict.left_out, verdict.error) == (None, "ValueError: bad luck")
+    results = measure(SMALL, checked.spec, [Provider("broken", fail)], CPU, Settings(rounds=1))
+    row = record.result_row(results[0])
+    assert row["error"] == "ValueError: bad luck"
+    assert "median_ms" not in row
+
+
+def test_bytes_are_those_of_the_arrays():
+    counted = {name: replace(ADAMW, scenario=s).bytes_per_param for name, s in SCENARIOS.items()}
+    # p, g, m, v, ema read; all but g written: 9 arrays of 4 bytes. Clipping reads g twice. Each
+    # further average is read and written. bf16: master, m, v of 4 bytes, p, g, ema of 2.
+    assert counted == {"step": 36, "chain": 40, "three_emas": 52, "bf16": 32, "ema": 12}
+    assert OPTIMIZERS["sgd"].bytes_per_param == 28
+
+
+def test_shapes_are_those_of_timm():
+    pytest.importorskip("timm")
+    found = {name: cases.timm_shapes(model) for name, model in cases.MODELS.items()}
+    assert cases.kept_shapes() == found
+
+
+def test_a_deadline_leaves_the_least_rounds():
+    few = Settings(seconds=0.0, warmup_seconds=0.0, round_seconds=0.0)
+    (result,) = measure(SMALL, ADAMW, [providers.NATIVE], CPU, few)
+    assert len(result.seconds) == LEAST_ROUNDS
+
+
+def test_providers_that_do_not_fit_in_memory_together_run_in_groups():
+    array = 4 * SMALL.numel
+    groups = list(memory_groups(providers.STEPS, (providers.NATIVE,), SMALL, ADAMW, 30 * array))
+    assert [provider for group in groups for provider in group[1:]] == list(providers.STEPS)
+    assert all(group[0] is providers.NATIVE for group in groups)
+    assert {len(group) for group in groups[:-1]} == {5}  # 7 arrays shared, 4 of each
