@@ -1,5 +1,5 @@
 # PYTHON and VENV may be set, as in: make test PYTHON=python3.12 VENV=.venv312
-# ARGS goes to pytest and to the demo, as in: make test ARGS="-k adam"
+# ARGS goes to pytest, the demo and the benchmarks, as in: make test ARGS="-k adam"
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -104,8 +104,8 @@ format: setup ## put the style right where a tool can
 	@$(BIN)/clang-format -i $(CXX_FILES) $(CXX_TESTS)
 
 .PHONY: bench
-bench: setup ## run the benchmarks
-	@$(BIN)/pytest bench $(ARGS)
+bench: setup ## time every provider, at most 10 minutes; results go to bench/results
+	@$(BIN)/python -m bench.run --seconds 540 --out bench/results $(ARGS)
 
 # Python itself is not instrumented, so the runtime must be loaded before it; libstdc++ too, or the
 # runtime would not find the exception handling that it wraps.

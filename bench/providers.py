@@ -16,8 +16,8 @@ from .provider import Bound, NotOfferedError, Provider, Stepper
 from .spec import EMA, EMA_DECAYS, KAPPA, LR, STEP, Groups, Scenario, Spec, flat, max_norm
 from .theirs import averaging_alone, running_scaler, torch_optimizer
 
-# Above this many parameters a processor takes a second for the slowest providers' steps.
-MANY = 80_000_000
+# Above these a processor takes a second for the slowest providers' steps.
+MANY, MANY_TENSORS = 80_000_000, 1000
 
 
 def ours(backend: str) -> Provider:
@@ -130,6 +130,9 @@ FOREACH_LERP = theirs.theirs(*ALL_AT_ONCE, theirs.LERP)
 PLAIN = theirs.theirs(*FOR_LOOP, theirs.MULTI)
 TIMM = theirs.theirs(*FUSED, theirs.TIMM)
 EMA_PYTORCH = theirs.theirs(*FUSED, theirs.EMA_PYTORCH)
+# The most telling first; only so many of them in other scenarios than step + EMA.
+LIKELY = (PEER, PLAIN, TIMM, FOREACH_LERP, EMA_PYTORCH)
+FEW = 3
 STEPS = (
     theirs.theirs(*FOR_LOOP, theirs.LERP),
     FOREACH_LERP,
@@ -166,10 +169,10 @@ TRAINERS = (*FEW_TRAINERS, FOREACH_LERP, TIMM)
 def providers(scenario: Scenario, case: Case, device: str) -> tuple[Provider, ...]:
     """Whom to time: on a CPU only the likely ones where all would take minutes."""
     own, bound = OURS[device], BOUNDS[device]
+    if device == "cpu" and (case.numel > MANY or len(case.shapes) > MANY_TENSORS):
+        if scenario is EMA:
+            return (NATIVE, *AVERAGES[:2], bound)
+        return (NATIVE, *LIKELY[: None if scenario is STEP else FEW], bound)
     if scenario is EMA:
         return (*own, *AVERAGES, bound)
-    if device == "cuda":
-        return (*own, *STEPS, small_chunks(), bound)
-    if case.numel > MANY and scenario is not STEP:
-        return (NATIVE, PEER, PLAIN, TIMM, bound)
-    return (*own, *STEPS, bound)
+    return (*own, *STEPS, *((small_chunks(),) if device == "cuda" else ()), bound)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -45,6 +46,15 @@ def machine(device: Device) -> Row:
         "torch": torch.__version__,
         "triton": triton_version(),
     }
+
+
+def file_name(device: Device) -> str:
+    """After the device: of a CPU the model and the number of cores."""
+    row = machine(device)
+    name = str(row["device"])
+    if name == "cpu":
+        name = f"cpu-{row['cpu']}-{row['cores']}-cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".csv"
 
 
 def triton_version() -> str | None:

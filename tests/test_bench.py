@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
-from bench import cases, providers, record, theirs
+from bench import cases, providers, record, run, theirs, train
 from bench.cases import Case
 from bench.check import Checker
 from bench.data import Data
 from bench.device import Cpu
 from bench.harness import LEAST_ROUNDS, Settings, measure, memory_groups
 from bench.provider import NotOfferedError, Provider
+from bench.rows import Results
 from bench.spec import EMA, LR, OPTIMIZERS, SCENARIOS, STEP
 from bench.theirs import Averaging, averaging_alone
 
@@ -115,3 +118,59 @@ def test_providers_that_do_not_fit_in_memory_together_run_in_groups():
     assert [provider for group in groups for provider in group[1:]] == list(providers.STEPS)
     assert all(group[0] is providers.NATIVE for group in groups)
     assert {len(group) for group in groups[:-1]} == {5}  # 7 arrays shared, 4 of each
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """One small case, and nothing compiled."""
+    monkeypatch.setitem(cases.CASES, "resnet18", replace(SMALL, name="resnet18"))
+    monkeypatch.setattr(theirs, "MOST_COMPILED", 0)
+
+
+def test_run_writes_a_row_for_every_provider_and_scenario(quick, tmp_path, capsys):
+    chosen = ["--cases", "resnet18", "--scenarios", "step", "ema", "--rounds", "1"]
+    assert run.main([*chosen, "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "step + EMA, 36 B a parameter" in text
+    assert "no time for flashoptim + lerp on resnet18: left out, its fused step needs" in text
+    (path,) = tmp_path.glob("cpu-*.csv")
+    rows = Results.read(path).rows
+    for scenario in (STEP, EMA):
+        expected = [p.name for p in providers.providers(scenario, SMALL, "cpu")]
+        assert [row.provider for row in rows if row.scenario == scenario.name] == expected
+    assert all(row.median_ms or row.error for row in rows)
+
+
+def test_run_says_what_it_had_no_time_for(quick, capsys):
+    assert run.main(["--cases", "resnet18", "--scenarios", "ema", "--seconds", "0"]) == 1
+    assert "no time left for resnet18, ema with adamw" in capsys.readouterr().out
+
+
+def test_default_tables_cover_every_scenario_on_both_devices():
+    for device in ("cpu", "cuda"):
+        names = [item.name for item in run.items(run.arguments(["--device", device]))]
+        for scenario in SCENARIOS:
+            assert f"resnet18, {scenario} with adamw" in names
+        assert len([name for name in names if name.startswith(("host", "training"))]) == 2
+
+
+def test_training_steps_by_every_right_provider(quick, monkeypatch):
+    def create_model(_):
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, train.CLASSES))
+
+    monkeypatch.setattr(train, "library", lambda _: SimpleNamespace(create_model=create_model))
+    found = train.measure_training(["resnet18"], ADAMW, CPU, Settings(rounds=2))
+    assert [result.provider for result in found] == list(providers.TRAINERS)
+    for result in found:
+        assert len(result.steps) == len(result.passes) == len(result.against_ours) == 2
+        assert 0.0 < result.share < 1.0
+        assert record.training_row(result)["batch"] == train.BATCHES["cpu"]["resnet18"]
+
+
+def test_training_without_timm_is_left_out(quick, monkeypatch):
+    def missing(name):
+        raise NotOfferedError(f"{name} cannot be imported")
+
+    monkeypatch.setattr(train, "library", missing)
+    found = train.measure_training(["resnet18"], ADAMW, CPU, Settings(rounds=1))
+    assert {result.verdict.reason for result in found} == {"left out, timm cannot be imported"}
