@@ -17,7 +17,7 @@ matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spin
 
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 MARKERS = "osD^vP"
-DPI = 110
+DPI = 100
 
 
 def draw(results: Results, folder: Path) -> Iterator[Path]:

@@ -48,12 +48,11 @@ def machine(device: Device) -> Row:
     }
 
 
-def file_name(device: Device) -> str:
+def file_name(shared: Row) -> str:
     """After the device: of a CPU the model and the number of cores."""
-    row = machine(device)
-    name = str(row["device"])
+    name = str(shared["device"])
     if name == "cpu":
-        name = f"cpu-{row['cpu']}-{row['cores']}-cores"
+        name = f"cpu-{shared['cpu']}-{shared['cores']}-cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".csv"
 
 
@@ -178,9 +177,9 @@ def digits(value: float | None, unit: float = 1.0) -> str | None:
     return None if value is None else f"{value / unit:.5g}"
 
 
-def write(path: Path, device: Device, rows: Iterable[Row]) -> None:
+def write(path: Path, shared: Row, rows: Iterable[Row]) -> None:
+    """Each row after what all share: see :func:`machine`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    shared = machine(device)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -22,7 +22,7 @@ TITLES = {
     "vit_b16": "ViT-B/16",
     "vit_l16": "ViT-L/16",
     "tiny_10000x64": "10,000 × 64",
-    "one_100m": "one of 100 M",
+    "one_100m": "one tensor of 100 M",
     "groups50": "ViT-B/16, 50 groups",
 }
 # Those of README's table.
@@ -69,8 +69,9 @@ def title(case: str) -> str:
 
 
 def sized(case: str) -> str:
-    own = CASES[case]
-    return f"{title(case)} ({len(own.shapes):,} tensors, {own.numel / 1e6:,.1f} M)"
+    """With its parameters in millions, where the title does not say it."""
+    count, millions = len(CASES[case].shapes), CASES[case].numel / 1e6
+    return title(case) if count == 1 else f"{title(case)} ({count:,} tensors, {millions:,.1f} M)"
 
 
 def processor(row: Row) -> str:

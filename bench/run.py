@@ -134,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = replace(Settings(), rounds=args.rounds)
     rows: list[Row] = []
     late, failed = [], False
-    print(", ".join(f"{key} {value}" for key, value in record.machine(device).items() if value))
+    shared = record.machine(device)
+    print(", ".join(f"{key} {value}" for key, value in shared.items() if value))
     left = items(args)
     while left:
         item = left.pop(0)
@@ -150,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         failed |= done.failed
         print(f"\n{done.text}\n", flush=True)
         if args.out:  # after every item, in case a later one is the last
-            out = args.out / record.file_name(device) if args.out.is_dir() else args.out
-            record.write(out, device, rows)
+            out = args.out / record.file_name(shared) if args.out.is_dir() else args.out
+            record.write(out, shared, rows)
     if late:
         print(f"no time left for {'; '.join(late)}")
     return int(bool(late) or failed)
