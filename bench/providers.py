@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fused_ema
 from fused_ema import FusedEMA
@@ -13,7 +13,7 @@ from fused_ema import FusedEMA
 from . import streams, theirs
 from .cases import Case
 from .provider import Bound, NotOfferedError, Provider, Stepper
-from .spec import EMA, EMA_DECAYS, KAPPA, LR, STEP, Groups, Scenario, Spec, flat, max_norm
+from .spec import EMA, EMA_DECAYS, KAPPA, LR, STEP, Group, Groups, Scenario, Spec, flat, max_norm
 from .theirs import averaging_alone, running_scaler, torch_optimizer
 
 # Above these a processor takes a second for the slowest providers' steps.
@@ -22,28 +22,45 @@ MANY, MANY_TENSORS = 80_000_000, 1000
 
 def ours(backend: str) -> Provider:
     def make(groups: Groups, spec: Spec) -> Stepper:
-        params, scenario = flat(groups), spec.scenario
-        flags = {
-            "ema_decay": scenario.base_decays,
-            "ema_format": scenario.ema_format,
-            "kappa": KAPPA,
-            "backend": backend,
-        }
-        if not scenario.rule:
-            opt = torch.optim.SGD(params)
-            averages = FusedEMA(opt, **flags)
-            opt.step()  # without gradients: averages start where the weights are
-            # their step alone: the optimizer's, whose hook calls it, is not timed
-            return stepper(averages, averages.step)
-        opt = spec.make_ours(
-            groups,
-            **flags,
-            master_weights=scenario.master,
-            max_grad_norm=max_norm(params) if scenario.chain else None,
-        )
-        return stepper(opt, scaled_step(opt, spec) if scenario.chain else opt.step)
+        refuse_what_it_cannot(backend, flat(groups)[0], spec)
+        return made_by(backend, groups, spec)
 
     return Provider(f"fused_ema {backend}", make)
+
+
+def refuse_what_it_cannot(backend: str, like: Tensor, spec: Spec) -> None:
+    """Ask by stepping one element like the others."""
+    probe = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        made_by(backend, [Group([probe])], spec).step()
+    except RuntimeError as error:
+        if not str(error).startswith("backend="):
+            raise
+        raise NotOfferedError(str(error)) from error
+
+
+def made_by(backend: str, groups: Groups, spec: Spec) -> Stepper:
+    params, scenario = flat(groups), spec.scenario
+    flags = {
+        "ema_decay": scenario.base_decays,
+        "ema_format": scenario.ema_format,
+        "kappa": KAPPA,
+        "backend": backend,
+    }
+    if not scenario.rule:
+        opt = torch.optim.SGD(params, lr=0.0)
+        averages = FusedEMA(opt, **flags)
+        opt.step()  # averages start where the weights are, which do not move: the rate is 0
+        # their step alone: the optimizer's, whose hook calls it, is not timed
+        return stepper(averages, averages.step)
+    opt = spec.make_ours(
+        groups,
+        **flags,
+        master_weights=scenario.master,
+        max_grad_norm=max_norm(params) if scenario.chain else None,
+    )
+    return stepper(opt, scaled_step(opt, spec) if scenario.chain else opt.step)
 
 
 def scaled_step(opt: torch.optim.Optimizer, spec: Spec) -> Callable[[], object]:

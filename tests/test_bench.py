@@ -18,6 +18,7 @@ from bench.provider import NotOfferedError, Provider
 from bench.rows import Results
 from bench.spec import BF16, EMA, LR, OPTIMIZERS, SCENARIOS, STEP
 from bench.theirs import Averaging, averaging_alone
+from fused_ema.backends import native
 
 ADAMW = OPTIMIZERS["adamw"]
 CPU = Cpu()
@@ -90,6 +91,12 @@ def test_what_a_provider_leaves_out_or_fails_on_is_its_row():
     row = record.result_row(results[0])
     assert row["error"] == "ValueError: bad luck"
     assert "median_ms" not in row
+
+
+def test_a_backend_that_cannot_is_left_out_with_its_reason(monkeypatch):
+    checked = checker(BF16)
+    monkeypatch.setattr(native, "unsupported", lambda bucket: "it is Monday")
+    assert "native: it is Monday" in checked.check(providers.NATIVE).left_out
 
 
 def test_bytes_are_those_of_the_arrays():
