@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -111,6 +112,7 @@ class Checker:
         self._weights, self._emas = detached(reference.weights()), reference.emas()
 
     def check(self, provider: Provider) -> Verdict:
+        gc.collect()  # optimizers are cycles: the one before may still hold its tensors
         try:
             running = Running(provider, self.spec, self.data)
             counts = take_steps(running, self.device)
