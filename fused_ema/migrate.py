@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .ema import ema_keys
+from .formats import DTYPES, LARGEST, SCALE, stored
 from .optimizer import FusedScaledOptimizer
+from .state import weights
 
 # What DistributedDataParallel, AveragedModel, ModelEmaV3 and torch.compile put before every key.
 WRAPPERS = ("module.", "_orig_mod.")
@@ -48,8 +51,10 @@ def load_ema(
     ema-pytorch's ``EMA`` or diffusers' ``EMAModel``, told apart by their keys, or of a plain module
     (wrapped in DistributedDataParallel or torch.compile or not). Averages keep their dtype and
     memory, so that a teacher stays what it is; weights and the model's own buffers are not touched.
-    Where the state counts its updates, ``base_steps`` of every param group becomes that number, so
-    that schedules go on: another package's update is one at the base batch size.
+    An average that is kept as differences (``ema_format="delta"``) is one to the present weights:
+    load those first. Where the state counts its updates, ``base_steps`` of every param group
+    becomes that number, so that schedules go on: another package's update is one at the base batch
+    size.
 
     Args:
         optimizer: holds the average, and any buffers with it (``ema_buffers="average"`` or a
@@ -68,10 +73,6 @@ def load_ema(
     """
     if not isinstance(state, Mapping):
         raise ValueError(f"state: received a {type(state).__name__}; allowed: a state dict")
-    if any(group["ema_format"] == "delta" for group in optimizer.param_groups):
-        raise ValueError(
-            "ema_format='delta'; allowed: 'full' or 'bf16', which may be changed later"
-        )
     layout = next(known for known in LAYOUTS if known.marks <= state.keys())
     entries = layout.entries(state, model)
     held = _held(optimizer, model, index)
@@ -79,10 +80,17 @@ def load_ema(
     used = {name: entries[name] for name in held if name in entries}
     for name, value in used.items():
         _check_value(name, value, held[name])
+    differences = _differences(optimizer, model, index)
+    for name in used.keys() & differences.keys():
+        _check_distance(name, used[name], differences[name].weight)
     updates = _updates(state, layout)
     with torch.no_grad():
         for name, value in used.items():
-            held[name].copy_(value)
+            if name in differences:
+                difference, weight = differences[name]
+                difference.copy_(stored(value.to(weight.device), weight, "delta"))
+            else:
+                held[name].copy_(value)
     if updates is not None:
         _set_base_steps(optimizer, updates)
     return LoadedEma(layout.name, updates, tuple(sorted(entries.keys() - held.keys())))
@@ -163,6 +171,36 @@ def _held(optimizer: FusedScaledOptimizer, model: nn.Module, index: int) -> dict
         if isinstance(value, Tensor) and not value.is_set_to(own[name])
     }
     return _without(_wrapping(own), held)
+
+
+class _Difference(NamedTuple):
+    """An average as a scaled difference, and the weights that it is one to."""
+
+    held: Tensor
+    weight: Tensor
+
+
+def _differences(
+    optimizer: FusedScaledOptimizer, model: nn.Module, index: int
+) -> dict[str, _Difference]:
+    key = ema_keys(index + 1)[-1]
+    found = {}
+    for name, param in _named_parameters(model):
+        state = optimizer.state.get(param, {})
+        if key in state and state[key].dtype == DTYPES["delta"]:
+            found[name] = _Difference(state[key], weights(param, state))
+    return found
+
+
+def _check_distance(name: str, value: Tensor, weight: Tensor) -> None:
+    if value.numel() == 0:
+        return
+    largest = float((value.to(weight.device).float() - weight.float()).abs().max())
+    if not largest <= LARGEST / SCALE:
+        raise ValueError(
+            f"state: {name!r} is up to {largest:.3g} from the weights; allowed: "
+            f"{LARGEST / SCALE:.3g} with ema_format='delta'"
+        )
 
 
 def _required(held: Iterable[str], model: nn.Module, layout: Layout) -> list[str]:

@@ -12,7 +12,7 @@ import twins
 from cases import CHANNELS_LAST, CHUNK, FEW
 from torch import nn
 
-from fused_ema import FusedEMA, FusedScaledAdamW, FusedScaledSGD, _native, formats, load_ema
+from fused_ema import FusedEMA, FusedScaledAdamW, FusedScaledSGD, _native, formats
 
 ROUND = {torch.bfloat16: formats.round_bfloat16, torch.float16: formats.round_float16}
 
@@ -261,7 +261,3 @@ def test_what_the_formats_cannot_hold_is_refused():
         opt.step()
     with pytest.raises(ValueError, match="ema_format='delta': another optimizer moves the weights"):
         FusedEMA(torch.optim.SGD(parameters(), lr=0.1), 0.9, ema_format="delta")
-    model = nn.Linear(2, 2)
-    opt = FusedScaledSGD(model.parameters(), ema_decay=0.9, ema_format="delta")
-    with pytest.raises(ValueError, match="ema_format='delta'; allowed"):
-        load_ema(opt, model, model.state_dict())

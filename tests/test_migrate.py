@@ -93,6 +93,36 @@ def test_averages_of_half_parameters_stay_float32():
     assert_averages(opt, model, half)
 
 
+@pytest.mark.parametrize("form", ["bf16", "delta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_averages_in_16_bits(dtype, form):
+    model, source = network().to(dtype), network(seed=1)
+    options = {"ema_decay": (0.9, 0.5), "ema_format": form, "master_weights": True}
+    opt = FusedScaledAdamW(model.parameters(), **options)
+    other = copy.deepcopy(opt.ema_state_dict(model))
+    load_ema(opt, model, source.state_dict(), index=1)
+    found = opt.ema_state_dict(model, index=1)
+    # bfloat16 has 8 bits; a difference 11, below 1 to 2**-11
+    rtol, atol = (2.0**-8, 0.0) if form == "bf16" else (0.0, 2.0**-11)
+    for name, param in source.named_parameters():
+        assert opt.state[dict(model.named_parameters())[name]]["ema_1"].element_size() == 2
+        torch.testing.assert_close(found[name].float(), param.detach(), rtol=rtol, atol=atol)
+    for name, value in opt.ema_state_dict(model).items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_a_difference_beyond_the_format_changes_nothing():
+    model = network()
+    opt = FusedScaledSGD(model.parameters(), ema_decay=0.9, ema_format="delta")
+    state = {name: value + 0.5 for name, value in model.state_dict().items()}
+    name = next(reversed(dict(model.named_parameters())))
+    state[name] = state[name] + 64.0
+    before = snapshot(opt, model)
+    with pytest.raises(ValueError, match=rf"{name}' is up to 64.5 from the weights; allowed: 64"):
+        load_ema(opt, model, state)
+    assert all(map(torch.equal, before, snapshot(opt, model)))
+
+
 def test_one_of_several_averages():
     model, source = network(), network(seed=1)
     opt = FusedScaledSGD(model.parameters(), ema_decay=(0.9, 0.99))
