@@ -1,0 +1,115 @@
+"""Command line of the experiments."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from . import distributed
+from .config import add_options, chosen
+from .folder import Folder
+
+NAMES = ("noisy_parabola", "polyak", "byol", "progressive")
+PRESETS = ("quick", "cifar10", "paper")
+OUT = Path("fused_ema_experiments")
+MODULES = ("matplotlib", "scipy", "sklearn", "timm", "torchvision", "tqdm")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiments that the command line names.
+
+    Returns:
+        The exit status: 0, or 130 when the user stopped it.
+    """
+    require(*MODULES)
+    options = parser().parse_args(argv)
+    names = NAMES if options.name == "all" else (options.name,)
+    try:
+        with distributed.processes() as group:
+            for name in names:
+                out = options.out or OUT / options.preset / options.name
+                run(name, options, out / name if options.name == "all" else out, group)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt as stop:
+        print(stop or "Stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(name: str, options: argparse.Namespace, out: Path, group: distributed.Group) -> None:
+    """Run one experiment and show what it found."""
+    module = experiment(name)
+    config = chosen(module.PRESETS, options.preset, vars(options))
+    folder = Folder(out, name, config, writes=group.is_first)
+    module.run(config, folder, group)
+    if group.is_first:
+        print(f"{name}: {out}/summary.json, {out}/figure.png")
+
+
+def parser() -> argparse.ArgumentParser:
+    """One command an experiment, and ``all``."""
+    top = argparse.ArgumentParser(
+        prog="python -m fused_ema.experiments",
+        description='Experiments of "How to Scale Your EMA" with the fused optimizers. Results go '
+        "to a folder: config.json, metrics.jsonl while running, checkpoint.pt, summary.json, "
+        "figure.json and figure.png. Ctrl-C stops after the step at hand; the same command goes "
+        "on from there. Under torchrun all processes share the batch.",
+    )
+    commands = top.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name in NAMES:
+        module = experiment(name)
+        about, *_ = module.__doc__.split("\n")
+        command = commands.add_parser(
+            name,
+            help=about,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add_shared(command)
+        values = "value of each preset" if len(PRESETS) > 1 else "value"
+        group = command.add_argument_group(f"options of the preset [{values}]")
+        add_options(group, module.PRESETS)
+    together = commands.add_parser("all", help="all of them", description="All experiments.")
+    add_shared(together)
+    return top
+
+
+def add_shared(command: argparse.ArgumentParser) -> None:
+    """Arguments that every command has."""
+    command.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="quick",
+        help="quick: embedded data, minutes on 2 cores; cifar10: one GPU, --data-root; paper: the "
+        "full-scale recipe, --data-root and torchrun (default: %(default)s)",
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"folder for the results, 'all': one for each in it (default: {OUT}/PRESET/NAME)",
+    )
+
+
+def experiment(name: str) -> Any:
+    """The module of an experiment."""
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def require(*modules: str) -> None:
+    """Leave with advice when a module is missing that only the experiments need."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        sys.exit(
+            f"The experiments need {' and '.join(missing)}: pip install 'fused_ema[experiments]'"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""BYOL: the target network is the fused average of the online network, and its loss uses it.
+
+Grill et al. 2020 (arXiv 2006.07733): two views of an image, the online network's prediction of one
+must match the target network's projection of the other, and the other way round. Here the EMA rule
+decides what is learnt: ``rho**kappa``, or ``rho`` left alone, at ``kappa`` times the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from .. import (
+    CosineDecay,
+    FusedScaledAdamW,
+    FusedScaledOptimizer,
+    FusedScaledSGD,
+    ProgressiveScaling,
+)
+from ..ema import Decay
+from ..options import EmaOptions
+from .config import option, positive
+from .distributed import Group
+from .evaluation import knn, linear_probe, outputs
+from .folder import Folder
+from .networks import backbone, mlp
+from .recipe import Recipe, left_alone
+from .results import curves, first, last
+from .training import Run, Session
+
+
+@dataclass(frozen=True)
+class Config(Recipe):
+    """Options of BYOL."""
+
+    optimizer: str = option("SGD", "SGD or AdamW", choices=("SGD", "AdamW"))
+    rho_schedule: str = option(
+        "constant", "cosine: rho rises to 1 over the training", choices=("constant", "cosine")
+    )
+    hidden: int = option(128, "width of projector and predictor")
+    projection: int = option(32, "outputs of projector and predictor")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "hidden", "projection")
+
+
+QUICK = Config(
+    train_size=1536,
+    base_batch=16,
+    kappas=(1.0, 8.0),
+    lr=0.1,
+    momentum=0.0,
+    rho=0.998,
+    epochs=20,
+    warmup_epochs=2.0,
+    evaluate_epochs=4,
+    ema_buffers="copy",
+)
+# BYOL, ResNet-18, CIFAR-10 of the paper; learning rate, epochs and warm-up are our choice.
+CIFAR10 = Config(
+    data="folder",
+    model="resnet18",
+    small_images=True,
+    image_size=32,
+    precision="bf16",
+    per_device_batch=2048,
+    workers=14,
+    base_batch=1024,
+    kappas=(1.0, 8.0),
+    seeds=1,
+    lr=0.1,
+    rho=0.992,
+    epochs=100,
+    warmup_epochs=10.0,
+    evaluate_epochs=5,
+    hidden=2048,
+    projection=128,
+    ema_buffers="copy",
+)
+# BYOL, ViT-B/16 of the paper, reconstructed.
+PAPER = Config(
+    data="folder",
+    model="vit_base_patch16_224",
+    image_size=224,
+    precision="bf16",
+    per_device_batch=128,
+    workers=12,
+    base_batch=4096,
+    kappas=(1.0, 6.0),
+    seeds=1,
+    optimizer="AdamW",
+    adamw_lr=3e-4,
+    adamw_weight_decay=0.3,
+    beta1=0.9,
+    beta2=0.95,
+    rho=0.99,
+    epochs=300,
+    warmup_epochs=40.0,
+    evaluate_epochs=10,
+    hidden=4096,
+    projection=256,
+    ema_buffers="copy",
+)
+PRESETS = {"quick": QUICK, "cifar10": CIFAR10, "paper": PAPER}
+
+
+class Target(nn.Module):
+    """Encoder and projector."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.projector = encoder, projector
+
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
+        """A projection ``[n, projection]`` of each view."""
+        return tuple(self.projector(self.encoder(view)) for view in views)
+
+
+class Online(Target):
+    """Encoder, projector and predictor."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module) -> None:
+        super().__init__(encoder, projector)
+        self.predictor = predictor
+
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
+        """A prediction ``[n, projection]`` from each view."""
+        return tuple(self.predictor(projection) for projection in super().forward(*views))
+
+
+def make_online(config: Config, channels: int) -> Online:
+    """The online network with new weights."""
+    encoder = backbone(config, channels, classes=0)
+    projector = mlp(encoder.num_features, config.hidden, config.projection)
+    return Online(encoder, projector, mlp(config.projection, config.hidden, config.projection))
+
+
+def make_target(online: Online) -> Target:
+    """A copy of the online network's encoder and projector."""
+    parts = copy.deepcopy(online.encoder), copy.deepcopy(online.projector)
+    return Target(*parts).requires_grad_(False)
+
+
+def regression_loss(predictions: Tensor, projections: Tensor) -> Tensor:
+    """``2 - 2*cos(prediction, projection)``, the mean over the batch (BYOL, Equation 2)."""
+    return 2.0 - 2.0 * cosine_similarity(predictions, projections, dim=1).mean()
+
+
+def train(config: Config, run: Run, session: Session) -> None:
+    """Algorithm 1 with BYOL's loss, which uses the average; a fixed kappa is one stage."""
+    torch.manual_seed(run.seed)
+    place, data = session.place, session.data
+    model = make_online(config, data.channels).to(place.device)
+    average = make_target(model)
+    online, target = place.wrap(model), place.in_precision(average)
+    total = config.epochs * session.epoch_size / config.base_batch
+    optimizer = make_optimizer(config, run, model, average, total)
+    batch_sizes = {epoch: config.batch(kappa) for epoch, kappa in run.kappas.items()}
+    scaling = ProgressiveScaling(optimizer, config.base_batch, batch_sizes)
+
+    def evaluate() -> dict[str, float]:
+        encoder = place.in_precision(model.encoder)
+        train = outputs(encoder, data.plain, place, config.workers)
+        test = outputs(encoder, data.test, place, config.workers)
+        return {"knn": knn(train, test), "probe": linear_probe(train, test, place.device)}
+
+    training = session.start(run, model, optimizer, scaling, evaluate)
+    for _ in training.epochs():
+        for batch in training.batches():
+            optimizer.zero_grad()
+            for (view_1, view_2), _ in batch.over(online):
+                prediction_1, prediction_2 = online(view_1, view_2)
+                with torch.no_grad():
+                    projection_1, projection_2 = target(view_1, view_2)
+                loss = regression_loss(prediction_1, projection_2)
+                loss = loss + regression_loss(prediction_2, projection_1)
+                (loss / len(batch)).backward()
+            optimizer.step()
+        scaling.step()
+
+
+def make_optimizer(
+    config: Config, run: Run, online: Online, target: Target, total: float
+) -> FusedScaledOptimizer:
+    """The run's optimizer at the base batch size; its average is the target network.
+
+    Args:
+        config: the recipe.
+        run: which run.
+        online: what is trained; its predictor has no average.
+        target: modified in place at every step, its buffers too.
+        total: length of the training in base steps.
+    """
+    from timm.optim import param_groups_weight_decay
+
+    decay = config.adamw_weight_decay if run.optimizer == "AdamW" else config.weight_decay
+    groups = [
+        {**group, "ema_decay": ema_decay}
+        for part, ema_decay in (
+            (online.encoder, rho(config, run, total)),
+            (online.projector, rho(config, run, total)),
+            (online.predictor, None),
+        )
+        for group in param_groups_weight_decay(part, decay)
+    ]
+    shared: EmaOptions = {
+        "ema": target,
+        "model": online,
+        "ema_buffers": config.ema_buffers,
+        "backend": config.backend,
+    }
+    if run.optimizer == "AdamW":
+        betas = (config.beta1, config.beta2)
+        return FusedScaledAdamW(groups, lr=config.adamw_lr, betas=betas, **shared)
+    return FusedScaledSGD(groups, lr=config.lr, momentum=config.momentum, **shared)
+
+
+def rho(config: Config, run: Run, total: float) -> Decay:
+    """The target's base decay; without the rule, one that is ``rho`` again at the run's kappa."""
+    decay = CosineDecay(config.rho, total) if config.rho_schedule == "cosine" else config.rho
+    return decay if run.rule else left_alone(decay, run.kappas[0])
+
+
+def fixed(config: Config, kappa: float, seed: int, rule: bool = True) -> Run:
+    """A training at one batch size."""
+    kind = f"{config.optimizer}, kappa {kappa:g}" + ("" if rule else ", rho left alone")
+    return Run(kind, seed, {0: kappa}, config.optimizer, rule)
+
+
+def run(config: Config, folder: Folder, group: Group) -> None:
+    """Train at every kappa, with the rule and without, with every seed; summarise."""
+    kinds = [(kappa, rule) for kappa in config.kappas for rule in (True, False)[: 1 + (kappa != 1)]]
+    runs = [
+        fixed(config, kappa, seed, rule) for kappa, rule in kinds for seed in range(config.seeds)
+    ]
+    session = Session(config, folder, group, runs, views=2)
+    for one in session.unfinished():
+        train(config, one, session)
+    if group.is_first:
+        summarise(config, folder, kinds)
+
+
+def summarise(config: Config, folder: Folder, kinds: Sequence[tuple[float, bool]]) -> None:
+    """Scores at random weights and at the end, and the curves of the figure."""
+    rows = folder.rows()
+    summary, figure = [], []
+    for kappa, rule in kinds:
+        kind = fixed(config, kappa, 0, rule).kind
+        about = {"kappa": kappa, "average": "rule" if rule else "none"}
+        found = {name: curves(rows, kind, name) for name in ("knn", "probe")}
+        summary.append({**about, **{name: last(curve) for name, curve in found.items()}})
+        figure.append({**about, **found})
+    start = {name: first(curve) for name, curve in found.items()}
+    folder.write("summary.json", {"random_weights": start, "runs": summary})
+    about = {"base_batch": config.base_batch, "rho": config.rho, "seeds": config.seeds}
+    folder.write_figure({**about, "curves": figure})
+
+
+if __name__ == "__main__":
+    from .__main__ import main
+
+    sys.exit(main(["byol", *sys.argv[1:]]))

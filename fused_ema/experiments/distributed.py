@@ -1,0 +1,152 @@
+"""Several processes under torchrun that share every batch; or one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process among those that train together."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the one that writes and shows."""
+        return self.rank == 0
+
+    def share(self, batch: int, per_device: int) -> tuple[int, int]:
+        """Samples of a forward pass and their number in a step, for this process.
+
+        Raises:
+            ValueError: ``batch`` is not ``per_device`` x accumulation x processes.
+        """
+        if batch % self.world:
+            raise ValueError(
+                f"a batch of {batch} does not divide over {self.world} processes; allowed: "
+                f"multiples of {self.world}"
+            )
+        mine = batch // self.world
+        micro = min(mine, per_device)
+        if mine % micro:
+            raise ValueError(
+                f"a batch of {batch} is {mine} samples for each of {self.world} processes, which "
+                f"per_device_batch={per_device} does not divide; allowed: divisors of {mine}"
+            )
+        return micro, mine // micro
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; through the host, no device waits."""
+        if self.world == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags.item())
+
+    def slice(self, size: int) -> range:
+        """Which of ``size`` items are this process's."""
+        return range(self.rank * size // self.world, (self.rank + 1) * size // self.world)
+
+    def join(self, mine: Tensor) -> Tensor:
+        """The rows of all processes' slices, in order, on the CPU."""
+        if self.world == 1:
+            return mine.cpu()
+        return torch.cat(self.gather(mine.cpu()))
+
+    def as_the_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give the tensors the values that they have in the first process, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each process."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process computes, and in which precision."""
+
+    group: Group
+    device: torch.device
+    precision: str
+
+    @classmethod
+    def of(cls, group: Group, name: str, precision: str) -> Place:
+        """``auto`` is the process's own GPU where there is one."""
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda":
+            torch.cuda.set_device(group.local_rank)
+            name = f"cuda:{group.local_rank}"
+        return cls(group, torch.device(name), precision)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model in this precision, whose gradients are averaged over the processes."""
+        model = self.in_precision(model)
+        if self.group.world == 1:
+            return model
+        return DistributedDataParallel(
+            model, device_ids=[self.device.index] if self.device.type == "cuda" else None
+        )
+
+    def in_precision(self, model: nn.Module) -> nn.Module:
+        """The model in this precision, for this process alone."""
+        return InBFloat16(model) if self.precision == "bf16" else model
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The tensor on this device."""
+        return tensor.to(self.device, non_blocking=True)
+
+
+class InBFloat16(nn.Module):
+    """A module under autocast to bfloat16; what it returns is float32."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The module's outputs."""
+        with torch.autocast(inputs[0].device.type, torch.bfloat16):
+            outputs = self.module(*inputs)
+        if isinstance(outputs, Tensor):
+            return outputs.float()
+        return tuple(output.float() for output in outputs)
+
+
+def without_reduction(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Gradients of all micro-batches but the last stay in the process."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+@contextmanager
+def processes() -> Iterator[Group]:
+    """Join the processes that torchrun started, if it did; leave them at the end."""
+    if "WORLD_SIZE" not in os.environ:
+        yield Group()
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield Group(dist.get_rank(), int(os.environ["LOCAL_RANK"]), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,224 @@
+"""Noisy parabola: the EMA of SGD on ``a*theta**2/2``, exactly and through the real optimizer.
+
+Section 3.1 of the paper. The base takes ``theta <- theta - lr*g`` with ``g = a*theta + noise``;
+at ``kappa`` times the batch the learning rate is ``kappa*lr`` and the noise's variance is divided
+by ``kappa``. New step ``j`` stands where base step ``kappa*j`` does. The first two moments of
+weights and average close, so no randomness is in the errors; single runs of FusedScaledSGD on many
+independent parabolas show that the moments are those of the optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import FusedScaledSGD
+from ..scaling import ema_weight
+from .config import option, positive
+from .distributed import Group
+from .folder import Folder
+
+ORDERS = ("before", "after")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the noisy parabola; the presets differ in the number of simulated ones only."""
+
+    kappas: tuple[int, ...] = option(
+        (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), "batch sizes in base batches"
+    )
+    lr: float = option(1e-4, "base learning rate")
+    rho: float = option(0.9999, "base decay of the average")
+    base_steps: int = option(10_000, "steps of the base run")
+    a: float = option(1.0, "curvature of the parabola")
+    b: float = option(0.5, "gradient noise: variance b*(a*theta)^2 + c at the base batch")
+    c: float = option(0.0, "gradient noise: see b")
+    start: float = option(1.0, "where weights and average start (our choice)")
+    parabolas: int = option(1024, "independent parabolas of the simulation")
+    seed: int = option(0, "seed of the simulation's noise")
+    backend: str = option("auto", "backend of the optimizer", identity=False)
+
+    def __post_init__(self) -> None:
+        positive(self, "kappas", "lr", "base_steps", "a", "parabolas")
+        if max(self.kappas) > self.base_steps:
+            raise ValueError(
+                f"kappas={self.kappas} with base_steps={self.base_steps}; allowed: at least one "
+                "step at each kappa"
+            )
+
+
+PRESETS = {"quick": Config(), "cifar10": Config(), "paper": Config(parabolas=65_536)}
+
+
+class Moments(NamedTuple):
+    """``E[theta]``, ``E[theta**2]``, ``E[zeta]``, ``E[zeta**2]`` and ``E[theta*zeta]``."""
+
+    theta: float
+    theta_sq: float
+    ema: float
+    ema_sq: float
+    cross: float
+
+    @property
+    def ema_variance(self) -> float:
+        """Variance of the average."""
+        return self.ema_sq - self.ema**2
+
+
+def moments(
+    config: Config, kappa: int, weight: float, order: str, noise_kappa: float | None = None
+) -> Iterator[Moments]:
+    """The moments at the start and after each step at ``kappa``.
+
+    Args:
+        config: the parabola.
+        kappa: batch size / base batch size; the learning rate is ``kappa*lr``.
+        weight: ``1 - rho_hat``, what the average takes of the weights in a step.
+        order: whether it takes the weights ``"before"`` or ``"after"`` the step.
+        noise_kappa: what the noise's variance is divided by; None: ``kappa``.
+    """
+    a, e, w, r = config.a, kappa * config.lr, weight, 1.0 - weight
+    q, noise = 1.0 - e * a, e * e / (noise_kappa or kappa)
+    m = Moments(*(config.start**power for power in (1, 2, 1, 2, 2)))
+    yield m
+    for _ in range(config.base_steps // kappa):
+        theta = q * m.theta
+        theta_sq = q * q * m.theta_sq + noise * (config.b * a * a * m.theta_sq + config.c)
+        if order == "before":
+            seen, seen_sq, with_ema = m.theta, m.theta_sq, m.cross
+            cross = q * (r * m.cross + w * m.theta_sq)
+        else:
+            seen, seen_sq, with_ema = theta, theta_sq, q * m.cross
+            cross = r * with_ema + w * theta_sq
+        ema = r * m.ema + w * seen
+        ema_sq = r * r * m.ema_sq + 2 * r * w * with_ema + w * w * seen_sq
+        m = Moments(theta, theta_sq, ema, ema_sq, cross)
+        yield m
+
+
+def simulate(config: Config, kappa: int, order: str) -> tuple[Tensor, Tensor]:
+    """Weights and averages ``[parabolas]`` at the end of a run of the real optimizer."""
+    generator = torch.Generator().manual_seed(config.seed)
+    theta = torch.full((config.parabolas,), config.start, dtype=torch.float64)
+    optimizer = FusedScaledSGD(
+        [theta],
+        lr=config.lr,
+        ema_decay=config.rho,
+        ema_order=order,
+        kappa=kappa,
+        backend=config.backend,
+    )
+    for _ in range(config.base_steps // kappa):
+        gradient = config.a * theta
+        variance = (config.b * gradient**2 + config.c) / kappa
+        noise = torch.randn(theta.shape, generator=generator, dtype=theta.dtype)
+        theta.grad = gradient + variance**0.5 * noise
+        optimizer.step()
+    return theta, optimizer.state[theta]["ema"]
+
+
+def error(config: Config, base: list[Moments], kappa: int, weight: float, order: str) -> float:
+    """Largest difference of the expected gradient at the average to the base run's."""
+    scaled = moments(config, kappa, weight, order)
+    pairs = zip(base[::kappa], scaled, strict=True)
+    return max(abs(config.a * (theirs.ema - ours.ema)) for theirs, ours in pairs)
+
+
+def best_weight(config: Config, base: list[Moments], kappa: int) -> float:
+    """The ``1 - rho_hat`` of the least error, by a scalar minimiser within a factor of 2."""
+    from scipy.optimize import minimize_scalar
+
+    rule = ema_weight(config.rho, kappa)
+    found = minimize_scalar(
+        lambda factor: error(config, base, kappa, factor * rule, "before"),
+        bounds=(0.5, min(2.0, 1.0 / rule)),
+        method="bounded",
+        options={"xatol": 1e-5},
+    )
+    return float(found.x) * rule
+
+
+def deviation(config: Config, kappa: int, order: str) -> dict[str, float]:
+    """How far the simulated average is from its moments, in standard errors."""
+    *_, expected = moments(config, kappa, ema_weight(config.rho, kappa), order)
+    _, ema = simulate(config, kappa, order)
+    centred = (ema - expected.ema) ** 2
+    root = math.sqrt(config.parabolas)
+    return {
+        "mean": (ema.mean().item() - expected.ema) / math.sqrt(expected.ema_variance) * root,
+        "variance": (centred.mean().item() - expected.ema_variance) / centred.std().item() * root,
+    }
+
+
+def measure(config: Config, base: dict[str, list[Moments]], kappa: int) -> dict[str, Any]:
+    """Everything about one ``kappa``: a row of the metrics."""
+    before, rule = base["before"], ema_weight(config.rho, kappa)
+    best = best_weight(config, before, kappa)
+    scaled = list(moments(config, kappa, rule, "before"))
+    undivided = list(moments(config, kappa, rule, "before", noise_kappa=1.0))
+    last = (len(scaled) - 1) * kappa
+    row: dict[str, Any] = {"kappa": kappa}
+    row |= {
+        f"error_rule_{order}": error(config, base[order], kappa, rule, order) for order in ORDERS
+    }
+    row["error_none"] = error(config, before, kappa, ema_weight(config.rho), "before")
+    row["error_linear"] = error(config, before, kappa, min(kappa * (1 - config.rho), 1.0), "before")
+    row["error_best"] = error(config, before, kappa, best, "before")
+    row["best_rho"] = 1.0 - best
+    row["best_weight_over_rule"] = best / rule
+    row["variance_ratio"] = scaled[-1].ema_variance / before[last].ema_variance
+    row["variance_ratio_same_noise"] = undivided[-1].ema_variance / before[last].ema_variance
+    row["deviation"] = {order: deviation(config, kappa, order) for order in ORDERS}
+    return row
+
+
+def trajectories(config: Config, base: list[Moments], kappa: int) -> dict[str, Any]:
+    """The expected average over base steps: base run, with the rule and with rho left alone."""
+    curves = {
+        "base": base[::kappa],
+        "rule": list(moments(config, kappa, ema_weight(config.rho, kappa), "before")),
+        "none": list(moments(config, kappa, ema_weight(config.rho), "before")),
+    }
+    return {
+        "kappa": kappa,
+        "base_steps": [kappa * j for j in range(len(curves["base"]))],
+        **{name: [m.ema for m in curve] for name, curve in curves.items()},
+    }
+
+
+SUMMARY = (
+    "kappa",
+    "error_rule_before",
+    "error_rule_after",
+    "error_none",
+    "best_rho",
+    "variance_ratio",
+)
+
+
+def run(config: Config, folder: Folder, group: Group) -> None:
+    """Measure every ``kappa``; write the metrics, the summary and the figure."""
+    weight = ema_weight(config.rho)
+    base = {order: list(moments(config, 1, weight, order)) for order in ORDERS}
+    rows = folder.rows()
+    folder.begin(len(rows))
+    for kappa in folder.progress(config.kappas[len(rows) :], "noisy_parabola"):
+        rows.append(measure(config, base, kappa))
+        folder.log(rows[-1])
+    folder.write("summary.json", {name: [row[name] for row in rows] for name in SUMMARY})
+    shown = max((k for k in config.kappas if k <= 256), default=config.kappas[0])
+    curves = trajectories(config, base["before"], shown)
+    folder.write_figure({"rows": rows, "trajectories": curves})
+
+
+if __name__ == "__main__":
+    from .__main__ import main
+
+    sys.exit(main(["noisy_parabola", *sys.argv[1:]]))

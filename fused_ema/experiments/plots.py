@@ -1,0 +1,233 @@
+"""Figures of the experiments, drawn from saved JSON alone.
+
+``python -m fused_ema.experiments.plots FIGURE.json OUT.png`` draws one again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart by colour-blind readers
+BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
+PINK, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#E69F00", "#999999"
+DASHED = (0, (4, 2))
+
+
+@contextmanager
+def new_figure(width: float, height: float) -> Iterator[Figure]:
+    """An empty figure in the style of all of them."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context():
+        mpl.rc("font", size=11)
+        mpl.rc("axes", titlelocation="left", titlesize=12)
+        mpl.rc("axes.spines", top=False, right=False)
+        mpl.rc("legend", frameon=False)
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def numbers(values: Sequence[float | None]) -> list[float]:
+    """Saved values; None, which stands for what JSON has no number for, is a gap."""
+    return [float("nan") if value is None else float(value) for value in values]
+
+
+def draw_noisy_parabola(data: Mapping[str, Any], out: Path) -> None:
+    """Expected average over base steps, and the largest error over kappa."""
+    with new_figure(12, 4.8) as figure:
+        left, right = figure.subplots(1, 2)
+        draw_trajectories(left, data["trajectories"])
+        draw_errors(right, data["rows"])
+        figure.savefig(out, dpi=100)
+
+
+def draw_trajectories(axes: Axes, curves: Mapping[str, Any]) -> None:
+    """The base run's average, and those at kappa with and without the rule."""
+    kappa, steps = curves["kappa"], curves["base_steps"]
+    axes.plot(steps, curves["base"], color=BLACK, lw=3.5, label="base, κ = 1")
+    axes.plot(steps, curves["rule"], color=YELLOW, lw=1.7, label=f"κ = {kappa}, EMA rule $ρ^κ$")
+    axes.plot(steps, curves["none"], color=ORANGE, ls=DASHED, label=f"κ = {kappa}, ρ left alone")
+    axes.set(title=f"Average at κ = {kappa}", xlabel="base steps (κ × steps)", ylabel="E[ζ]")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.legend()
+    axes.grid(alpha=0.25)
+
+
+def draw_errors(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Errors of every choice of the decay; kappa = 1 has none but rounding."""
+    rows = [row for row in rows if row["kappa"] > 1]
+    kappas = [row["kappa"] for row in rows]
+    for name, label, style in (
+        ("error_none", "ρ left alone", {"color": ORANGE, "ls": DASHED, "marker": "s"}),
+        ("error_linear", "1 - κ(1 - ρ)", {"color": PINK, "marker": "^"}),
+        ("error_rule_after", "rule, order after", {"color": SKY, "marker": "v"}),
+        ("error_rule_before", "rule $ρ^κ$", {"color": BLUE, "marker": "o"}),
+        ("error_best", "best ρ* of each κ", {"color": GREEN, "ls": ":", "marker": "D"}),
+    ):
+        axes.plot(kappas, numbers([row[name] for row in rows]), label=label, ms=5, **style)
+    axes.set(title="Error of each choice of the decay", xscale="log", yscale="log")
+    axes.set(xlabel="κ", ylabel="max over steps of |E[g(ζ)] - E[g(ζ base)]|")
+    axes.set_xticks(kappas, [str(kappa) for kappa in kappas])
+    axes.minorticks_off()
+    axes.legend(fontsize=10, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.grid(alpha=0.25)
+
+
+def mean_and_range(values: Sequence[Sequence[float | None]]) -> tuple[Any, Any, Any]:
+    """Mean, least and greatest over the seeds at every point; a gap where a run diverged."""
+    import numpy as np
+
+    found = np.array([numbers(seed) for seed in values])
+    return found.mean(0), found.min(0), found.max(0)
+
+
+def draw_curve(
+    axes: Axes, curve: Mapping[str, Any], style: Mapping[str, Any], scale: float = 1
+) -> None:
+    """Mean over the seeds as a line, their range as a band, over thousands of samples."""
+    mean, low, high = (scale * part for part in mean_and_range(curve["seeds"]))
+    samples = [s / 1000 for s in curve["samples"]]
+    axes.fill_between(samples, low, high, color=style["color"], alpha=0.15, lw=0)
+    axes.plot(samples, mean, **style)
+
+
+def draw_polyak(data: Mapping[str, Any], out: Path) -> None:
+    """Test loss of the average over samples seen: a row an optimizer, rule and rho left alone."""
+    optimizers = list(dict.fromkeys(curve["optimizer"] for curve in data["curves"]))
+    with new_figure(12, 4.2 * len(optimizers) + 0.6) as figure:
+        grid = figure.subplots(len(optimizers), 2, sharey="row", squeeze=False)
+        for row, optimizer in zip(grid, optimizers, strict=True):
+            for axes, average in zip(row, ("rule", "none"), strict=True):
+                mine = [
+                    curve
+                    for curve in data["curves"]
+                    if (curve["optimizer"], curve["average"]) == (optimizer, average)
+                ]
+                draw_losses(axes, mine)
+                told = "EMA rule, $ρ^κ$" if average == "rule" else "ρ left alone"
+                axes.set_title(f"{optimizer}: {told}")
+            row[0].set_ylabel("test loss of the average (log)")
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        batch = data["base_batch"]
+        figure.legend(handles, labels, loc="outside right center", title=f"base batch {batch}")
+        figure.savefig(out, dpi=90)
+
+
+def draw_losses(axes: Axes, curves: Sequence[Mapping[str, Any]]) -> None:
+    """One line a kappa, from blue (small) to orange (large), black at 1."""
+    for curve, colour in zip(curves, colours(curve["kappa"] for curve in curves), strict=True):
+        base = curve["kappa"] == 1
+        style = {"color": colour, "lw": 3 if base else 1.5, "label": f"κ = {curve['kappa']:g}"}
+        draw_curve(axes, curve["loss"], style)
+    axes.set(yscale="log", xlabel="samples seen (thousands)")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.25)
+
+
+def colours(kappas: Iterable[float]) -> list[str]:
+    """A colour of each kappa: blues below 1, black at 1, yellow to red above."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    found = list(kappas)
+    below, above = (sorted(k for k in found if (k > 1) == up and k != 1) for up in (False, True))
+    result = {1.0: BLACK}
+    for kappa in below:
+        result[kappa] = to_hex(colormaps["winter"](below.index(kappa) / len(below)))
+    for kappa in above:
+        result[kappa] = to_hex(colormaps["plasma"](0.85 - 0.75 * above.index(kappa) / len(above)))
+    return [result[float(kappa)] for kappa in found]
+
+
+def draw_byol(data: Mapping[str, Any], out: Path) -> None:
+    """k-NN and linear-probe accuracy of the online network's features over samples seen."""
+    with new_figure(12, 4.6) as figure:
+        both = figure.subplots(1, 2)
+        for axes, name in zip(both, ("knn", "probe"), strict=True):
+            for curve in data["curves"]:
+                kappa, rule = curve["kappa"], curve["average"] == "rule"
+                label = (
+                    f"κ = {kappa:g}"
+                    if kappa == 1
+                    else f"κ = {kappa:g}, " + ("EMA rule $ρ^κ$" if rule else "ρ left alone")
+                )
+                colour = BLACK if kappa == 1 else BLUE if rule else ORANGE
+                style: dict[str, Any] = {
+                    "color": colour,
+                    "ls": "-" if rule else DASHED,
+                    "label": label,
+                }
+                style |= {"lw": 3.0 if kappa == 1 else 1.7}
+                draw_curve(axes, curve[name], style, 100)
+            axes.set_xlabel("samples seen (thousands)")
+            axes.grid(alpha=0.25)
+        both[0].set(title="k nearest neighbours", ylabel="test accuracy (%)")
+        both[1].set(title="linear probe")
+        batch = data["base_batch"]
+        handles, labels = both[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", title=f"base batch {batch}")
+        figure.savefig(out, dpi=100)
+
+
+def draw_progressive(data: Mapping[str, Any], out: Path) -> None:
+    """One panel a task and largest kappa: fixed, switched, doubled, and kappa = 1."""
+    panels: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for curve in data["curves"]:
+        panels.setdefault((curve["task"], max(curve["kappas"].values())), []).append(curve)
+    bases = {task: panels.pop((task, 1.0)) for task in dict.fromkeys(t for t, _ in panels)}
+    with new_figure(6 * len(panels) // len(bases), 4.2 * len(bases)) as figure:
+        columns = len(panels) // len(bases)
+        grid = figure.subplots(len(bases), columns, sharey="row", squeeze=False)
+        for axes, ((task, kappa), curves) in zip(grid.flat, panels.items(), strict=True):
+            for curve, style in zip([*bases[task], *curves], PLANS, strict=False):
+                plan = curve["plan"].removeprefix(f"kappa {kappa:g} ")
+                label = {"kappa 1": "κ = 1", f"kappa {kappa:g}": "from the start"}.get(plan, plan)
+                name, scale = ("rule_loss", 1) if task == "polyak" else ("knn", 100)
+                draw_curve(axes, curve[name], {**style, "label": label}, scale)
+            axes.set(title=f"{task}: κ up to {kappa:g}", xlabel="samples seen (thousands)")
+            if task == "polyak":
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:g}")
+            axes.grid(alpha=0.25)
+        for row, task in zip(grid, bases, strict=True):
+            polyak = "test loss of the average (log)"
+            row[0].set_ylabel(polyak if task == "polyak" else "k-NN accuracy (%)")
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", title="large batch")
+        figure.savefig(out, dpi=90)
+
+
+PLANS: tuple[dict[str, Any], ...] = (
+    {"color": BLACK, "lw": 3},
+    {"color": ORANGE, "ls": DASHED, "lw": 1.7},
+    {"color": BLUE, "lw": 1.7},
+    {"color": SKY, "lw": 1.7},
+    {"color": GREEN, "ls": "-.", "lw": 1.7},
+    {"color": PINK, "ls": ":", "lw": 1.7},
+)
+
+DRAW: dict[str, Callable[[Mapping[str, Any], Path], None]] = {
+    "noisy_parabola": draw_noisy_parabola,
+    "polyak": draw_polyak,
+    "byol": draw_byol,
+    "progressive": draw_progressive,
+}
+
+
+def draw(data: Mapping[str, Any], out: Path) -> None:
+    """Write the figure of an experiment's ``figure.json``; the file's ending gives the format."""
+    DRAW[data["experiment"]](data, out)
+
+
+if __name__ == "__main__":
+    source, target = sys.argv[1:]
+    draw(json.loads(Path(source).read_text()), Path(target))

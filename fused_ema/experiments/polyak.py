@@ -1,0 +1,183 @@
+"""Polyak averaging: a supervised ResNet whose average is evaluated, over batch sizes.
+
+The average does not enter the training, so that one run keeps two: ``rho**kappa``, the rule, and
+``rho`` left alone. All batch sizes see the same samples in the same order.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from .. import FusedScaledAdamW, FusedScaledOptimizer, FusedScaledSGD, ProgressiveScaling
+from ..ema import Decay
+from ..options import EmaOptions
+from .config import option
+from .distributed import Group
+from .evaluation import score
+from .folder import Folder
+from .networks import backbone
+from .recipe import Recipe, left_alone
+from .results import curves, gaps, last
+from .training import Run, Session
+
+
+@dataclass(frozen=True)
+class Config(Recipe):
+    """Options of Polyak averaging."""
+
+    optimizers: tuple[str, ...] = option(("SGD", "AdamW"), "SGD, AdamW or both")
+    label_smoothing: float = option(0.0, "share of the label spread over all classes")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.optimizers or not set(self.optimizers) <= {"SGD", "AdamW"}:
+            raise ValueError(f"optimizers={self.optimizers!r}; allowed: SGD, AdamW or SGD,AdamW")
+
+
+QUICK = Config(
+    train_size=1024,
+    kappas=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+    lr=0.02,
+    rho=0.98,
+    epochs=20,
+    warmup_epochs=2.0,
+    evaluate_epochs=2,
+)
+CIFAR10 = Config(
+    data="folder",
+    model="resnet18",
+    small_images=True,
+    image_size=32,
+    precision="bf16",
+    workers=8,
+    base_batch=128,
+    kappas=(1.0, 4.0, 8.0),
+    seeds=1,
+    lr=0.05,
+    weight_decay=5e-4,
+    rho=0.999,
+    epochs=30,
+    warmup_epochs=3.0,
+    optimizers=("SGD",),
+)
+# Polyak averaging of the paper, reconstructed.
+PAPER = Config(
+    data="folder",
+    model="resnetv2_50",
+    image_size=224,
+    precision="bf16",
+    per_device_batch=128,
+    workers=12,
+    base_batch=1024,
+    kappas=(0.5, 1.0, 2.0, 4.0),
+    lr=0.4,
+    rho=0.9999,
+    epochs=90,
+    warmup_epochs=5.0,
+    schedule="steps",
+    label_smoothing=0.1,
+    optimizers=("SGD",),
+)
+PRESETS = {"quick": QUICK, "cifar10": CIFAR10, "paper": PAPER}
+
+
+def train(config: Config, run: Run, session: Session) -> None:
+    """Algorithm 1, SGD with progressive scaling; a fixed kappa is one stage."""
+    torch.manual_seed(run.seed)
+    place, data = session.place, session.data
+    model = backbone(config, data.channels, data.classes).to(place.device)
+    network = place.wrap(model)
+    optimizer = make_optimizer(config, run, model)
+    batch_sizes = {epoch: config.batch(kappa) for epoch, kappa in run.kappas.items()}
+    scaling = ProgressiveScaling(optimizer, config.base_batch, batch_sizes)
+
+    def evaluate() -> dict[str, float]:
+        network, found = place.in_precision(model), {}
+        for index, average in enumerate(averages(config, run)):
+            with optimizer.ema_weights(index):
+                found[average] = score(network, data.test, place, config.workers)
+        found["weights"] = score(network, data.test, place, config.workers)
+        return {f"{of}_{name}": x for of, values in found.items() for name, x in values.items()}
+
+    training = session.start(run, model, optimizer, scaling, evaluate)
+    for _ in training.epochs():
+        for batch in training.batches():
+            optimizer.zero_grad()
+            for (images,), classes in batch.over(network):
+                logits = network(images)
+                loss = cross_entropy(logits, classes, label_smoothing=config.label_smoothing)
+                (loss / len(batch)).backward()
+            optimizer.step()
+        scaling.step()
+
+
+def averages(config: Config, run: Run) -> dict[str, Decay]:
+    """Base decays of the averages: the rule's and, at a fixed kappa, that of rho left alone."""
+    if len(run.kappas) > 1:
+        return {"rule": config.rho}
+    return {"rule": config.rho, "none": left_alone(config.rho, run.kappas[0])}
+
+
+def make_optimizer(config: Config, run: Run, model: nn.Module) -> FusedScaledOptimizer:
+    """The run's optimizer at the base batch size."""
+    from timm.optim import param_groups_weight_decay
+
+    shared: EmaOptions = {
+        "ema_decay": tuple(averages(config, run).values()),
+        "model": model,
+        "ema_buffers": config.ema_buffers,
+        "backend": config.backend,
+    }
+    if run.optimizer == "AdamW":
+        groups = param_groups_weight_decay(model, config.adamw_weight_decay)
+        betas = (config.beta1, config.beta2)
+        return FusedScaledAdamW(groups, lr=config.adamw_lr, betas=betas, **shared)
+    groups = param_groups_weight_decay(model, config.weight_decay)
+    return FusedScaledSGD(groups, lr=config.lr, momentum=config.momentum, **shared)
+
+
+def fixed(optimizer: str, kappa: float, seed: int) -> Run:
+    """A training at one batch size."""
+    return Run(f"{optimizer}, kappa {kappa:g}", seed, {0: kappa}, optimizer)
+
+
+def run(config: Config, folder: Folder, group: Group) -> None:
+    """Train every optimizer at every kappa with every seed; summarise."""
+    kinds = [(optimizer, kappa) for optimizer in config.optimizers for kappa in config.kappas]
+    runs = [fixed(*kind, seed) for kind in kinds for seed in range(config.seeds)]
+    session = Session(config, folder, group, runs, views=1)
+    for one in session.unfinished():
+        train(config, one, session)
+    if group.is_first:
+        summarise(config, folder)
+
+
+def summarise(config: Config, folder: Folder) -> None:
+    """Final scores and gaps to kappa = 1, and the curves of the figure."""
+    rows = folder.rows()
+    summary, figure = [], []
+    for optimizer in config.optimizers:
+        names = {kappa: fixed(optimizer, kappa, 0).kind for kappa in config.kappas}
+        base = curves(rows, names[1.0], "rule_loss")
+        for kappa, kind in names.items():
+            for average in ("rule", "none"):
+                loss = curves(rows, kind, f"{average}_loss")
+                accuracy = curves(rows, kind, f"{average}_accuracy")
+                about = {"optimizer": optimizer, "kappa": kappa, "average": average}
+                found = {"loss": last(loss), "accuracy": last(accuracy)}
+                summary.append({**about, **found, "loss_gap": gaps(loss, base)})
+                figure.append({**about, "loss": loss, "accuracy": accuracy})
+    folder.write("summary.json", {"runs": summary})
+    about = {"base_batch": config.base_batch, "rho": config.rho, "seeds": config.seeds}
+    folder.write_figure({**about, "curves": figure})
+
+
+if __name__ == "__main__":
+    from .__main__ import main
+
+    sys.exit(main(["polyak", *sys.argv[1:]]))

@@ -1,0 +1,116 @@
+"""Options that the trainings share: where they run, on what data, and the recipe at kappa = 1."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..ema import Decay
+from .config import option, positive
+
+SCHEDULES = ("constant", "cosine", "steps")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Data, machine and what is kept."""
+
+    data: str = option(
+        "digits", "digits: scikit-learn's; folder: --data-root", choices=("digits", "folder")
+    )
+    data_root: Path | None = option(
+        None, "folder with train/CLASS/* and val/CLASS/* or test/CLASS/* images"
+    )
+    train_size: int | None = option(
+        None, "use so many training images, the first of a fixed shuffle; none: all"
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", identity=False)
+    precision: str = option(
+        "float32", "of the forward pass; weights are float32", choices=("float32", "bf16")
+    )
+    per_device_batch: int = option(
+        1024, "most samples of a forward pass in a process; the rest of a batch is accumulated"
+    )
+    workers: int = option(
+        0, "processes that load images, for each training process", identity=False
+    )
+    backend: str = option(
+        "auto", "backend of the optimizer: auto, native, triton, foreach, reference"
+    )
+    checkpoint_epochs: int = option(1, "epochs between checkpoints", identity=False)
+    evaluate_epochs: int = option(1, "epochs between evaluations")
+
+    def __post_init__(self) -> None:
+        positive(self, "per_device_batch", "checkpoint_epochs", "evaluate_epochs")
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers} is out of range; allowed: 0 or more")
+
+
+@dataclass(frozen=True)
+class Recipe(Resources):
+    """A training at the base batch size, and the batch sizes it is scaled to."""
+
+    model: str = option("resnet-digits", "resnet-digits, or a model of timm")
+    small_images: bool = option(False, "a 3x3 stem without pooling in place of ImageNet's")
+    image_size: int = option(8, "side of the square images that the network sees")
+    base_batch: int = option(32, "batch size that the recipe is for, over all processes")
+    kappas: tuple[float, ...] = option((1.0,), "batch sizes in base batches, fractions too")
+    seeds: int = option(3, "runs of each kind, with seeds 0, 1, ...")
+    epochs: int = option(20, "passes over the training images")
+    lr: float = option(0.1, "base learning rate of SGD")
+    momentum: float = option(0.9, "of SGD, the same at every kappa")
+    weight_decay: float = option(1e-4, "of SGD, none on biases and norms")
+    adamw_lr: float = option(1e-3, "base learning rate of AdamW")
+    adamw_weight_decay: float = option(0.05, "of AdamW, none on biases and norms")
+    beta1: float = option(0.9, "base beta1 of AdamW")
+    beta2: float = option(0.999, "base beta2 of AdamW")
+    schedule: str = option("cosine", "learning rate over the samples seen", choices=SCHEDULES)
+    warmup_epochs: float = option(1.0, "epochs in which the learning rate rises from 0")
+    rho: float = option(0.99, "base decay of the average")
+    ema_buffers: str = option(
+        "average", "BatchNorm's statistics beside the average", choices=("average", "copy")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "base_batch", "kappas", "seeds", "epochs", "image_size")
+        for kappa in self.kappas:
+            self.batch(kappa)
+        if 1.0 not in self.kappas:
+            raise ValueError(f"kappas={self.kappas} lacks 1, which the others are compared with")
+
+    def batch(self, kappa: float) -> int:
+        """The batch size at ``kappa``.
+
+        Raises:
+            ValueError: it is no whole number.
+        """
+        batch = kappa * self.base_batch
+        if batch != round(batch) or batch < 1:
+            raise ValueError(
+                f"kappas: {kappa:g} x base_batch={self.base_batch} is {batch:g}; allowed: whole "
+                "batch sizes"
+            )
+        return round(batch)
+
+    def lr_factor(self, epoch: float) -> float:
+        """What the base learning rate is multiplied by after so many epochs.
+
+        ``"cosine"`` falls to 0 at the end, ``"steps"`` by 10 at 30/90, 60/90 and 80/90.
+        """
+        if epoch < self.warmup_epochs:
+            return epoch / self.warmup_epochs
+        if self.schedule == "steps":
+            return 0.1 ** sum(90 * epoch >= mark * self.epochs for mark in (30, 60, 80))
+        if self.schedule == "cosine":
+            done = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+            return (1.0 + math.cos(math.pi * min(done, 1.0))) / 2.0
+        return 1.0
+
+
+def left_alone(decay: Decay, kappa: float) -> Decay:
+    """A base decay that is ``decay`` at ``kappa``: what an average does that nobody scaled."""
+    if callable(decay):
+        return lambda t: decay(t) ** (1.0 / kappa)
+    return math.pow(decay, 1.0 / kappa)

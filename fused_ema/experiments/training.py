@@ -1,0 +1,297 @@
+"""What a training loop asks for around its steps: epochs, batches, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import FusedScaledOptimizer, ProgressiveScaling
+from .data import Data, Views, epoch_keys, load, loader, usable
+from .distributed import Group, Place, without_reduction
+from .folder import Folder
+from .networks import check_model, set_batch_norm
+from .recipe import Recipe
+
+Evaluate = Callable[[], Mapping[str, float]]
+MicroBatch = tuple[Views, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of an experiment.
+
+    Attributes:
+        kind: what it is, without its seed; runs of a kind are averaged.
+        seed: of weights, order of the samples and augmentation.
+        kappas: ``kappa`` from each epoch on.
+        optimizer: ``"SGD"`` or ``"AdamW"``.
+        rule: whether the average that the loss uses follows the EMA rule.
+    """
+
+    kind: str
+    seed: int
+    kappas: Mapping[int, float]
+    optimizer: str = "SGD"
+    rule: bool = True
+
+    @property
+    def name(self) -> str:
+        """The kind with its seed."""
+        return f"{self.kind}, seed {self.seed}"
+
+
+class Session:
+    """The trainings of an experiment, one after the other, in a folder.
+
+    Args:
+        recipe: what the trainings have in common.
+        folder: where rows and checkpoints go.
+        group: the processes that share every batch.
+        runs: all trainings, in order.
+        views: augmented views of an image that a training sees.
+
+    Raises:
+        ValueError: the data or a batch size do not fit; before anything is trained.
+    """
+
+    def __init__(
+        self, recipe: Recipe, folder: Folder, group: Group, runs: Sequence[Run], views: int
+    ) -> None:
+        self.recipe, self.folder, self.group, self.runs = recipe, folder, group, runs
+        self.place = Place.of(group, recipe.device, recipe.precision)
+        self.data: Data = load(recipe, views)
+        batches = [recipe.batch(kappa) for run in runs for kappa in run.kappas.values()]
+        for batch in batches:
+            group.share(batch, recipe.per_device_batch)
+        self.epoch_size = usable(len(self.data.train), batches)
+        check_model(recipe)
+        self.checkpoint: dict[str, Any] | None = None
+        self.stopping = False
+
+    def _take_up(self) -> set[str]:
+        """Names of the finished runs; rows of steps that are taken again are forgotten."""
+        self.checkpoint = self.folder.checkpoint()
+        rows = self.folder.rows()
+        if self.checkpoint is not None:
+            rows = rows[: self.checkpoint["rows"]]
+        else:
+            ends = [i for i, row in enumerate(rows) if row.get("finished")]
+            rows = rows[: ends[-1] + 1] if ends else []
+        self.folder.begin(len(rows))
+        return {row["run"] for row in rows if row.get("finished")}
+
+    def unfinished(self) -> Iterator[Run]:
+        """The runs that are left; while they are, Ctrl-C waits for the step at hand to end."""
+        from tqdm import tqdm
+
+        finished = self._take_up() & {run.name for run in self.runs}
+        total = len(self.runs) * self.recipe.epochs * self.epoch_size
+        done = len(finished) * self.recipe.epochs * self.epoch_size
+        bar = tqdm(
+            total=total,
+            initial=done,
+            desc=self.folder.experiment,
+            disable=not self.group.is_first,
+            mininterval=0.2 if sys.stderr.isatty() else 30.0,
+            unit=" samples",
+            unit_scale=True,
+        )
+        with bar as self.bar, stop_signals(self._stop):
+            for run in self.runs:
+                if run.name not in finished:
+                    self.bar.set_postfix_str(run.name, refresh=False)
+                    yield run
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt("Stopped at once; the last checkpoint is what there is.")
+        self.stopping = True
+
+    def start(
+        self,
+        run: Run,
+        model: nn.Module,
+        optimizer: FusedScaledOptimizer,
+        scaling: ProgressiveScaling,
+        evaluate: Evaluate,
+    ) -> Training:
+        """A training at its start, or where its checkpoint is."""
+        training = Training(self, run, model, optimizer, scaling, evaluate)
+        if self.checkpoint is not None and self.checkpoint["run"] == run.name:
+            training.load(self.checkpoint)
+        self.checkpoint = None
+        return training
+
+
+@contextmanager
+def stop_signals(stop: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let ``stop`` see Ctrl-C and the signal that ends a job, inside."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+class Training:
+    """One run: its position, and what is saved with it.
+
+    Args:
+        session: the experiment's.
+        run: which one.
+        model: the network that is trained, not wrapped.
+        optimizer: its optimizer; its learning rates are the base ones.
+        scaling: the batch size of each epoch.
+        evaluate: what the metrics' rows hold.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        run: Run,
+        model: nn.Module,
+        optimizer: FusedScaledOptimizer,
+        scaling: ProgressiveScaling,
+        evaluate: Evaluate,
+    ) -> None:
+        self.session, self.run, self.model = session, run, model
+        self.optimizer, self.scaling, self.evaluate = optimizer, scaling, evaluate
+        self.lrs = [group["lr"] for group in optimizer.param_groups]
+        self.epoch = self.position = 0
+
+    @property
+    def samples(self) -> int:
+        """Samples seen so far, over all processes."""
+        return self.epoch * self.session.epoch_size + self.position
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left; evaluates, saves and stops between them."""
+        session, recipe = self.session, self.session.recipe
+        if self.samples == 0:
+            self.log()
+        while self.epoch < recipe.epochs:
+            self.model.train()
+            yield self.epoch
+            self.epoch, self.position = self.epoch + 1, 0
+            if self.epoch % recipe.evaluate_epochs == 0 or self.epoch == recipe.epochs:
+                self.log()
+            if self.epoch % recipe.checkpoint_epochs == 0:
+                self.save()
+            self.stop_if_asked()
+        session.folder.log({"run": self.run.name, "finished": True})
+        session.folder.drop_checkpoint()
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches of the epoch that are left; sets each one's learning rate."""
+        session, recipe = self.session, self.session.recipe
+        size, place = round(self.scaling.batch_size), session.place
+        micro, parts = session.group.share(size, recipe.per_device_batch)
+        set_batch_norm(self.model, micro * session.group.world / recipe.base_batch)
+        keys = epoch_keys(len(session.data.train), self.run.seed, self.epoch)
+        mine = [
+            keys[first : first + micro]
+            for start in range(self.position, session.epoch_size, size)
+            for first in self._firsts(start, micro, parts)
+        ]
+        pin = place.device.type == "cuda"
+        found = iter(loader(session.data.train, mine, recipe.workers, pin))
+        while self.position < session.epoch_size:
+            self._set_lr((self.samples + size / 2) / session.epoch_size)
+            yield Batch(found, parts, place)
+            self.position += size
+            session.bar.update(size)
+            if self.position < session.epoch_size:
+                self.stop_if_asked()
+
+    def _firsts(self, start: int, micro: int, parts: int) -> list[int]:
+        """Where this process's micro-batches of a batch begin."""
+        mine = start + self.session.group.rank * micro * parts
+        return [mine + part * micro for part in range(parts)]
+
+    def _set_lr(self, epoch: float) -> None:
+        factor = self.session.recipe.lr_factor(epoch)
+        for group, lr in zip(self.optimizer.param_groups, self.lrs, strict=True):
+            group["lr"] = lr * factor
+
+    def log(self) -> None:
+        """Evaluate, and add a row to the metrics."""
+        self._share_buffers()
+        position = {"epoch": self.epoch, "samples": self.samples}
+        self.session.folder.log({"run": self.run.name, **position, **self.evaluate()})
+
+    def _share_buffers(self) -> None:
+        """BatchNorm's statistics are each process's own in a step; the first one's are kept."""
+        held = self.optimizer.state_dict().get("ema_buffers", ())
+        self.session.group.as_the_first(self.model.buffers())
+        self.session.group.as_the_first(value for average in held for value in average.values())
+
+    def stop_if_asked(self) -> None:
+        """Save and stop, in all processes, where one was asked to."""
+        if self.session.group.any(self.session.stopping):
+            self.save()
+            raise KeyboardInterrupt(
+                f"Stopped in {self.run.name!r} after {self.samples} samples; the same command goes "
+                "on from there."
+            )
+
+    def save(self) -> None:
+        """Write the checkpoint: all that the rest of the run depends on."""
+        generators = [torch.get_rng_state()]
+        if self.session.place.device.type == "cuda":
+            generators.append(torch.cuda.get_rng_state(self.session.place.device))
+        self.session.folder.save_checkpoint(
+            {
+                "run": self.run.name,
+                "epoch": self.epoch,
+                "position": self.position,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaling": self.scaling.state_dict(),
+                "generators": self.session.group.gather(generators),
+            }
+        )
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`save` was called."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaling.load_state_dict(state["scaling"])
+        self.epoch, self.position = state["epoch"], state["position"]
+        self.session.bar.update(self.samples)
+        cpu, *cuda = state["generators"][self.session.group.rank]
+        torch.set_rng_state(cpu)
+        for generator in cuda:
+            torch.cuda.set_rng_state(generator, self.session.place.device)
+
+
+class Batch:
+    """This process's share of a batch, in micro-batches whose gradients add up.
+
+    Args:
+        found: the epoch's micro-batches.
+        parts: how many of them a batch has.
+        place: where they go.
+    """
+
+    def __init__(self, found: Iterator[MicroBatch], parts: int, place: Place) -> None:
+        self.found, self.parts, self.place = found, parts, place
+
+    def __len__(self) -> int:
+        return self.parts
+
+    def over(self, model: nn.Module) -> Iterator[MicroBatch]:
+        """The micro-batches; processes exchange gradients of ``model`` at the last one only."""
+        for part in range(self.parts):
+            views, classes = next(self.found)
+            with without_reduction(model, last=part == self.parts - 1):
+                yield tuple(map(self.place.take, views)), self.place.take(classes)

@@ -1,0 +1,156 @@
+"""The experiments' command line: help, presets, errors before any training, the run's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+for module in ("matplotlib", "scipy", "sklearn", "timm", "torchvision", "tqdm"):
+    pytest.importorskip(module)
+
+from fused_ema.experiments import __main__ as command  # noqa: E402
+from fused_ema.experiments.config import chosen, number, text_of  # noqa: E402
+from fused_ema.experiments.folder import Folder  # noqa: E402
+from fused_ema.experiments.recipe import Recipe  # noqa: E402
+
+
+def help_of(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        command.main([*argv, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", command.NAMES)
+def test_help_explains_every_option(name, capsys):
+    text = "".join(help_of(capsys, name).split())
+    presets = command.experiment(name).PRESETS
+    assert set(presets) == set(command.PRESETS)
+    fields = dataclasses.fields(next(iter(presets.values())))
+    for field in fields:
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert "".join(field.metadata["help"].split()) in text
+    assert len(fields) > 5
+    assert "--outDIR" in text
+    assert "--preset{quick,cifar10,paper}" in text
+
+
+def test_help_tells_the_value_of_each_preset(capsys):
+    text = "".join(help_of(capsys, "polyak").split())
+    assert "[quick:resnet-digits,cifar10:resnet18,paper:resnetv2_50]" in text
+
+
+def test_help_lists_the_experiments(capsys):
+    listed = re.findall(r"^    (\w+)", help_of(capsys), flags=re.MULTILINE)
+    assert [name for name in (*command.NAMES, "all") if name not in listed] == []
+
+
+def test_a_module_runs_itself():
+    done = subprocess.run(
+        [sys.executable, "-m", "fused_ema.experiments.noisy_parabola", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "usage: python -m fused_ema.experiments noisy_parabola" in done.stdout
+
+
+def test_options_take_the_place_of_the_presets():
+    options = command.parser().parse_args(
+        ["byol", "--preset", "cifar10", "--kappas", "1,8,1/2", "--train-size", "none",
+         "--small-images", "no", "--rho", "0.9"]
+    )  # fmt: skip
+    presets = command.experiment("byol").PRESETS
+    found = chosen(presets, options.preset, vars(options))
+    assert found == dataclasses.replace(
+        presets["cifar10"], kappas=(1.0, 8.0, 0.5), small_images=False, rho=0.9
+    )
+
+
+def test_values_are_written_as_they_are_read():
+    assert text_of((0.25, 1.0, 32.0)) == "0.25,1,32"
+    assert number("1/4") == 0.25
+    assert (text_of(True), text_of(None), text_of(())) == ("yes", "none", "none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["polyak", "--train-size", "1000"], "1000 training images are too few for batches of"),
+        (["polyak", "--train-size", "5000"], "train_size=5000 is out of range; allowed: 1 to 1796"),
+        (["polyak", "--kappas", "1,1/3"], "0.333333 x base_batch=32 is 10.6667; allowed: whole"),
+        (["polyak", "--kappas", "2,4"], "lacks 1, which the others are compared with"),
+        (["polyak", "--optimizers", "Adam"], "optimizers=('Adam',); allowed: SGD, AdamW"),
+        (["polyak", "--per-device-batch", "24"], "which per_device_batch=24 does not divide"),
+        (["polyak", "--epochs", "0"], "epochs=0 is out of range; allowed: above 0"),
+        (["polyak", "--model", "resnet-9999"], "model='resnet-9999' is none of timm's"),
+        (["byol", "--data", "folder"], "data_root=none with data=folder"),
+        (["byol", "--data", "folder", "--data-root", "/none"], "there is no folder train"),
+        (["progressive", "--tasks", "dino"], "tasks=('dino',); allowed: polyak, byol"),
+        (["progressive", "--switch-epochs", "99"], "switch_epochs=(99,) with epochs="),
+        (["noisy_parabola", "--base-steps", "100"], "allowed: at least one step at each kappa"),
+    ],
+)
+def test_bad_values_are_told_before_training(arguments, message, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        command.main([*arguments, "--out", str(tmp_path / "out")])
+    assert re.search(re.escape(message), str(stop.value.code)), stop.value.code
+    assert not (tmp_path / "out").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Other(Recipe):
+    """A config to keep a folder for."""
+
+
+def test_a_folder_is_gone_on_with_only_by_the_same_options(tmp_path):
+    Folder(tmp_path / "run", "polyak", Other()).begin()
+    Folder(tmp_path / "run", "polyak", Other(workers=3, device="cpu"))
+    with pytest.raises(ValueError, match=r"it holds a run with lr=0.1, not 0.2; give another"):
+        Folder(tmp_path / "run", "polyak", Other(lr=0.2))
+    with pytest.raises(ValueError, match="it holds a run with experiment='polyak', not 'byol'"):
+        Folder(tmp_path / "run", "byol", Other())
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"it is not empty and holds no config.json of a run"):
+        Folder(tmp_path, "polyak", Other())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_rows_are_on_disk_at_once_and_numbers_stay_numbers(tmp_path):
+    folder = Folder(tmp_path, "polyak", Other())
+    folder.begin()
+    folder.log({"loss": 0.1 + 0.2, "worse": float("nan")})
+    assert folder.rows() == [{"loss": 0.1 + 0.2, "worse": None}]
+    folder.log({"loss": 1.0})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"loss": 2')  # a process that was killed
+    assert len(folder.rows()) == 2
+    folder.begin(1)
+    assert (tmp_path / "metrics.jsonl").read_text() == (
+        json.dumps({"loss": 0.1 + 0.2, "worse": None}) + "\n"
+    )
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path):
+    folder = Folder(tmp_path, "polyak", Other())
+    folder.begin()
+    folder.save_checkpoint({"run": "SGD"})
+    assert folder.checkpoint() == {"run": "SGD", "rows": 0}
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    for damaged in (b"", whole[:100], b"no checkpoint"):
+        (tmp_path / "checkpoint.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"checkpoint.pt cannot be read; delete it"):
+            folder.checkpoint()
+
+
+def test_names_the_extra_when_a_module_is_missing():
+    with pytest.raises(SystemExit, match=r"no_such: pip install 'fused_ema\[experiments\]'"):
+        command.require("torch", "no_such")

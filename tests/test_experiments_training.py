@@ -1,0 +1,299 @@
+"""Trainings of the experiments on tiny data: every preset's path, resume, parity of backends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for module in ("matplotlib", "sklearn", "timm", "torchvision", "tqdm"):
+    pytest.importorskip(module)
+Image = pytest.importorskip("PIL.Image")
+
+from fused_ema.experiments import __main__ as command  # noqa: E402
+from fused_ema.experiments import byol, data, polyak, progressive, training  # noqa: E402
+from fused_ema.experiments.distributed import Group  # noqa: E402
+from fused_ema.experiments.evaluation import knn, linear_probe  # noqa: E402
+from fused_ema.experiments.folder import Folder  # noqa: E402
+
+LAUNCH = ("torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
+TASKS = {"polyak": polyak, "byol": byol}
+# Few samples, all else as the preset has it.
+TINY = {"train_size": 64, "base_batch": 8, "epochs": 2, "warmup_epochs": 1.0, "seeds": 1}
+TINY |= {"evaluate_epochs": 1}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So small networks gain nothing from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(name, **options):
+    config = {**TINY, "kappas": (1.0, 4.0), **options}
+    return dataclasses.replace(TASKS[name].PRESETS["quick"], **config)
+
+
+def run(name, config, out):
+    module = progressive if name == "progressive" else TASKS[name]
+    module.run(config, Folder(out, name, config), Group())
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def make_images(root: Path, sizes: dict[str, int], side: int = 40) -> Path:
+    """An ImageFolder of two classes of noise, one darker than the other."""
+    generator = torch.Generator().manual_seed(0)
+    for part, count in sizes.items():
+        for brightness, name in ((80, "dark"), (200, "light")):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for index in range(count // 2):
+                noise = torch.randint(0, 50, (side, side, 3), generator=generator)
+                pixels = (noise + brightness).to(torch.uint8).numpy()
+                Image.fromarray(pixels).save(folder / f"{index}.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"), {"train": 32, "test": 8})
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_quick(name, tmp_path):
+    config = tiny(name)
+    rows = run(name, config, tmp_path)
+    kinds = {row["run"] for row in rows}
+    assert len(kinds) == {"polyak": 4, "byol": 3}[name]
+    for kind in kinds:
+        mine = [row for row in rows if row["run"] == kind]
+        assert [row.get("samples") for row in mine] == [0, 64, 128, None]
+        assert mine[-1]["finished"]
+    assert {"summary.json", "figure.json", "figure.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_progressive(tmp_path):
+    config = progressive.Config(
+        train_size=64, kappas=(2.0,), switch_epochs=(1,), doubling_epochs=1, epochs=2, seeds=1
+    )
+    rows = run("progressive", config, tmp_path)
+    assert len({row["run"] for row in rows}) == 2 * len(progressive.plans(config)) == 8
+    summary = json.loads((tmp_path / "summary.json").read_text())["runs"]
+    assert [run["kappas"] for run in summary[:4]] == [
+        {"0": 1.0}, {"0": 2.0}, {"0": 1.0, "1": 2.0}, {"0": 1.0, "1": 2.0},
+    ]  # fmt: skip
+
+
+def test_doubling_ends_at_the_largest_kappa():
+    assert progressive.doubling(8.0, 3) == {0: 1.0, 3: 2.0, 6: 4.0, 9: 8.0}
+    assert progressive.doubling(6.0, 30) == {0: 1.0, 30: 2.0, 60: 4.0, 90: 6.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "options"),
+    [
+        ("polyak", "cifar10", []),
+        ("byol", "cifar10", ["--hidden", "32", "--projection", "8"]),
+        ("progressive", "cifar10", ["--switch-epochs", "1", "--doubling-epochs", "1"]),
+        ("polyak", "paper", ["--image-size", "32"]),
+    ],
+)
+def test_presets_for_folders(name, preset, options, images, tmp_path, monkeypatch):
+    """A small network stands for the preset's, all else is its own."""
+    for module in TASKS.values():
+        small = dataclasses.replace(
+            module.PRESETS[preset], model="resnet-digits", small_images=False,
+            base_batch=8, warmup_epochs=0.5,
+        )  # fmt: skip
+        monkeypatch.setitem(module.PRESETS, preset, small)
+    kappas = "2" if name == "progressive" else "1,2"
+    arguments = ["--data-root", str(images), "--kappas", kappas, "--epochs", "2", "--seeds", "1"]
+    arguments += ["--workers", "0", "--per-device-batch", "4", *options]
+    status = command.main([name, "--preset", preset, "--out", str(tmp_path / "out"), *arguments])
+    assert status == 0
+    assert (tmp_path / "out" / "figure.png").stat().st_size > 10_000
+
+
+def test_backbones_of_the_presets():
+    from fused_ema.experiments.networks import backbone
+
+    for module, preset, features in ((polyak, "cifar10", 512), (polyak, "paper", 2048)):
+        network = backbone(module.PRESETS[preset], channels=3, classes=10)
+        assert network.num_features == features
+    small = backbone(polyak.PRESETS["cifar10"], 3, 10)
+    assert small.conv1.stride == (1, 1)
+    with torch.no_grad():
+        assert small(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+        vit = backbone(byol.PRESETS["paper"], channels=3, classes=0)
+    assert vit.num_features == 768
+
+
+def test_paper_preset_in_two_processes(images, tmp_path):
+    """torchrun with gloo; accumulated and shared batches give the gradients of one process."""
+    small = ["--model", "resnet-digits", "--image-size", "32", "--base-batch", "16", "--epochs"]
+    small += ["2", "--kappas", "1,2", "--warmup-epochs", "1", "--hidden", "32", "--seeds", "1"]
+    small += ["--projection", "8", "--per-device-batch", "4", "--workers", "0"]
+    options = ["byol", "--preset", "paper", "--data-root", str(images), *small]
+    env = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    out = tmp_path / "two"
+    done = subprocess.run(
+        [sys.executable, "-m", *LAUNCH, "-m", "fused_ema.experiments", *options, "--out", str(out)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    # one writer: three runs of three evaluations and an end
+    assert len(rows) == 12
+    assert {row["samples"] for row in rows if "samples" in row} == {0, 32, 64}
+
+
+def stop_after(monkeypatch, steps):
+    """Ctrl-C in the middle of a step, as often as there are numbers."""
+    seen = {"steps": 0}
+    take = training.Batch.over
+
+    def over(self, model):
+        seen["steps"] += 1
+        if seen["steps"] in steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take(self, model)
+
+    monkeypatch.setattr(training.Batch, "over", over)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_stopped_run_goes_on_bit_by_bit(name, tmp_path, monkeypatch):
+    """Stopped within an epoch, at its end, and in another run; results are the uninterrupted."""
+    config = tiny(name)
+    expected = run(name, config, tmp_path / "whole")
+    out = tmp_path / "stopped"
+    # 8 steps an epoch at kappa 1, 2 at kappa 4
+    stop_after(monkeypatch, (3, 8, 19))
+    for position in ((0, 24), (1, 0), (1, 32)):
+        with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
+            run(name, config, out)
+        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        assert (state["epoch"], state["position"]) == position
+    assert run(name, config, out) == expected
+    for file in ("summary.json", "figure.json"):
+        assert (out / file).read_text() == (tmp_path / "whole" / file).read_text()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_same_trajectory_by_native_and_reference(name, tmp_path):
+    """Scores on the way agree; rounding differs in the last bits of float32 and grows."""
+    native, reference = (
+        run(name, tiny(name, backend=backend), tmp_path / backend)
+        for backend in ("native", "reference")
+    )
+    assert len(native) == len(reference) > 6
+    for mine, theirs in zip(native, reference, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert mine["run"] == theirs["run"]
+        for key in mine.keys() - {"run"}:
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-3), (mine["run"], key)
+
+
+def test_every_batch_size_sees_the_same_samples():
+    found = data.digits(64, views=2)
+    for batch in (8, 32):
+        keys = data.epoch_keys(64, seed=1, epoch=2)
+        batches = [keys[start : start + batch] for start in range(0, 64, batch)]
+        views, classes = zip(*data.loader(found.train, batches, 0, False), strict=True)
+        joined = [torch.cat(view) for view in zip(*views, strict=True)], torch.cat(classes)
+        if batch == 8:
+            first = joined
+    assert all(torch.equal(a, b) for a, b in zip(first[0], joined[0], strict=True))
+    assert torch.equal(first[1], joined[1])
+    assert not torch.equal(*first[0])
+
+
+def test_images_in_files_are_augmented_by_epoch_and_index(images):
+    config = dataclasses.replace(
+        polyak.PRESETS["cifar10"], data_root=images, image_size=32, train_size=16
+    )
+    found = data.load(config, views=1).train
+    (views,), classes = found.__getitems__([(5, 0), (5, 3)])
+    torch.manual_seed(123)
+    (again,), _ = found.__getitems__([(5, 3)])
+    assert torch.equal(again[0], views[1])
+    assert views.shape == (2, 3, 32, 32)
+    assert not torch.equal(found.__getitems__([(6, 3)])[0][0], again)
+    assert len(found) == 16
+    assert set(classes.tolist()) <= {0, 1}
+
+
+def test_damaged_folders_are_told(tmp_path):
+    config = dataclasses.replace(polyak.PRESETS["cifar10"], data_root=tmp_path)
+
+    def told():
+        with pytest.raises(ValueError, match=r"^data_root=|jpg") as error:
+            data.load(config, views=1)
+        return str(error.value)
+
+    assert "there is no folder train" in told()
+    (tmp_path / "train").mkdir()
+    assert "train holds no class folders" in told()
+    make_images(tmp_path / "some", {"train": 4, "test": 2}, side=8)
+    config = dataclasses.replace(config, data_root=tmp_path / "some")
+    extra = tmp_path / "some" / "train" / "extra"
+    extra.mkdir()
+    assert "train/extra holds no images" in told()
+    (extra / "0.jpg").write_bytes(b"")
+    assert "train/extra/0.jpg is an empty file" in told()
+    (extra / "0.jpg").write_bytes(b"no image")
+    assert "0.jpg cannot be read as an image" in told()
+    Image.new("RGB", (8, 8)).save(extra / "0.jpg")
+    assert "class 'extra' is in one of train and test only" in told()
+
+
+def test_processes_share_a_batch_or_say_why_not():
+    assert Group(world=2).share(32, 4) == (4, 4)
+    assert Group(world=2).share(4, 8) == (2, 1)
+    with pytest.raises(ValueError, match="a batch of 9 does not divide over 2 processes"):
+        Group(world=2).share(9, 4)
+    with pytest.raises(ValueError, match=r"which per_device_batch=3 does not divide; allowed: div"):
+        Group(world=2).share(32, 3)
+
+
+def test_all_runs_see_as_many_samples_as_every_batch_divides():
+    assert data.usable(1_281_167, [1024, 4096]) == 312 * 4096
+    with pytest.raises(ValueError, match="100 training images are too few for batches of"):
+        data.usable(100, [64, 128])
+
+
+def test_scores_of_features():
+    """Two classes of directions: the nearest neighbours and a line tell them apart."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
+
+    def features(count):
+        classes = torch.arange(count) % 2
+        return centres[classes] + 0.1 * torch.randn(count, 3, generator=generator), classes
+
+    train, test = features(40), features(20)
+    assert knn(train, test, neighbours=5) == 1.0
+    assert linear_probe(train, test, torch.device("cpu")) == 1.0
+    wrong = (train[0], 1 - train[1])
+    assert knn(wrong, test, neighbours=5) == 0.0
+    assert linear_probe(wrong, test, torch.device("cpu")) == 0.0
