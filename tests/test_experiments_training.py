@@ -69,20 +69,6 @@ def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images"), {"train": 32, "test": 8})
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_quick(name, tmp_path):
-    config = tiny(name)
-    rows = run(name, config, tmp_path)
-    kinds = {row["run"] for row in rows}
-    assert len(kinds) == {"polyak": 4, "byol": 3}[name]
-    for kind in kinds:
-        mine = [row for row in rows if row["run"] == kind]
-        assert [row.get("samples") for row in mine] == [0, 64, 128, None]
-        assert mine[-1]["finished"]
-    assert {"summary.json", "figure.json", "figure.png"} <= {p.name for p in tmp_path.iterdir()}
-    assert not (tmp_path / "checkpoint.pt").exists()
-
-
 def test_progressive(tmp_path):
     config = progressive.Config(
         train_size=64, kappas=(2.0,), switch_epochs=(1,), doubling_epochs=1, epochs=2, seeds=1
@@ -106,7 +92,7 @@ def test_doubling_ends_at_the_largest_kappa():
         ("polyak", "cifar10", []),
         ("byol", "cifar10", ["--hidden", "32", "--projection", "8"]),
         ("progressive", "cifar10", ["--switch-epochs", "1", "--doubling-epochs", "1"]),
-        ("polyak", "paper", ["--image-size", "32"]),
+        ("polyak", "paper", []),
     ],
 )
 def test_presets_for_folders(name, preset, options, images, tmp_path, monkeypatch):
@@ -114,7 +100,7 @@ def test_presets_for_folders(name, preset, options, images, tmp_path, monkeypatc
     for module in TASKS.values():
         small = dataclasses.replace(
             module.PRESETS[preset], model="resnet-digits", small_images=False,
-            base_batch=8, warmup_epochs=0.5,
+            image_size=8, base_batch=8, warmup_epochs=0.5,
         )  # fmt: skip
         monkeypatch.setitem(module.PRESETS, preset, small)
     kappas = "2" if name == "progressive" else "1,2"
@@ -141,7 +127,7 @@ def test_backbones_of_the_presets():
 
 def test_paper_preset_in_two_processes(images, tmp_path):
     """torchrun with gloo; accumulated and shared batches give the gradients of one process."""
-    small = ["--model", "resnet-digits", "--image-size", "32", "--base-batch", "16", "--epochs"]
+    small = ["--model", "resnet-digits", "--image-size", "16", "--base-batch", "16", "--epochs"]
     small += ["2", "--kappas", "1,2", "--warmup-epochs", "1", "--hidden", "32", "--seeds", "1"]
     small += ["--projection", "8", "--per-device-batch", "4", "--workers", "0"]
     options = ["byol", "--preset", "paper", "--data-root", str(images), *small]
@@ -162,9 +148,9 @@ def test_paper_preset_in_two_processes(images, tmp_path):
     )
     assert done.returncode == 0, done.stdout
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    # one writer: three runs of three evaluations and an end
-    assert len(rows) == 12
-    assert {row["samples"] for row in rows if "samples" in row} == {0, 32, 64}
+    # one writer: three runs of two evaluations and an end
+    assert len(rows) == 9
+    assert {row["samples"] for row in rows if "samples" in row} == {0, 64}
 
 
 def stop_after(monkeypatch, steps):
@@ -186,6 +172,12 @@ def test_a_stopped_run_goes_on_bit_by_bit(name, tmp_path, monkeypatch):
     """Stopped within an epoch, at its end, and in another run; results are the uninterrupted."""
     config = tiny(name)
     expected = run(name, config, tmp_path / "whole")
+    kinds = {row["run"] for row in expected}
+    assert len(kinds) == {"polyak": 4, "byol": 3}[name]
+    for kind in kinds:
+        mine = [row for row in expected if row["run"] == kind]
+        assert [row.get("samples") for row in mine] == [0, 64, 128, None]
+        assert mine[-1]["finished"]
     out = tmp_path / "stopped"
     # 8 steps an epoch at kappa 1, 2 at kappa 4
     stop_after(monkeypatch, (3, 8, 19))
@@ -195,23 +187,35 @@ def test_a_stopped_run_goes_on_bit_by_bit(name, tmp_path, monkeypatch):
         state = torch.load(out / "checkpoint.pt", weights_only=True)
         assert (state["epoch"], state["position"]) == position
     assert run(name, config, out) == expected
+    assert not (out / "checkpoint.pt").exists()
     for file in ("summary.json", "figure.json"):
         assert (out / file).read_text() == (tmp_path / "whole" / file).read_text()
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_same_trajectory_by_native_and_reference(name, tmp_path):
-    """Scores on the way agree; rounding differs in the last bits of float32 and grows."""
-    native, reference = (
-        run(name, tiny(name, backend=backend), tmp_path / backend)
-        for backend in ("native", "reference")
-    )
-    assert len(native) == len(reference) > 6
-    for mine, theirs in zip(native, reference, strict=True):
-        assert mine.keys() == theirs.keys()
-        assert mine["run"] == theirs["run"]
-        for key in mine.keys() - {"run"}:
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-3), (mine["run"], key)
+def test_same_trajectory_by_native_and_reference(name, tmp_path, monkeypatch):
+    """Weights, averages and buffers after 6 steps: a few float32 roundings each, grown by 1e2."""
+    states = []
+    for backend in ("native", "reference"):
+        with monkeypatch.context() as patch:
+            stop_after(patch, (6,))
+            with pytest.raises(KeyboardInterrupt):
+                run(name, tiny(name, backend=backend), tmp_path / backend)
+        states.append(torch.load(tmp_path / backend / "checkpoint.pt", weights_only=True))
+    native, reference = states
+    assert native["position"] == 48
+    for key in ("model", "optimizer"):
+        mine, theirs = (
+            [t for t in leaves(state[key]) if t.is_floating_point()] for state in states
+        )
+        assert len(mine) > 10
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert native["optimizer"]["param_groups"] == reference["optimizer"]["param_groups"]
+
+
+def leaves(value):
+    """The tensors in a state dict."""
+    return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
 
 
 def test_every_batch_size_sees_the_same_samples():

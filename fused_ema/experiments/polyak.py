@@ -42,10 +42,10 @@ class Config(Recipe):
 QUICK = Config(
     train_size=1024,
     kappas=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
-    lr=0.02,
+    lr=0.04,
+    adamw_lr=4e-3,
     rho=0.98,
-    epochs=20,
-    warmup_epochs=2.0,
+    epochs=10,
     evaluate_epochs=2,
 )
 CIFAR10 = Config(

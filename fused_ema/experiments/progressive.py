@@ -35,9 +35,9 @@ class Config(Resources):
     tasks: tuple[str, ...] = option(("polyak", "byol"), "polyak, byol or both")
     optimizer: str = option("SGD", "SGD or AdamW", choices=("SGD", "AdamW"))
     kappas: tuple[float, ...] = option((8.0, 32.0), "largest kappas, each reached in three ways")
-    switch_epochs: tuple[int, ...] = option((2, 5), "epochs from which the batch is the large one")
-    doubling_epochs: int = option(2, "epochs between doublings of the batch")
-    epochs: int = option(20, "passes over the training images")
+    switch_epochs: tuple[int, ...] = option((2, 4), "epochs from which the batch is the large one")
+    doubling_epochs: int = option(1, "epochs between doublings of the batch")
+    epochs: int = option(12, "passes over the training images")
     seeds: int = option(3, "runs of each kind, with seeds 0, 1, ...")
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class Config(Resources):
 
 
 PRESETS = {
-    "quick": Config(evaluate_epochs=2),
+    "quick": Config(seeds=2, evaluate_epochs=2),
     "cifar10": Config(
         recipe="cifar10",
         data="folder",
