@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +15,13 @@ for module in ("matplotlib", "scipy", "sklearn", "timm", "torchvision", "tqdm"):
     pytest.importorskip(module)
 
 from fused_ema.experiments import __main__ as command  # noqa: E402
+from fused_ema.experiments import plots  # noqa: E402
 from fused_ema.experiments.config import chosen, number, text_of  # noqa: E402
 from fused_ema.experiments.folder import Folder  # noqa: E402
 from fused_ema.experiments.recipe import Recipe  # noqa: E402
+
+
+DOCS = Path(__file__).parents[1] / "docs" / "experiments"
 
 
 def help_of(capsys, *argv):
@@ -149,6 +154,15 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
         (tmp_path / "checkpoint.pt").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"checkpoint.pt cannot be read; delete it"):
             folder.checkpoint()
+
+
+@pytest.mark.parametrize("name", command.NAMES)
+def test_figures_of_the_docs_are_drawn_from_their_data(name, tmp_path):
+    data = json.loads((DOCS / f"{name}.json").read_text())
+    plots.draw(data, tmp_path / "figure.svg")
+    text = (tmp_path / "figure.svg").read_text()
+    assert text.count('<g id="axes_') >= 2
+    assert (DOCS / f"{name}.png").stat().st_size < 150_000
 
 
 def test_names_the_extra_when_a_module_is_missing():

@@ -26,7 +26,7 @@ Key = tuple[int, int]
 Views = tuple[Tensor, ...]
 Transform = Callable[[Any], Tensor]
 
-# The shares of the digits: 1536 for training, which every batch size up to 512 x 3 divides.
+# Of 1797; powers of two up to 512 divide it, and the rest is for testing.
 DIGITS_TRAIN_SIZE = 1536
 
 
@@ -115,12 +115,14 @@ class Digits(Dataset[Any]):
     def _chances(self, token: int) -> Tensor:
         """Numbers in ``[-1, 1]`` for every image and view: ``[n, views, 7]``."""
         generator = torch.Generator().manual_seed(token)
-        return torch.rand(len(self), self.views, 7, generator=generator) * 2 - 1
+        shape = (len(self), self.views, 7)
+        return torch.rand(shape, generator=generator, dtype=self.images.dtype) * 2 - 1
 
 
 def misplaced(images: Tensor) -> Tensor:
     """Each image moved, turned and resized by chance, always in the same way."""
-    chances = torch.rand(len(images), 7, generator=torch.Generator().manual_seed(0)) - 0.5
+    generator = torch.Generator().manual_seed(0)
+    chances = torch.rand(len(images), 7, generator=generator, dtype=images.dtype) - 0.5
     return distorted(images, chances, strong=True)
 
 

@@ -103,7 +103,7 @@ def draw_curve(
 def draw_polyak(data: Mapping[str, Any], out: Path) -> None:
     """Test loss of the average over samples seen: a row an optimizer, rule and rho left alone."""
     optimizers = list(dict.fromkeys(curve["optimizer"] for curve in data["curves"]))
-    with new_figure(12, 4.2 * len(optimizers) + 0.6) as figure:
+    with new_figure(11, 3.6 * len(optimizers) + 0.6) as figure:
         grid = figure.subplots(len(optimizers), 2, sharey="row", squeeze=False)
         for row, optimizer in zip(grid, optimizers, strict=True):
             for axes, average in zip(row, ("rule", "none"), strict=True):
@@ -119,7 +119,7 @@ def draw_polyak(data: Mapping[str, Any], out: Path) -> None:
         handles, labels = grid[0][0].get_legend_handles_labels()
         batch = data["base_batch"]
         figure.legend(handles, labels, loc="outside right center", title=f"base batch {batch}")
-        figure.savefig(out, dpi=90)
+        figure.savefig(out, dpi=72)
 
 
 def draw_losses(axes: Axes, curves: Sequence[Mapping[str, Any]]) -> None:
@@ -128,9 +128,19 @@ def draw_losses(axes: Axes, curves: Sequence[Mapping[str, Any]]) -> None:
         base = curve["kappa"] == 1
         style = {"color": colour, "lw": 3 if base else 1.5, "label": f"κ = {curve['kappa']:g}"}
         draw_curve(axes, curve["loss"], style)
-    axes.set(yscale="log", xlabel="samples seen (thousands)")
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("samples seen (thousands)")
+    set_log_scale(axes)
     axes.grid(alpha=0.25)
+
+
+def set_log_scale(axes: Axes) -> None:
+    """A logarithmic scale of losses, with plain numbers beside it."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def colours(kappas: Iterable[float]) -> list[str]:
@@ -195,15 +205,14 @@ def draw_progressive(data: Mapping[str, Any], out: Path) -> None:
                 draw_curve(axes, curve[name], {**style, "label": label}, scale)
             axes.set(title=f"{task}: κ up to {kappa:g}", xlabel="samples seen (thousands)")
             if task == "polyak":
-                axes.set_yscale("log")
-                axes.yaxis.set_major_formatter("{x:g}")
+                set_log_scale(axes)
             axes.grid(alpha=0.25)
         for row, task in zip(grid, bases, strict=True):
             polyak = "test loss of the average (log)"
             row[0].set_ylabel(polyak if task == "polyak" else "k-NN accuracy (%)")
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", title="large batch")
-        figure.savefig(out, dpi=90)
+        figure.savefig(out, dpi=72)
 
 
 PLANS: tuple[dict[str, Any], ...] = (

@@ -158,14 +158,14 @@ def run(config: Config, folder: Folder, group: Group) -> None:
 
 
 def summarise(config: Config, folder: Folder) -> None:
-    """Final scores and gaps to kappa = 1, and the curves of the figure."""
+    """Final scores and gaps to kappa = 1 of averages and weights, and the figure's curves."""
     rows = folder.rows()
     summary, figure = [], []
     for optimizer in config.optimizers:
         names = {kappa: fixed(optimizer, kappa, 0).kind for kappa in config.kappas}
-        base = curves(rows, names[1.0], "rule_loss")
         for kappa, kind in names.items():
-            for average in ("rule", "none"):
+            for average in ("rule", "none", "weights"):
+                base = curves(rows, names[1.0], f"{average}_loss")
                 loss = curves(rows, kind, f"{average}_loss")
                 accuracy = curves(rows, kind, f"{average}_accuracy")
                 about = {"optimizer": optimizer, "kappa": kappa, "average": average}
