@@ -20,7 +20,6 @@ from fused_ema.experiments.config import chosen, number, text_of  # noqa: E402
 from fused_ema.experiments.folder import Folder  # noqa: E402
 from fused_ema.experiments.recipe import Recipe  # noqa: E402
 
-
 DOCS = Path(__file__).parents[1] / "docs" / "experiments"
 
 
