@@ -134,7 +134,7 @@ def test_backbones_of_the_presets():
 
 
 def test_paper_preset_in_two_processes(images, tmp_path):
-    """torchrun with gloo; accumulated and shared batches give the gradients of one process."""
+    """torchrun with gloo: shared and accumulated batches, evaluation by both, one writer."""
     small = ["--model", "resnet-digits", "--image-size", "16", "--base-batch", "16", "--epochs"]
     small += ["2", "--kappas", "1,2", "--warmup-epochs", "1", "--hidden", "32", "--seeds", "1"]
     small += ["--projection", "8", "--per-device-batch", "4", "--workers", "0"]
