@@ -3,6 +3,8 @@
 
 // Elements that are stepped before the averages follow: few enough to still be in the L1 cache.
 constexpr int64_t block = 256;
+// Where averages alone move: few enough for the L2 cache, of which several find the weights there.
+constexpr int64_t averages_block = 16384;
 
 // Scalars by value: behind a reference the stores might change them, and nothing would vectorise.
 template <class Rule, class Layout>
@@ -101,10 +103,12 @@ void step_piece(const Piece& piece) {
   const typename Rule::template Scalars<Value> scalars(piece.row, piece.grad_factor);
   const double* weights = piece.row + Rule::scalars.size();
   void* const* emas = piece.pointers + 1 + Layout::has_master + Rule::num_states;
+  const bool alone = piece.grad == nullptr && piece.ema_format != EmaFormat::delta;
+  const int64_t size = alone ? averages_block : block;
   int64_t count = 0;
   for (int64_t begin = piece.begin; begin < piece.end; begin += count) {
     // blocks begin at multiples of their size, so that none crosses one of 2^32
-    count = std::min(piece.end - begin, block - begin % block);
+    count = std::min(piece.end - begin, size - begin % size);
     const auto step = [&] {
       if (piece.grad != nullptr)
         rule_loop<Rule, Layout>(piece.pointers, piece.grad, begin, count, scalars, piece.key);
