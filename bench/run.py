@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from time import monotonic
 
@@ -71,20 +72,21 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def items(args: argparse.Namespace) -> list[Item]:
-    """The tables asked for, the most telling ones first."""
-    found = []
+    """The tables asked for, in turns of all scenarios, in case the time does not last for all."""
+    kinds = []
     for optimizer in args.optimizers:
         for scenario in args.scenarios or SCENARIOS:
             spec = replace(OPTIMIZERS[optimizer], scenario=SCENARIOS[scenario])
-            for case in args.cases or default_cases(args.device, spec.scenario):
-                found += item(case, spec)
-    return found
+            cases = args.cases or default_cases(args.device, spec.scenario)
+            kinds.append([found for case in cases for found in item(case, spec)])
+    return [found for turn in zip_longest(*kinds) for found in turn if found is not None]
 
 
 def default_cases(device: str, scenario: Scenario) -> list[str]:
     if scenario is not STEP:
         return list(CASES) if device == "cuda" else CPU_SCENARIO_CASES
-    return [*(CASES if device == "cuda" else CPU_CASES), HOST, TRAINING]
+    first, *others = CASES if device == "cuda" else CPU_CASES
+    return [first, HOST, TRAINING, *others]
 
 
 def item(case: str, spec: Spec) -> list[Item]:
