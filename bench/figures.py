@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from .report import SMALL, TITLES, number_of, processor, title
 from .rows import Results, Row, timed, unique
 from .spec import STEP
+from .titles import SMALL, TITLES, number_of, processor, title
 
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from .cases import CASES
 from .rows import Results, Row, everything, timed, unique
 from .spec import SCENARIOS, STEP, Scenario
+from .titles import SMALL, number_of, processor, title
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -16,15 +17,6 @@ FIGURES = ROOT / "docs" / "benchmarks"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: python -m bench.report -->", "<!-- end of results -->"
 
-TITLES = {
-    "resnet18": "ResNet-18",
-    "resnetv2_50": "ResNetv2-50",
-    "vit_b16": "ViT-B/16",
-    "vit_l16": "ViT-L/16",
-    "tiny_10000x64": "10,000 × 64",
-    "one_100m": "one tensor of 100 M",
-    "groups50": "ViT-B/16, 50 groups",
-}
 # Those of README's table.
 RIVALS = (
     "torch fused + lerp",
@@ -33,9 +25,7 @@ RIVALS = (
     "torch fused + timm ModelEmaV3",
     "torch fused + ema-pytorch",
 )
-# Whose bytes hardly count.
-SMALL = "tiny_10000x64"
-# The case whose rows are shown whole.
+# The cases whose rows are shown whole.
 DETAILED = ("resnet18", "vit_b16")
 
 INTRODUCTION = """# Benchmarks
@@ -64,22 +54,10 @@ def percent(value: float | None, places: int = 0) -> str:
     return "" if value is None else f"{100.0 * value:.{places}f} %"
 
 
-def title(case: str) -> str:
-    return TITLES.get(case, case)
-
-
 def sized(case: str) -> str:
     """With its parameters in millions, where the title does not say it."""
     count, millions = len(CASES[case].shapes), CASES[case].numel / 1e6
     return title(case) if count == 1 else f"{title(case)} ({count:,} tensors, {millions:,.1f} M)"
-
-
-def processor(row: Row) -> str:
-    return f"{row.cpu}, {number_of(row.cores, 'core')}, {number_of(row.threads, 'thread')}"
-
-
-def number_of(count: str, what: str) -> str:
-    return f"{count} {what}{'' if count == '1' else 's'}"
 
 
 def machine(results: Results) -> str:
