@@ -1,3 +1,4 @@
 // The other CUDA kernels and their launchers as C++, in place of what nvcc makes of them.
-#include "cuda/squares.cu"
 #include "cuda/step.cu"
+
+#include "cuda/squares.cu"
