@@ -33,7 +33,8 @@ def parameters(count: int = 3) -> list[torch.nn.Parameter]:
 
 
 def words(params: int, states: int, rows: int = 1) -> int:
-    return rows * ROW + params * (1 + 1 + 2 + states + 1)
+    # row and gradient; number of elements, place, and addresses of parameter, states and average
+    return rows * ROW + params * (1 + 1 + 2 + 1 + states + 1)
 
 
 def test_adam_uploads_its_scalars(uploads):
