@@ -6,12 +6,11 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torchrun import run_two
 
 for module in ("matplotlib", "sklearn", "timm", "torchvision", "tqdm"):
     pytest.importorskip(module)
@@ -23,7 +22,6 @@ from fused_ema.experiments.distributed import Group  # noqa: E402
 from fused_ema.experiments.evaluation import knn, linear_probe  # noqa: E402
 from fused_ema.experiments.folder import Folder  # noqa: E402
 
-LAUNCH = ("torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
 TASKS = {"polyak": polyak, "byol": byol}
 # Few samples, all else as the preset has it.
 TINY = {"train_size": 64, "base_batch": 8, "epochs": 2, "warmup_epochs": 1.0, "seeds": 1}
@@ -139,22 +137,8 @@ def test_paper_preset_in_two_processes(images, tmp_path):
     small += ["2", "--kappas", "1,2", "--warmup-epochs", "1", "--hidden", "32", "--seeds", "1"]
     small += ["--projection", "8", "--per-device-batch", "4", "--workers", "0"]
     options = ["byol", "--preset", "paper", "--data-root", str(images), *small]
-    env = {
-        **os.environ,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
     out = tmp_path / "two"
-    done = subprocess.run(
-        [sys.executable, "-m", *LAUNCH, "-m", "fused_ema.experiments", *options, "--out", str(out)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout
+    run_two("-m", "fused_ema.experiments", *options, "--out", str(out))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     # one writer: three runs of two evaluations and an end
     assert len(rows) == 9
