@@ -54,11 +54,12 @@ class FusedScaledOptimizer(EmaAccess):
         ema_order: ``"after"``: the average takes in the new weights (the paper's Algorithm 1);
             ``"before"``: the old ones (its theory).
         ema_every: the averages move at every ``ema_every``-th step, ``>= 1``, by
-            ``rho**(kappa*ema_every)``; steps between save their traffic.
+            ``rho**(kappa*ema_every)``; steps between save their traffic. Not with ``"delta"``.
         ema_format: ``"full"``: in float32 (float64 for float64 parameters); ``"bf16"``: half the
             memory, rounded stochastically, for a bfloat16 teacher; ``"delta"``: half the memory,
             as ``ema - p`` in float16, many times closer. See docs/numerics.md.
-        ema_seed: of the random bits of 16-bit formats, the same in every process.
+        ema_seed: of the random bits of 16-bit formats, ``0 <= ema_seed < 2**32``; the same in every
+            process.
         half_life_samples: another way to say a constant ``ema_decay``, with ``base_batch_size``:
             :func:`~fused_ema.ema.decay_from_half_life`.
         base_batch_size: what ``kappa = 1`` stands for, for :meth:`set_batch_size`.
@@ -449,6 +450,14 @@ class FusedScaledOptimizer(EmaAccess):
         check_choice("ema_format", group["ema_format"], FORMATS)
         check_choice("state_format", group["state_format"], STATE_FORMATS)
         requested_backend(group, self.backend)
+        seed = group["ema_seed"]
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"ema_seed={seed!r} is out of range; allowed: an int in [0, 2**32)")
+        if self.ema_every > 1 and group["ema_format"] == "delta":
+            raise ValueError(
+                f"ema_every={self.ema_every} with ema_format='delta'; allowed: 1, for a difference "
+                "moves whenever its weights do"
+            )
         if group["differentiable"] and self.max_grad_norm is not None:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm} with differentiable=True; allowed: None"

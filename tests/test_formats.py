@@ -259,5 +259,10 @@ def test_what_the_formats_cannot_hold_is_refused():
         TypeError, match=r"ema_format='delta': a parameter has dtype torch\.float64"
     ):
         opt.step()
+    with pytest.raises(ValueError, match="ema_every=2 with ema_format='delta'; allowed: 1"):
+        FusedScaledSGD(parameters(), ema_decay=0.9, ema_format="delta", ema_every=2)
+    for seed in (-1, 2**32, 0.5):
+        with pytest.raises(ValueError, match="ema_seed=.* is out of range"):
+            FusedScaledSGD(parameters(), ema_decay=0.9, ema_format="bf16", ema_seed=seed)
     with pytest.raises(ValueError, match="ema_format='delta': another optimizer moves the weights"):
         FusedEMA(torch.optim.SGD(parameters(), lr=0.1), 0.9, ema_format="delta")
