@@ -55,10 +55,11 @@ void define_cuda(py::module_& module) {
 PYBIND11_MODULE(_native, module) {
   using py::arg;
   py::class_<Slots, std::shared_ptr<Slots>>(module, "Slots")
-      .def(py::init<int, bool, bool, bool, bool, Objects, Objects, ObjectLists, ObjectLists,
+      .def(py::init<int, bool, bool, bool, bool, bool, Objects, Objects, ObjectLists, ObjectLists,
                     std::vector<int>, std::vector<int64_t>>(),
            arg("num_scalars"), arg("frozen"), arg("takes_grads"), arg("capturable"), arg("master"),
-           arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"), arg("places"))
+           arg("teacher"), arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"),
+           arg("places"))
       .def("prepare", &Slots::prepare)
       .def("advance", &Slots::advance)
       .def("uncount", &Slots::uncount)

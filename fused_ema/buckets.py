@@ -41,7 +41,8 @@ class Key(NamedTuple):
     ``states`` are the rule's state tensors, None for frozen parameters, whose averages alone move,
     and which must not have a gradient.
     ``state_format`` tells whether they are rounded.
-    ``master`` tells whether parameters are rounded copies of weights that the optimizer holds.
+    ``master`` tells whether parameters are rounded copies of weights that the optimizer holds,
+    ``teacher`` whether a rounded copy of the first average is written beside its difference.
     ``layout`` is ``"dense"`` when parameter, states and averages are plain memory in the same order
     without gaps, else ``"strided"``: views with gaps, and tensor subclasses. Of DTensors it is
     that of the local tensors, and ``spread`` says where the others lie.
@@ -56,6 +57,7 @@ class Key(NamedTuple):
     emas: tuple[str, ...]
     ema_order: str
     ema_format: str
+    teacher: bool
     differentiable: bool
     capturable: bool
     backend: str
@@ -90,6 +92,11 @@ class Bucket:
         """Names of the states that kernels take: the master if there is one, then the rule's."""
         return _state_keys(self.key.states, self.key.master)
 
+    @property
+    def average_keys(self) -> tuple[str, ...]:
+        """Names of what moves with the averages: those, and a teacher that is a copy."""
+        return _average_keys(self.key.emas, self.key.teacher)
+
     def __str__(self) -> str:
         key = self.key
         return f"{len(self.slots)} {key.layout} {key.dtype} parameter(s) on {key.device}"
@@ -97,6 +104,10 @@ class Bucket:
 
 def _state_keys(states: tuple[str, ...] | None, master: bool) -> tuple[str, ...]:
     return (*(("master",) if master else ()), *(states or ()))
+
+
+def _average_keys(emas: tuple[str, ...], teacher: bool) -> tuple[str, ...]:
+    return (*emas, *(("teacher",) if teacher else ()))
 
 
 def has_master(rule: Rule, group: Mapping[str, Any], param: Tensor) -> bool:
@@ -147,7 +158,9 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, average
     states = rule.states(group) if rule is FROZEN or is_active(rule, slot.param) else None
     emas = ema_keys(len(decays(group["ema_decay"])) if averaged else 0)
     master = has_master(rule, group, slot.param)
-    held = [slot.state[key] for key in (*_state_keys(states, master), *emas)]
+    teacher = bool(emas) and "teacher" in slot.state
+    keys = (*_state_keys(states, master), *_average_keys(emas, teacher))
+    held = [slot.state[key] for key in keys]
     tensors = [local(tensor) for tensor in (slot.param, *held)]
     return Key(
         slot.param.device,
@@ -159,6 +172,7 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, average
         emas,
         group["ema_order"],
         group["ema_format"] if emas else "full",
+        teacher,
         group["differentiable"],
         group["capturable"],
         backend,

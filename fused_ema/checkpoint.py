@@ -10,9 +10,9 @@ from torch import Tensor
 from .buckets import COMPUTE_DTYPE
 from .ema import decays, ema_keys, is_constant
 from .ema_buffers import EmaBuffers
-from .formats import DTYPES
+from .formats import DTYPES, average
 from .rules import Rule
-from .state import loaded, state_dtype
+from .state import loaded, state_dtype, weights
 
 # What stands for a schedule in a state dict: a callable does not pass torch's safe unpickler.
 SCHEDULE = "schedule"
@@ -31,10 +31,15 @@ def to_save(state_dict: dict[str, Any]) -> dict[str, Any]:
         }
         for group in state_dict["param_groups"]
     ]
+    entries = {key: _without_copies(value) for key, value in state_dict["state"].items()}
     # a frozen parameter without averages has no state in torch
-    entries = state_dict["state"].items()
-    state = {key: value for key, value in entries if set(value) != {"step"}}
+    state = {key: value for key, value in entries.items() if set(value) != {"step"}}
     return {**state_dict, "param_groups": groups, "state": state}
+
+
+def _without_copies(state: Mapping[str, Any]) -> dict[str, Any]:
+    """One parameter's state without what a step makes of the rest of it."""
+    return {key: value for key, value in state.items() if key != "teacher"}
 
 
 def _kept(value: Any) -> Any:
@@ -91,8 +96,11 @@ class Loading:
         """Put the copies into ``state``; a teacher's tensors take their values and stay."""
         state.update(self._state)
         for param, teacher in teachers.items():
-            if "ema" in self._state.get(param, ()):
-                self._copies.append((teacher, self._state[param]["ema"]))
+            saved = self._state.get(param, {}).get("ema")
+            if saved is None:
+                continue
+            self._copies.append((teacher, average(saved, weights(param, state[param]))))
+            if saved.dtype != DTYPES["delta"]:
                 state[param]["ema"] = teacher
         for held, saved in self._copies:
             held.detach().copy_(saved)

@@ -21,6 +21,8 @@ STATE_FORMATS = ("full", "bf16")
 # Which average the first of the rule's states is to the hash.
 FIRST_STATE = 1 << 31
 DTYPES = {"bf16": torch.bfloat16, "delta": torch.float16}
+# Of the teacher: the average itself, or what is written beside a difference.
+TEACHER_DTYPES = {"bf16": torch.bfloat16, "delta": torch.bfloat16}
 # Differences from 6e-8 to 64 have all bits of a float16, smaller ones lose some down to 6e-11.
 SCALE = 1024.0
 LARGEST = 65504.0  # of float16; larger differences are cut off
@@ -114,6 +116,11 @@ def average(stored: Tensor, param: Tensor) -> Tensor:
     if stored.dtype != torch.float16:
         return stored
     return param.float() + stored.float() * (1.0 / SCALE)
+
+
+def taught(teacher: Tensor, param: Tensor) -> Tensor:
+    """The float32 average that a bfloat16 teacher starts as: its copy of ``param`` is ``param``."""
+    return torch.where(teacher == param.to(teacher.dtype), param.float(), teacher.float())
 
 
 def stored(value: Tensor, param: Tensor, form: str) -> Tensor:

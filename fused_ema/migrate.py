@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .ema import ema_keys
-from .formats import DTYPES, LARGEST, SCALE, stored
+from .formats import DTYPES, LARGEST, SCALE, average, stored
 from .optimizer import FusedScaledOptimizer
 from .state import weights
 
@@ -87,8 +87,7 @@ def load_ema(
     with torch.no_grad():
         for name, value in used.items():
             if name in differences:
-                difference, weight = differences[name]
-                difference.copy_(stored(value.to(weight.device), weight, "delta"))
+                differences[name].hold(value)
             else:
                 held[name].copy_(value)
     if updates is not None:
@@ -178,6 +177,12 @@ class _Difference(NamedTuple):
 
     held: Tensor
     weight: Tensor
+    teacher: Tensor | None  # a copy of the average itself
+
+    def hold(self, value: Tensor) -> None:
+        self.held.copy_(stored(value.to(self.weight.device), self.weight, "delta"))
+        if self.teacher is not None:
+            self.teacher.copy_(average(self.held, self.weight))
 
 
 def _differences(
@@ -188,7 +193,8 @@ def _differences(
     for name, param in _named_parameters(model):
         state = optimizer.state.get(param, {})
         if key in state and state[key].dtype == DTYPES["delta"]:
-            found[name] = _Difference(state[key], weights(param, state))
+            teacher = state.get("teacher") if index == 0 else None
+            found[name] = _Difference(state[key], weights(param, state), teacher)
     return found
 
 

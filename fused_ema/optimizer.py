@@ -57,7 +57,8 @@ class FusedScaledOptimizer(EmaAccess):
             ``rho**(kappa*ema_every)``; steps between save their traffic. Not with ``"delta"``.
         ema_format: ``"full"``: in float32 (float64 for float64 parameters); ``"bf16"``: half the
             memory, rounded stochastically, for a bfloat16 teacher; ``"delta"``: half the memory,
-            as ``ema - p`` in float16, many times closer. See docs/numerics.md.
+            as ``ema - p`` in float16, many times closer; a teacher is bfloat16, its rounded copy.
+            See docs/numerics.md.
         ema_seed: of the random bits of 16-bit formats, ``0 <= ema_seed < 2**32``; the same in every
             process.
         half_life_samples: another way to say a constant ``ema_decay``, with ``base_batch_size``:
@@ -357,8 +358,9 @@ class FusedScaledOptimizer(EmaAccess):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state of this class or of its torch namesake, in copies.
 
-        Averages keep their dtype; a teacher's tensors take the saved values in place. What the
-        state lacks (torch's has no averages, no ``kappa``) stays as it is here, and ``foreach``,
+        Averages keep their dtype; a teacher's tensors take the saved values in place, beside
+        differences their sum with the present weights: load those first. What the state
+        lacks (torch's has no averages, no ``kappa``) stays as it is here, and ``foreach``,
         ``fused`` and ``capturable``, which choose an implementation, stay too.
 
         Raises:

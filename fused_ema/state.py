@@ -27,7 +27,8 @@ def complete(
     Moments start at zero in the parameter's dtype, as in torch, in its master's or, where they are
     rounded, in bfloat16; a master and
     averages start as a copy of the weights in the compute dtype, the first average is ``teacher``
-    where there is one; ``step`` counts base steps (``kappa`` a step) in float64, on the parameter's
+    where there is one or, kept as a difference, starts there and is copied to it, the state's
+    ``"teacher"``; ``step`` counts base steps (``kappa`` a step) in float64, on the parameter's
     device if the group is capturable, else on the CPU. Tensors left behind by ``model.to(...)``
     follow their parameter, a teacher never does.
 
@@ -60,12 +61,13 @@ def complete(
             f"ema_format={form!r}: a parameter has dtype {param.dtype}; allowed: float32, bfloat16 "
             "or float16 parameters"
         )
+    if teacher is None or not emas or form != "delta":
+        state.pop("teacher", None)
+    if teacher is not None and emas:
+        _bind(teacher, param, state, form)
     weight = weights(param, state)
     for key in emas:
-        if key == "ema" and teacher is not None:
-            check_teacher(teacher, param, "the teacher's tensor", form)
-            state[key] = teacher
-        else:
+        if teacher is None or state.get(key) is not teacher:
             state[key] = _average(state.get(key), weight, param, form, key)
 
 
@@ -73,6 +75,17 @@ def weights(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     """What the rule steps and averages follow: the master if there is one, or the parameter."""
     held: Tensor = state["master"] if "master" in state else param.detach()
     return held
+
+
+def _bind(teacher: Tensor, param: Tensor, state: dict[str, Any], form: str) -> None:
+    """Make a teacher the first average, or the copy of one that is kept as a difference."""
+    check_teacher(teacher, param, "the teacher's tensor", form)
+    if form != "delta":
+        state["ema"] = teacher
+        return
+    if state.get("ema") is None or state["ema"] is teacher:
+        state["ema"] = formats.taught(teacher.detach(), weights(param, state))
+    state["teacher"] = teacher
 
 
 def _average(value: Tensor | None, weight: Tensor, param: Tensor, form: str, key: str) -> Tensor:
@@ -161,7 +174,7 @@ def check_shape(teacher: Tensor, param: Tensor, name: str) -> None:
 def check_teacher(teacher: Tensor, param: Tensor, name: str, form: str = "full") -> None:
     """Raise ValueError unless ``teacher`` can hold the average of ``param``."""
     check_shape(teacher, param, name)
-    dtype = formats.DTYPES.get(form, COMPUTE_DTYPE.get(param.dtype))
+    dtype = formats.TEACHER_DTYPES.get(form, COMPUTE_DTYPE.get(param.dtype))
     if teacher.device != param.device:
         raise ValueError(f"ema: {name} is on {teacher.device}, its parameter on {param.device}")
     if not sharding.placed_alike(teacher, param):
@@ -170,8 +183,9 @@ def check_teacher(teacher: Tensor, param: Tensor, name: str, form: str = "full")
         )
     if teacher.dtype != dtype:
         raise ValueError(
-            f"ema: {name} has dtype {teacher.dtype}; the average of a {param.dtype} parameter must "
-            f"be {dtype}: rounded to fewer bits it stops moving"
+            f"ema: {name} has dtype {teacher.dtype}; allowed for a {param.dtype} parameter with "
+            f"ema_format={form!r}: {dtype} (rounded to nearest in fewer bits an average stops "
+            "moving; a bfloat16 teacher takes ema_format='bf16' or 'delta')"
         )
 
 

@@ -152,6 +152,6 @@ def _shards(buckets: Sequence[Bucket]) -> Shards:
     slots = [(bucket, slot) for bucket in buckets for slot in bucket.slots]
     return Shards(
         params=[slot.param for _, slot in slots],
-        averages=[slot.state[key] for bucket, slot in slots for key in bucket.key.emas],
+        averages=[slot.state[key] for bucket, slot in slots for key in bucket.average_keys],
         states=[slot.state[key] for bucket, slot in slots for key in bucket.state_keys],
     )

@@ -121,10 +121,9 @@ def check_whole(teacher: Teacher, tensors: Iterable[Tensor]) -> None:
 def fitting(groups: Sequence[Mapping[str, Any]]) -> Check:
     """What a teacher's tensors must be for the format of the averages."""
     forms = {group["ema_format"] for group in groups}
-    if len(forms) > 1 or "delta" in forms:
+    if len(forms) > 1:
         raise ValueError(
-            f"ema: a teacher with ema_format={sorted(forms)}; allowed: 'full' or 'bf16', the same "
-            "in all groups"
+            f"ema: a teacher with ema_format={sorted(forms)}; allowed: the same in all groups"
         )
     return partial(check_teacher, form=forms.pop())
 

@@ -245,8 +245,6 @@ def test_a_bfloat16_teacher():
     twins.set_gradients(0, list(model.parameters()))
     opt.step()
     assert opt.state[model.weight]["ema"] is teacher.weight
-    with pytest.raises(ValueError, match=r"ema: a teacher with ema_format=\['delta'\]"):
-        FusedScaledSGD(model.parameters(), ema_decay=0.5, ema=teacher, ema_format="delta")
     with pytest.raises(ValueError, match=r"has dtype torch\.bfloat16"):
         FusedScaledSGD(model.parameters(), ema_decay=0.5, ema=teacher)
 
@@ -262,7 +260,7 @@ def test_what_the_formats_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="ema_every=2 with ema_format='delta'; allowed: 1"):
         FusedScaledSGD(parameters(), ema_decay=0.9, ema_format="delta", ema_every=2)
     for seed in (-1, 2**32, 0.5):
-        with pytest.raises(ValueError, match="ema_seed=.* is out of range"):
+        with pytest.raises(ValueError, match=r"ema_seed=.* is out of range"):
             FusedScaledSGD(parameters(), ema_decay=0.9, ema_format="bf16", ema_seed=seed)
     with pytest.raises(ValueError, match="ema_format='delta': another optimizer moves the weights"):
         FusedEMA(torch.optim.SGD(parameters(), lr=0.1), 0.9, ema_format="delta")

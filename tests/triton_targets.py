@@ -53,6 +53,7 @@ class Variant:
     master: bool = False
     rounded_states: bool = False
     rounded_average: str | None = None
+    teacher: bool = False
 
     @property
     def types(self) -> tuple[tl.dtype, tl.dtype]:
@@ -90,6 +91,10 @@ VARIANTS = (
         for states in (2, 3)
         for dtype in ("float32", "bfloat16")
         for rounded, average in ((True, None), (False, "bfloat16"), (True, "float16"))
+    ),
+    *(
+        Variant("adam", 2, dtype, 2, False, dtype != "float32", True, "float16", teacher=True)
+        for dtype in ("float32", "bfloat16")
     ),
     *(Variant(SQUARES, 0, dtype, averages=0) for dtype in DTYPES),
 )
@@ -136,7 +141,8 @@ def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.Compi
     else:
         kernel, pointers = step.step_kernel, ARGUMENTS
         scalars = (RULES[variant.rule], NUM_SCALARS[variant.rule])
-        kind = (*scalars, variant.states, variant.averages, variant.ema_before)
+        counts = (variant.states, variant.averages, int(variant.teacher))
+        kind = (*scalars, *counts, variant.ema_before)
         constants = (*kind, stored, variant.weight, variant.state, variant.average, *constants)
     types = (*pointers, *("constexpr" for _ in constants))
     constexprs = {(len(pointers) + i,): value for i, value in enumerate(constants)}
@@ -231,7 +237,7 @@ def compile_all() -> Iterable[Row]:
 
 
 def print_table(rows: Iterable[Row]) -> None:
-    form = "{:7} {:7} {:>7} {:16} {:>7} {:6} {:>9} {:>9} {:>7} {:>6}  {:26}  {:26}"
+    form = "{:7} {:7} {:>7} {:16} {:>14} {:6} {:>9} {:>9} {:>7} {:>6}  {:26}  {:26}"
     names = ("target", "rule", "states", "dtype", "EMAs", "order", "registers", "occupancy")
     print(form.format(*names, "spilled", "shared", "vector loads", "vector stores"))
     for row in rows:
@@ -240,6 +246,7 @@ def print_table(rows: Iterable[Row]) -> None:
         dtype = f"{v.dtype}, master" if v.master else v.dtype
         states = f"{v.states}, bf16" if v.rounded_states else v.states
         averages = f"{v.averages}, {v.average.name}" if v.rounded_average else v.averages
+        averages = f"{averages}, +bf16" if v.teacher else averages
         cells = (row.target, v.rule, states, dtype, averages, order, row.registers)
         accesses = (summary(row.loads), summary(row.stores))
         print(form.format(*cells, f"{row.occupancy:.0%}", row.spilled, row.shared, *accesses))

@@ -63,6 +63,12 @@ void delta_loop(Half* delta, const float* old, const Weight* param, int64_t coun
     delta[i] = rounded_ema_delta<before>(delta[i], load(param[i]) - old[i], weight, bits[i]);
 }
 
+template <class Weight>
+void teacher_loop(BFloat16* teacher, const Half* delta, const Weight* param, int64_t count) {
+  FUSED_EMA_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) teacher[i] = taught(load(param[i]), delta[i]);
+}
+
 template <class Layout>
 void ema_loops(const Piece& piece, void* const* emas, const double* weights, int64_t begin,
                int64_t count) {
@@ -94,6 +100,9 @@ void delta_block(const Piece& piece, void* const* emas, const double* weights, i
       move(static_cast<Half*>(emas[k]) + begin, old, param, count, static_cast<float>(weights[k]),
            RandomBits(piece.key, k, begin));
     }
+    if (piece.teacher)
+      teacher_loop<Weight>(static_cast<BFloat16*>(emas[piece.num_emas]) + begin,
+                           static_cast<const Half*>(emas[0]) + begin, param, count);
   }
 }
 

@@ -81,7 +81,8 @@ class EagerPlan:
             param.dtype == key.dtype
             and param.device == key.device
             and all(
-                slot.state[k].shape == param.shape for k in (*self.bucket.state_keys, *key.emas)
+                slot.state[k].shape == param.shape
+                for k in (*self.bucket.state_keys, *self.bucket.average_keys)
             )
         )
 
@@ -165,6 +166,10 @@ class EagerPlan:
                 bits = formats.element_bits(row.seed, slot.place, k, real(slot.param))
                 change = param.float() - was.float()
                 formats.follow_delta(real(slot.state[key]), change, weight, bits, before)
+        if self.bucket.key.teacher:
+            for slot, param in zip(row.slots, self._weights(row), strict=True):
+                average = formats.average(real(slot.state["ema"]), param)
+                real(slot.state["teacher"]).copy_(average)
 
 
 def check_grad(grad: Tensor, param: Tensor) -> None:

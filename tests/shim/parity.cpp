@@ -76,8 +76,10 @@ int step_rounding_kinds(StoredType stored, bool master) {
       for (bool before : {false, true}) {
         const auto step = [&](const char* rule, int num_states, bool rounded_states) {
           if (!rounded_states && (format == EmaFormat::full || num_emas == 0)) return;
-          buckets += step_kind(
-              {rule, num_states, stored, num_emas, before, master, rounded_states, format});
+          Kind kind{rule, num_states, stored, num_emas, before, master, rounded_states, format};
+          buckets += step_kind(kind);
+          kind.teacher = format == EmaFormat::delta && num_emas > 0;
+          if (kind.teacher) buckets += step_kind(kind);
         };
         if (!master) step("frozen", 0, false);
         step("sgd", 0, false);
