@@ -2,9 +2,29 @@
 // and inside the region that enables that set; hence neither an include guard nor includes.
 
 // Elements that are stepped before the averages follow: few enough to still be in the L1 cache.
-constexpr int64_t block = 256;
-// Where averages alone move: few enough for the L2 cache, of which several find the weights there.
-constexpr int64_t averages_block = 16384;
+constexpr int64_t block = 128;
+
+// Elements between two requests for memory: a few lines of each tensor.
+constexpr int64_t part = 64;
+// How far ahead memory is asked for. By itself a core does not see so far: arithmetic stands
+// between its loads, and what it asks for unasked ends with every page.
+constexpr int64_t ahead = 512;
+
+// Asks for the memory of the part that begins at an element, which may be beyond the last one.
+// Inlined by force, as GCC would drop the call of a function that does nothing else.
+template <class T>
+FUSED_EMA_INLINE void ask_for(const T* tensor, int64_t begin) {
+  constexpr uintptr_t line = 64;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(tensor) + begin * sizeof(T);
+  for (uintptr_t at = 0; at < part * sizeof(T); at += line)
+    __builtin_prefetch(reinterpret_cast<const void*>(first + at));
+}
+
+// Calls visit with the bounds of one part after another.
+template <class Visit>
+void for_each_part(int64_t count, Visit visit) {
+  for (int64_t begin = 0; begin < count; begin += part) visit(begin, std::min(count, begin + part));
+}
 
 // Scalars by value: behind a reference the stores might change them, and nothing would vectorise.
 template <class Rule, class Layout>
@@ -23,44 +43,61 @@ void rule_loop(void* const* pointers, const void* grads, int64_t begin, int64_t 
     state[k] = static_cast<State*>(pointers[first + 1 + k]) + begin;
   RandomBits bits[num_states + 1];
   for (int k = 0; k < num_states; ++k) bits[k] = RandomBits(key, first_state_key + k, begin);
-  FUSED_EMA_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) {
-    Compute<Weight> states[num_states + 1];
-    for (int k = 0; k < num_states; ++k) states[k] = load(state[k][i]);
-    Compute<Weight> value = load(weight[i]);
-    Rule::update(value, load(grad[i]), states, scalars);
-    weight[i] = store<Weight>(value);
-    if constexpr (Layout::has_master) param[i] = store<Param>(value);
-    for (int k = 0; k < num_states; ++k) {
-      if constexpr (Layout::rounded_states)
-        state[k][i] = round_bfloat16(states[k], bits[k][i]);
-      else
-        state[k][i] = store<State>(states[k]);
+  for_each_part(count, [&](int64_t first, int64_t last) {
+    ask_for(weight, first + ahead);
+    ask_for(grad, first + ahead);
+    if constexpr (Layout::has_master) ask_for(param, first + ahead);
+    for (int k = 0; k < num_states; ++k) ask_for(state[k], first + ahead);
+    FUSED_EMA_INDEPENDENT
+    for (int64_t i = first; i < last; ++i) {
+      Compute<Weight> states[num_states + 1];
+      for (int k = 0; k < num_states; ++k) states[k] = load(state[k][i]);
+      Compute<Weight> value = load(weight[i]);
+      Rule::update(value, load(grad[i]), states, scalars);
+      weight[i] = store<Weight>(value);
+      if constexpr (Layout::has_master) param[i] = store<Param>(value);
+      for (int k = 0; k < num_states; ++k) {
+        if constexpr (Layout::rounded_states)
+          state[k][i] = round_bfloat16(states[k], bits[k][i]);
+        else
+          state[k][i] = store<State>(states[k]);
+      }
     }
-  }
+  });
+}
+
+// Moves an average's elements one by one, whatever its format.
+template <class Average, class Weight, class Move>
+FUSED_EMA_INLINE void average_loop(Average* average, const Weight* param, int64_t count,
+                                   Move move) {
+  for_each_part(count, [&](int64_t first, int64_t last) {
+    ask_for(average, first + ahead);
+    ask_for(param, first + ahead);
+    FUSED_EMA_INDEPENDENT
+    for (int64_t i = first; i < last; ++i) average[i] = move(i);
+  });
 }
 
 template <class Weight>
 void ema_loop(Compute<Weight>* average, const Weight* param, int64_t count,
               Compute<Weight> weight) {
-  FUSED_EMA_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) average[i] = ema(average[i], load(param[i]), weight);
+  average_loop(average, param, count,
+               [=](int64_t i) { return ema(average[i], load(param[i]), weight); });
 }
 
 template <class Weight>
 void rounded_ema_loop(BFloat16* average, const Weight* param, int64_t count, float weight,
                       RandomBits bits) {
-  FUSED_EMA_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i)
-    average[i] = rounded_ema(average[i], load(param[i]), weight, bits[i]);
+  average_loop(average, param, count,
+               [=](int64_t i) { return rounded_ema(average[i], load(param[i]), weight, bits[i]); });
 }
 
 template <bool before, class Weight>
 void delta_loop(Half* delta, const float* old, const Weight* param, int64_t count, float weight,
                 RandomBits bits) {
-  FUSED_EMA_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i)
-    delta[i] = rounded_ema_delta<before>(delta[i], load(param[i]) - old[i], weight, bits[i]);
+  average_loop(delta, param, count, [=](int64_t i) {
+    return rounded_ema_delta<before>(delta[i], load(param[i]) - old[i], weight, bits[i]);
+  });
 }
 
 template <class Weight>
@@ -112,12 +149,10 @@ void step_piece(const Piece& piece) {
   const typename Rule::template Scalars<Value> scalars(piece.row, piece.grad_factor);
   const double* weights = piece.row + Rule::scalars.size();
   void* const* emas = piece.pointers + 1 + Layout::has_master + Rule::num_states;
-  const bool alone = piece.grad == nullptr && piece.ema_format != EmaFormat::delta;
-  const int64_t size = alone ? averages_block : block;
   int64_t count = 0;
   for (int64_t begin = piece.begin; begin < piece.end; begin += count) {
     // blocks begin at multiples of their size, so that none crosses one of 2^32
-    count = std::min(piece.end - begin, size - begin % size);
+    count = std::min(piece.end - begin, block - begin % block);
     const auto step = [&] {
       if (piece.grad != nullptr)
         rule_loop<Rule, Layout>(piece.pointers, piece.grad, begin, count, scalars, piece.key);
