@@ -99,7 +99,7 @@ def test_python_and_cpp_agree_on_the_table():
         ("baseline", r"\ssqrtp[sd]\s"),
     ],
 )
-def test_every_adam_loop_is_vectorised(target, instruction):
+def test_every_adam_loop_is_vectorised_and_asks_for_memory(target, instruction):
     if shutil.which("objdump") is None or target not in TARGETS:
         pytest.skip("needs objdump, and a processor with the target")
     if b"__asan_init" in Path(_native.__file__).read_bytes():
@@ -119,7 +119,9 @@ def test_every_adam_loop_is_vectorised(target, instruction):
             loop = f"cpu::{target}::rule_loop<fused_ema::Adam<{amsgrad}>, {layout} >"
             bodies = [f for f in functions if name in f[:300] or loop in f[:300]]
             assert bodies, name
-            assert any(re.search(instruction, body) for body in bodies), name
+            loops = [body for body in bodies if re.search(instruction, body)]
+            assert loops, name
+            assert all("prefetch" in body for body in loops), name
 
 
 def test_one_native_call_a_bucket_and_step(monkeypatch):
