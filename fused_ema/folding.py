@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from .backends.plan import Scalars
-from .ema import decays, ema_weights
+from .ema import EmaDecay, decays, ema_weights
 from .formats import step_seed
 from .rules import Rule
 
@@ -100,7 +100,7 @@ class Folder:
             return False
         known = self._scaled if len(self._scaled) == len(groups) else [None] * len(groups)
         scaled = [
-            old if old is not None and old.fields == given else self._scale(group)
+            old if old is not None and old.fields == given else self._scale(group, given, old)
             for group, given, old in zip(groups, fields, known, strict=True)
         ]
         moved = any(
@@ -117,19 +117,33 @@ class Folder:
         given: tuple[Any, ...] = self._given(group)
         return _remembered(plain(given, group)) if group["capturable"] else given
 
-    def _scale(self, group: Group) -> _Scaled:
+    def _scale(self, group: Group, given: tuple[Any, ...], old: _Scaled | None) -> _Scaled:
+        count = len(self._rule.numbers)
+        numbers, others = given[:count], given[count:]
+        if old is not None and others == old.fields[count:] and all(map(_is_plain, numbers)):
+            return self._rescale(group, numbers, old)
         values, hyper = self._check(group)
         ema_decay, kappa = values["ema_decay"], values["kappa"]
-        place = tuple(group[field] for field in PLACING)
-        constant = not any(
-            callable(number) or isinstance(number, Tensor) for number in (kappa, *decays(ema_decay))
-        )
+        place = others[-len(PLACING) :]
         return _Scaled(
             fields=_remembered((*values.values(), *place)),
             place=(self._rule.states(group), len(decays(ema_decay)), *place),
             kappa=math.nan if isinstance(kappa, Tensor) else kappa,
             hyper=hyper,
-            weights=ema_weights(ema_decay, 0.0, kappa) if constant else None,
+            weights=_constant_weights(ema_decay, kappa),
+        )
+
+    def _rescale(self, group: Group, numbers: tuple[Any, ...], old: _Scaled) -> _Scaled:
+        """As :meth:`_scale` where only numbers have changed: most groups, at every step."""
+        self._rule.check(group)
+        kappa = group["kappa"]
+        same = kappa == old.kappa
+        return _Scaled(
+            fields=(*numbers, *old.fields[len(numbers) :]),
+            place=(self._rule.states(group), *old.place[1:]),
+            kappa=kappa,
+            hyper=self._rule.scale(group),
+            weights=old.weights if same else _constant_weights(group["ema_decay"], kappa),
         )
 
     def __call__(self, group: int, step: float | None) -> Scalars:
@@ -163,6 +177,14 @@ class Folder:
         return self._scheduled[group]
 
 
+def _constant_weights(ema_decay: EmaDecay, kappa: Any) -> tuple[float, ...] | None:
+    """The averages' weights, None where they depend on the step or lie on a device."""
+    numbers = (kappa, *decays(ema_decay))
+    if any(callable(number) or isinstance(number, Tensor) for number in numbers):
+        return None
+    return ema_weights(ema_decay, 0.0, kappa)
+
+
 def plain_fields(rule: Rule, group: Group) -> dict[str, Any]:
     """The rule's fields of a param group and ``ema_decay``, as :func:`plain` values.
 
@@ -173,6 +195,12 @@ def plain_fields(rule: Rule, group: Group) -> dict[str, Any]:
     for field in fields:
         _check_tensors(field, group[field])
     return {field: plain(group[field], group) for field in fields}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether nothing of ``value`` is a tensor, as far as a look at the types tells."""
+    kind = type(value)
+    return kind in PLAIN or (kind is tuple and all([type(entry) in PLAIN for entry in value]))
 
 
 def _check_tensors(field: str, value: Any) -> None:

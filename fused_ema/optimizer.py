@@ -249,7 +249,8 @@ class FusedScaledOptimizer(EmaAccess):
 
     def _prepared(self) -> Stepper:
         """What takes the step at hand, ready to."""
-        self._settle()
+        if self._doubt is not None:
+            self._settle()
         averaged = clock.is_due(self.param_groups, self.ema_every)
         stepper = self._stepper if averaged else self._between
         stepper.prepare(self.param_groups, self.state)
@@ -274,7 +275,10 @@ class FusedScaledOptimizer(EmaAccess):
         if self.max_grad_norm is not None:
             squares = squares or stepper.sums_of_squares()
             control, self._grad_norm = clipped(control, squares, self.max_grad_norm)
-        before = clock.counts(self.param_groups)
+        doubt = None
+        if found_inf is not None and stepper.host_folded:
+            put_back = clock.counts(self.param_groups)
+            doubt = _Doubt(Verdict(found_inf), stepper.counted(), put_back)
         stepper.run(control)
         if averaged:
             reshard(self._teacher_modules)
@@ -283,8 +287,7 @@ class FusedScaledOptimizer(EmaAccess):
         clock.advance(self.param_groups, stepper.folder.kappas, control)
         if self.ema_every > 1:
             clock.wait(self.param_groups, stepper.folder.kappas, averaged)
-        if found_inf is not None and stepper.host_folded:
-            self._doubt = _Doubt(Verdict(found_inf), stepper.counted(), before)
+        self._doubt = doubt
 
     @_disable_dynamo
     def _settle(self) -> None:

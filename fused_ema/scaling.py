@@ -140,14 +140,15 @@ def check_range(
     """
     if not getattr(value, "is_cpu", True):
         return
-    allowed = f"{low} {ends[0]} {name} {ends[1]} {high}"
+    what = "out of range"
     try:
-        outside = (value == low and ends[0] == "<") or (value == high and ends[1] == "<")
-        inside = bool(low <= value <= high) and not outside
+        at_end = (value == low and ends[0] == "<") or (value == high and ends[1] == "<")
+        if low <= value <= high and not at_end:
+            return
     except (TypeError, RuntimeError):
-        raise ValueError(f"{name}={value!r} is not a number; allowed: {allowed}") from None
-    if not inside:
-        raise ValueError(f"{name}={value!r} is out of range; allowed: {allowed}")
+        what = "not a number"
+    allowed = f"{low} {ends[0]} {name} {ends[1]} {high}"
+    raise ValueError(f"{name}={value!r} is {what}; allowed: {allowed}")
 
 
 def check_kappa(kappa: Any) -> None:
