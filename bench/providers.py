@@ -17,7 +17,7 @@ from .spec import EMA, EMA_DECAYS, KAPPA, LR, STEP, Group, Groups, Scenario, Spe
 from .theirs import averaging_alone, running_scaler, torch_optimizer
 
 # Above these a processor takes a second for the slowest providers' steps.
-MANY, MANY_TENSORS = 80_000_000, 1000
+MANY, MANY_TENSORS = 20_000_000, 1000
 
 
 def ours(backend: str) -> Provider:
