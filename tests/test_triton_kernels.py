@@ -42,7 +42,10 @@ SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -2e-8, 7
 
 @dataclass
 class Slot:
-    """A parameter with all that belongs to it; `row` is that of its scalars."""
+    """A parameter with all that belongs to it; `row` is that of its scalars.
+
+    averages: a teacher that is a copy of the first comes last.
+    """
 
     param: Tensor
     states: list[Tensor]
@@ -73,6 +76,7 @@ class Variant:
     ema_before: bool = False
     rounded_states: bool = False
     rounded_average: torch.dtype | None = None
+    teacher: bool = False
 
     @property
     def average_dtype(self) -> torch.dtype:
@@ -112,6 +116,8 @@ class Variant:
                 draw(size, self.average_dtype, generator, next(shift_turns))
                 for _ in range(self.averages)
             ]
+            if self.teacher:
+                averages.append(draw(size, torch.bfloat16, generator, next(shift_turns)))
             if next(turns) and self.rule != "frozen":
                 param.grad = grad
             found.append(Slot(param, states, averages, next(rows), 3 * len(found) + 7))
@@ -140,6 +146,7 @@ def step_natively(variant: Variant, slots: list[Slot]) -> None:
         takes_grads=True,
         capturable=False,
         master=False,
+        teacher=variant.teacher,
         params=[slot.param for slot in slots],
         steps=[torch.zeros((), dtype=torch.float64) for _ in slots],
         states=[slot.states for slot in slots],
@@ -187,6 +194,7 @@ def launch(
         len(SCALARS[variant.rule][0]),
         variant.states,
         variant.averages,
+        variant.teacher,
         variant.ema_before,
         torch.tensor([1.0, 0.0], dtype=torch.float64),
         scalars.view(torch.float64),
@@ -253,7 +261,8 @@ ROUNDING = [
 @pytest.mark.parametrize("ema_before", [False, True], ids=["after", "before"])
 @pytest.mark.parametrize(("rule", "states", "dtype", "rounded", "average"), ROUNDING, ids=name_of)
 def test_rounded_bits_are_the_native_ones(rule, states, dtype, rounded, average, ema_before):
-    variant = Variant(rule, states, dtype, 2, ema_before, rounded, average)
+    teacher = average == torch.float16
+    variant = Variant(rule, states, dtype, 2, ema_before, rounded, average, teacher)
     sizes = (1, variant.block + 1, step.CHUNK + 3, 7, variant.block + 2)
     active = (True, True, True, False, False)
     slots, others = variant.slots(sizes, active), variant.slots(sizes, active)
