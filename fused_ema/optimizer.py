@@ -15,11 +15,11 @@ from torch.optim.optimizer import ParamsT, StateDict
 from . import checkpoint, clock
 from ._native import Slots
 from .access import EmaAccess
-from .backends import NAMES, requested_backend
-from .ema import EmaDecay, check_ema_decay, decays, only_half_life
+from .backends import NAMES
+from .checking import check_group
+from .ema import EmaDecay, decays, only_half_life
 from .ema_buffers import EmaBuffers, apply, resolve
-from .folding import Checked, plain_fields
-from .formats import FORMATS, STATE_FORMATS
+from .folding import Checked
 from .gradients import Verdict, clipped, unscaling
 from .rules import Rule, check_choice
 from .scaling import check_range
@@ -447,26 +447,4 @@ class FusedScaledOptimizer(EmaAccess):
         self._teacher_modules += modules
 
     def _check_group(self, group: Mapping[str, Any]) -> Checked:
-        """Raise ValueError for a bad value, also for one that the scaling rules cannot follow."""
-        values = plain_fields(self.rule, group)
-        self.rule.check({**group, **values})
-        check_ema_decay(values["ema_decay"])
-        check_choice("ema_order", group["ema_order"], ("after", "before"))
-        check_choice("ema_format", group["ema_format"], FORMATS)
-        check_choice("state_format", group["state_format"], STATE_FORMATS)
-        requested_backend(group, self.backend)
-        seed = group["ema_seed"]
-        if not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise ValueError(f"ema_seed={seed!r} is out of range; allowed: an int in [0, 2**32)")
-        if self.ema_every > 1 and group["ema_format"] == "delta":
-            raise ValueError(
-                f"ema_every={self.ema_every} with ema_format='delta'; allowed: 1, for a difference "
-                "moves whenever its weights do"
-            )
-        if group["differentiable"] and self.max_grad_norm is not None:
-            raise ValueError(
-                f"max_grad_norm={self.max_grad_norm} with differentiable=True; allowed: None"
-            )
-        if group["capturable"] and self.ema_every > 1:
-            raise ValueError(f"ema_every={self.ema_every} with capturable=True; allowed: 1")
-        return Checked(values, self.rule.scale(values))
+        return check_group(self.rule, group, self.backend, self.ema_every, self.max_grad_norm)

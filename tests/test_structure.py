@@ -18,7 +18,7 @@ LAYERS = (
     ("state", "swap", "ema_buffers"),
     ("backends", "teacher", "checkpoint"),
     ("averages", "clock", "folding"),
-    ("stepper", "access"),
+    ("stepper", "access", "checking"),
     ("optimizer", "options"),
     ("adam", "any_optimizer", "grad_scaler", "sgd", "migrate"),
     ("__init__",),

@@ -1,0 +1,52 @@
+"""What a param group may hold, beside what its rule says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .backends import requested_backend
+from .ema import check_ema_decay
+from .folding import Checked, Group, plain_fields
+from .formats import FORMATS, STATE_FORMATS
+from .rules import Rule, check_choice
+
+
+def check_group(
+    rule: Rule, group: Group, backend: str, ema_every: int, max_grad_norm: float | None
+) -> Checked:
+    """The group's numbers, checked and scaled.
+
+    Args:
+        rule: the optimizer's rule.
+        group: a param group, or what one would be.
+        backend: the optimizer's, ``"auto"`` or a name.
+        ema_every: the averages move at every ``ema_every``-th step.
+        max_grad_norm: what gradients are clipped to, or None.
+
+    Raises:
+        ValueError: a bad value, also one that the scaling rules cannot follow, or values that
+            exclude each other.
+    """
+    values = plain_fields(rule, group)
+    rule.check({**group, **values})
+    check_ema_decay(values["ema_decay"])
+    check_choice("ema_order", group["ema_order"], ("after", "before"))
+    check_choice("ema_format", group["ema_format"], FORMATS)
+    check_choice("state_format", group["state_format"], STATE_FORMATS)
+    _check_seed(group["ema_seed"])
+    requested_backend(group, backend)
+    if ema_every > 1 and group["ema_format"] == "delta":
+        raise ValueError(
+            f"ema_every={ema_every} with ema_format='delta'; allowed: 1, for a difference moves "
+            "whenever its weights do"
+        )
+    if ema_every > 1 and group["capturable"]:
+        raise ValueError(f"ema_every={ema_every} with capturable=True; allowed: 1")
+    if max_grad_norm is not None and group["differentiable"]:
+        raise ValueError(f"max_grad_norm={max_grad_norm} with differentiable=True; allowed: None")
+    return Checked(values, rule.scale(values))
+
+
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"ema_seed={seed!r} is out of range; allowed: an int in [0, 2**32)")
