@@ -12,7 +12,7 @@ from .ema import decays, ema_keys, is_constant
 from .ema_buffers import EmaBuffers
 from .formats import DTYPES, average
 from .rules import Rule
-from .state import loaded, state_dtype, weights
+from .state import check_teacher, loaded, state_dtype, weights
 
 # What stands for a schedule in a state dict: a callable does not pass torch's safe unpickler.
 SCHEDULE = "schedule"
@@ -63,14 +63,20 @@ class Loading:
         rule: the optimizer's rule.
         check: raises ValueError for a param group that holds a bad value.
         buffers: the optimizer's, if it holds any.
+        teachers: the teacher's tensor of every parameter that has one.
     """
 
     def __init__(
-        self, rule: Rule, check: Callable[[Mapping[str, Any]], Any], buffers: EmaBuffers | None
+        self,
+        rule: Rule,
+        check: Callable[[Mapping[str, Any]], Any],
+        buffers: EmaBuffers | None,
+        teachers: Mapping[Tensor, Tensor],
     ) -> None:
         self._rule = rule
         self._check = check
         self._buffers = buffers
+        self._teachers = teachers
         self._state: dict[Any, Any] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
 
@@ -80,11 +86,13 @@ class Loading:
         """Check and copy what is given; what is left of it is for torch to load.
 
         Raises:
-            ValueError: groups, states or buffers do not match, or a bad value.
+            ValueError: groups, states or buffers do not match, a teacher does not fit the saved
+                averages' format, or a bad value.
         """
         groups = list(map(merged, present, given["param_groups"]))
-        for group in groups:
+        for group, own in zip(groups, present, strict=False):
             self._check(group)
+            self._check_teachers(group, own["params"])
         self._state = to_load(self._rule, present, groups, given["state"])
         if self._buffers is not None and "ema_buffers" in given:
             self._copies += self._buffers.matching(given["ema_buffers"])
@@ -92,10 +100,16 @@ class Loading:
         groups += given["param_groups"][len(groups) :]
         return {**given, "param_groups": groups, "state": {}}
 
-    def install(self, state: dict[Any, Any], teachers: Mapping[Tensor, Tensor]) -> None:
+    def _check_teachers(self, group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
+        for param in params if decays(group["ema_decay"]) else ():
+            if param in self._teachers:
+                form = group["ema_format"]
+                check_teacher(self._teachers[param], param, "the teacher's tensor", form)
+
+    def install(self, state: dict[Any, Any]) -> None:
         """Put the copies into ``state``; a teacher's tensors take their values and stay."""
         state.update(self._state)
-        for param, teacher in teachers.items():
+        for param, teacher in self._teachers.items():
             saved = self._state.get(param, {}).get("ema")
             if saved is None:
                 continue

@@ -53,7 +53,7 @@ class EmaBuffers:
             for _ in range(num_emas)
         ]
         if teacher is not None:
-            self.held[0] = _paired(dict(teacher.named_buffers()), source)
+            self.held[0] = _paired(dict(teacher.named_buffers()), source, mode)
 
     def moves(self, weights: Sequence[float]) -> list[Move]:
         """What a step does to the held buffers, checked: ``weights`` are ``1 - rho**kappa``.
@@ -62,6 +62,8 @@ class EmaBuffers:
             ValueError: there are not as many averages as at construction, or a buffer has another
                 shape.
         """
+        if self.mode == "leave":
+            return []
         if len(weights) != len(self.held):
             raise ValueError(
                 f"ema_decay gives {len(weights)} averages, but buffers are held for "
@@ -71,7 +73,7 @@ class EmaBuffers:
         return [
             Move(held, _matching(name, source, held), self._weight(held, weight))
             for average, weight in zip(self.held, weights, strict=True)
-            for name, held in (average.items() if self.mode != "leave" else ())
+            for name, held in average.items()
         ]
 
     def _weight(self, held: Tensor, weight: float) -> float:
@@ -148,9 +150,18 @@ def apply(moves: Sequence[Move], control: Control | None) -> None:
             held.copy_(source if taken is None else source.where(taken != 0.0, held))
 
 
-def _paired(teacher: dict[str, Tensor], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _paired(
+    teacher: dict[str, Tensor], source: Mapping[str, Tensor], mode: str
+) -> dict[str, Tensor]:
     for name, value in teacher.items():
         _matching(name, source, value)
+        wanted = COMPUTE_DTYPE.get(value.dtype, value.dtype)
+        if mode == "average" and value.dtype != wanted:
+            raise ValueError(
+                f"ema_buffers='average': the teacher's {name!r} has dtype {value.dtype}; allowed: "
+                f"{wanted} (rounded to nearest in fewer bits an average stops moving), or "
+                "ema_buffers='copy'"
+            )
     return teacher
 
 

@@ -120,7 +120,9 @@ class Folder:
     def _scale(self, group: Group, given: tuple[Any, ...], old: _Scaled | None) -> _Scaled:
         count = len(self._rule.numbers)
         numbers, others = given[:count], given[count:]
-        if old is not None and others == old.fields[count:] and all(map(_is_plain, numbers)):
+        # what a capturable group holds may be a tensor where what was given is its value
+        known = old is not None and not group["capturable"] and others == old.fields[count:]
+        if old is not None and known and all(map(_is_plain, numbers)):
             return self._rescale(group, numbers, old)
         values, hyper = self._check(group)
         ema_decay, kappa = values["ema_decay"], values["kappa"]

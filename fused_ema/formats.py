@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sharding import local
+
 FORMATS = ("full", "bf16", "delta")
 STATE_FORMATS = ("full", "bf16")
 # Which average the first of the rule's states is to the hash.
@@ -121,6 +123,17 @@ def average(stored: Tensor, param: Tensor) -> Tensor:
 def taught(teacher: Tensor, param: Tensor) -> Tensor:
     """The float32 average that a bfloat16 teacher starts as: its copy of ``param`` is ``param``."""
     return torch.where(teacher == param.to(teacher.dtype), param.float(), teacher.float())
+
+
+def check_distance(what: str, value: Tensor, param: Tensor) -> None:
+    """Raise ValueError where a difference to ``param`` would be cut off, or is a NaN."""
+    away = local((value.to(param.device).float() - param.float()).abs())
+    largest = float(away.max()) if away.numel() > 0 else 0.0
+    if not largest <= LARGEST / SCALE:
+        raise ValueError(
+            f"{what} is up to {largest:.3g} from the weights; allowed: {LARGEST / SCALE:.3g} with "
+            "ema_format='delta'"
+        )
 
 
 def stored(value: Tensor, param: Tensor, form: str) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .ema import ema_keys
-from .formats import DTYPES, LARGEST, SCALE, average, stored
+from .formats import DTYPES, average, check_distance, stored
 from .optimizer import FusedScaledOptimizer
 from .state import weights
 
@@ -82,7 +82,7 @@ def load_ema(
         _check_value(name, value, held[name])
     differences = _differences(optimizer, model, index)
     for name in used.keys() & differences.keys():
-        _check_distance(name, used[name], differences[name].weight)
+        check_distance(f"state: {name!r}", used[name], differences[name].weight)
     updates = _updates(state, layout)
     with torch.no_grad():
         for name, value in used.items():
@@ -196,17 +196,6 @@ def _differences(
             teacher = state.get("teacher") if index == 0 else None
             found[name] = _Difference(state[key], weights(param, state), teacher)
     return found
-
-
-def _check_distance(name: str, value: Tensor, weight: Tensor) -> None:
-    if value.numel() == 0:
-        return
-    largest = float((value.to(weight.device).float() - weight.float()).abs().max())
-    if not largest <= LARGEST / SCALE:
-        raise ValueError(
-            f"state: {name!r} is up to {largest:.3g} from the weights; allowed: "
-            f"{LARGEST / SCALE:.3g} with ema_format='delta'"
-        )
 
 
 def _required(held: Iterable[str], model: nn.Module, layout: Layout) -> list[str]:

@@ -372,13 +372,13 @@ class FusedScaledOptimizer(EmaAccess):
         """
         self._check_not_swapped("load_state_dict()")
         self._settle()
-        loading = checkpoint.Loading(self.rule, self._check_group, self._buffers)
+        loading = checkpoint.Loading(self.rule, self._check_group, self._buffers, self._teachers)
 
         def read(_: Optimizer, given: StateDict) -> StateDict:
             return loading.read(self.param_groups, given)
 
         def install(_: Optimizer) -> None:
-            loading.install(self.state, self._teachers)
+            loading.install(self.state)
 
         # last to read and first to act, so that hooks of the user's see what they expect
         hooks = [

@@ -66,6 +66,7 @@ def complete(
     if teacher is not None and emas:
         _bind(teacher, param, state, form)
     weight = weights(param, state)
+    _rest(state, weight, emas)
     for key in emas:
         if teacher is None or state.get(key) is not teacher:
             state[key] = _average(state.get(key), weight, param, form, key)
@@ -77,6 +78,14 @@ def weights(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     return held
 
 
+def _rest(state: dict[str, Any], weight: Tensor, emas: tuple[str, ...]) -> None:
+    """Keep averages that do not move as they are: the weights go on without them."""
+    for key, value in state.items():
+        resting = (key == "ema" or key.startswith("ema_")) and key not in emas
+        if resting and isinstance(value, Tensor) and value.dtype == formats.DTYPES["delta"]:
+            state[key] = formats.average(value, weight)
+
+
 def _bind(teacher: Tensor, param: Tensor, state: dict[str, Any], form: str) -> None:
     """Make a teacher the first average, or the copy of one that is kept as a difference."""
     check_teacher(teacher, param, "the teacher's tensor", form)
@@ -84,7 +93,10 @@ def _bind(teacher: Tensor, param: Tensor, state: dict[str, Any], form: str) -> N
         state["ema"] = teacher
         return
     if state.get("ema") is None or state["ema"] is teacher:
-        state["ema"] = formats.taught(teacher.detach(), weights(param, state))
+        weight = weights(param, state)
+        average = formats.taught(teacher.detach(), weight)
+        formats.check_distance("ema: the teacher's tensor", average, weight)
+        state["ema"] = average
     state["teacher"] = teacher
 
 

@@ -153,7 +153,47 @@ def test_the_format_may_change():
                 assert torch.equal(held, exact(opt, p).float().bfloat16())
 
 
+def test_an_average_that_rests_does_not_follow_the_weights(backend):
+    p = nn.Parameter(torch.zeros(2))
+    teacher = p.detach().bfloat16()
+    opt = FusedScaledSGD(
+        [p], lr=1.0, ema_decay=1.0, ema=[teacher], ema_format="delta", backend=backend
+    )
+    for decay in (1.0, None, None, 1.0):
+        opt.param_groups[0]["ema_decay"] = decay
+        p.grad = torch.full((2,), -1.0)
+        opt.step()
+    assert torch.equal(p.detach(), torch.full((2,), 4.0))
+    assert torch.equal(exact(opt, p), torch.zeros(2).double())
+    assert torch.equal(teacher, torch.zeros(2).bfloat16())
+
+
+@pytest.mark.parametrize("forms", [("full", "delta"), ("delta", "full"), ("full", "bf16")])
+def test_a_checkpoint_of_a_format_that_the_teacher_cannot_hold_is_refused(forms):
+    saved, held = forms
+    p, q = (nn.Parameter(torch.ones(2)) for _ in "pq")
+    opt = FusedScaledSGD([p], ema_decay=0.9, ema_format=saved)
+    teacher = torch.zeros(2, dtype=torch.float32 if held == "full" else torch.bfloat16)
+    other = FusedScaledSGD([q], ema_decay=0.9, ema=[teacher], ema_format=held)
+    for param in (p, q):
+        param.grad = torch.ones(2)
+    opt.step()
+    other.step()
+    before = teacher.clone(), copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=rf"ema_format='{saved}'"):
+        other.load_state_dict(opt.state_dict())
+    assert torch.equal(teacher, before[0])
+    assert other.param_groups[0]["ema_format"] == held
+    assert torch.equal(other.state_dict()["state"][0]["ema"], before[1]["state"][0]["ema"])
+
+
 def test_one_that_does_not_fit_is_refused():
+    p = nn.Parameter(torch.zeros(2))
+    far = torch.tensor([100.0, 1.0]).bfloat16()
+    opt = FusedScaledSGD([p], ema_decay=0.5, ema=[far], ema_format="delta")
+    with pytest.raises(ValueError, match=r"the teacher's tensor is up to 100 from the weights"):
+        opt.step()
+    assert torch.equal(far, torch.tensor([100.0, 1.0]).bfloat16())
     model = nn.Linear(4, 3)
     for dtype in (torch.float32, torch.float16):
         with pytest.raises(ValueError, match=r"ema: .*ema_format='delta': torch\.bfloat16"):
@@ -169,3 +209,15 @@ def test_one_that_does_not_fit_is_refused():
     ]
     with pytest.raises(ValueError, match="allowed: the same in all groups"):
         FusedScaledSGD(groups, ema_decay=0.5, ema=copy.deepcopy(model).bfloat16(), model=model)
+
+
+def test_its_buffers_are_averaged_in_full_or_not_at_all():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    teacher = copy.deepcopy(model).bfloat16()
+    options = {"ema_decay": 0.9, "ema_format": "delta", "model": model}
+    with pytest.raises(ValueError, match=r"ema_buffers='average': .*running_mean.*bfloat16"):
+        FusedScaledSGD(model.parameters(), ema=teacher, ema_buffers="average", **options)
+    FusedScaledSGD(model.parameters(), ema=teacher, ema_buffers="copy", **options)
+    for name in ("running_mean", "running_var"):
+        setattr(teacher[1], name, getattr(teacher[1], name).float())
+    FusedScaledSGD(model.parameters(), ema=teacher, ema_buffers="average", **options)

@@ -197,3 +197,13 @@ def test_copy_pairs_by_name_with_several_groups():
     named.copy_ema_to(other)
     assert torch.equal(other[0].weight, model[0].weight)
     assert torch.equal(other[1].weight, model[1].weight)
+
+
+def test_buffers_that_are_left_do_not_mind_the_number_of_averages():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    opt = FusedScaledSGD(model.parameters(), ema_decay=0.5, model=model, ema_buffers="leave")
+    opt.param_groups[0]["ema_decay"] = None
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert all("ema" not in state for state in opt.state.values())

@@ -62,3 +62,18 @@ def test_a_saved_tensor_is_what_it_was():
     saved = opt.state_dict()
     lr.fill_(9.0)
     assert float(saved["param_groups"][0]["lr"]) == 0.5
+
+
+def test_a_new_tensor_in_a_capturable_group_is_checked():
+    """Also one on the CPU beside parameters on a device, which a meta tensor stands for."""
+    p = nn.Parameter(torch.empty(2, device="meta"))
+    opt = FusedScaledAdamW([p], lr=torch.tensor(0.1), ema_decay=0.9, kappa=2.0, capturable=True)
+    folder = opt._stepper.folder
+    folder.refresh(opt.param_groups)
+    opt.param_groups[0]["kappa"] = torch.tensor(3.0)
+    folder.refresh(opt.param_groups)
+    assert folder.kappas == [3.0]
+    assert isinstance(folder.kappas[0], float)
+    opt.param_groups[0]["lr"] = torch.tensor(0.3, requires_grad=True)
+    with pytest.raises(ValueError, match="lr requires grad"):
+        folder.refresh(opt.param_groups)
