@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .data import Data, Running
 from .device import Device, Launches
 from .provider import NotOfferedError, Provider
-from .providers import REFERENCE
+from .providers import MANY_TENSORS, REFERENCE
 from .spec import LR, Spec
 
 # One factor a step; all positive, so that no average cancels and loses digits.
@@ -24,9 +24,6 @@ FACTORS = (1.0, 0.6, 1.3)
 # Roundings that a provider may make differently in one step, each a share of the weight or of the
 # distance that it moves. An error of 0.1 % in any one hyper-parameter is larger.
 ROUNDINGS = 16
-
-# Tensors that are judged as one, unless it is wrong.
-MANY = 1000
 
 # Of a mean over random roundings, beyond which there is more than chance to it.
 SIGMAS = 7.0
@@ -144,8 +141,10 @@ class Checker:
             slack = self.spec.scenario.norm_error
             begun = starts * (len(found) // len(starts))
             triples = list(zip(detached(found), wanted, begun, strict=True))
-            if len(triples) > MANY and excess(*map(joined, zip(*triples, strict=True)), slack) <= 1:
-                continue  # one by one they take seconds
+            # one by one, many take seconds
+            together = map(joined, zip(*triples, strict=True))
+            if len(triples) > MANY_TENSORS and excess(*together, slack) <= 1.0:
+                continue
             for i, triple in enumerate(triples):
                 error = excess(*triple, slack)
                 if not error <= 1.0:

@@ -121,8 +121,12 @@ class Folder:
         count = len(self._rule.numbers)
         numbers, others = given[:count], given[count:]
         # what a capturable group holds may be a tensor where what was given is its value
-        known = old is not None and not group["capturable"] and others == old.fields[count:]
-        if old is not None and known and all(map(_is_plain, numbers)):
+        if (
+            old is not None
+            and not group["capturable"]
+            and others == old.fields[count:]
+            and all(map(_is_plain, numbers))
+        ):
             return self._rescale(group, numbers, old)
         values, hyper = self._check(group)
         ema_decay, kappa = values["ema_decay"], values["kappa"]

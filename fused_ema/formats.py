@@ -120,7 +120,7 @@ def average(stored: Tensor, param: Tensor) -> Tensor:
     return param.float() + stored.float() * (1.0 / SCALE)
 
 
-def taught(teacher: Tensor, param: Tensor) -> Tensor:
+def begun(teacher: Tensor, param: Tensor) -> Tensor:
     """The float32 average that a bfloat16 teacher starts as: its copy of ``param`` is ``param``."""
     return torch.where(teacher == param.to(teacher.dtype), param.float(), teacher.float())
 

@@ -249,7 +249,7 @@ class FusedScaledOptimizer(EmaAccess):
 
     def _prepared(self) -> Stepper:
         """What takes the step at hand, ready to."""
-        if self._doubt is not None:
+        if self._doubt is not None:  # dynamo's guard around it takes longer than to look
             self._settle()
         averaged = clock.is_due(self.param_groups, self.ema_every)
         stepper = self._stepper if averaged else self._between

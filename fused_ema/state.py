@@ -94,7 +94,7 @@ def _bind(teacher: Tensor, param: Tensor, state: dict[str, Any], form: str) -> N
         return
     if state.get("ema") is None or state["ema"] is teacher:
         weight = weights(param, state)
-        average = formats.taught(teacher.detach(), weight)
+        average = formats.begun(teacher.detach(), weight)
         formats.check_distance("ema: the teacher's tensor", average, weight)
         state["ema"] = average
     state["teacher"] = teacher

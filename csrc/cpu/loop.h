@@ -102,8 +102,7 @@ void delta_loop(Half* delta, const float* old, const Weight* param, int64_t coun
 
 template <class Weight>
 void teacher_loop(BFloat16* teacher, const Half* delta, const Weight* param, int64_t count) {
-  FUSED_EMA_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) teacher[i] = taught(load(param[i]), delta[i]);
+  average_loop(teacher, param, count, [=](int64_t i) { return taught(load(param[i]), delta[i]); });
 }
 
 template <class Layout>
