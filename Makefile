@@ -86,7 +86,7 @@ demo: setup ## run the demonstration
 	@$(BIN)/python -m fused_ema.demo $(ARGS)
 
 .PHONY: test
-test: lint ## lint, then run the tests
+test: lint docs ## lint, build the docs, then run the tests
 	@$(BIN)/pytest --numprocesses auto $(ARGS)
 	@$(MAKE) --no-print-directory test-shim
 
@@ -96,6 +96,10 @@ lint: setup ## check style and types, change nothing
 	@$(BIN)/ruff format --check
 	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(CXX_TESTS)
 	@$(BIN)/mypy
+
+.PHONY: docs
+docs: setup ## build the documentation into build/site; a broken link stops it
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .PHONY: format
 format: setup ## put the style right where a tool can

@@ -30,8 +30,8 @@ DETAILED = ("resnet18", "vit_b16")
 
 INTRODUCTION = """# Benchmarks
 
-Made by `python -m bench.report` from the files in [bench/results](../bench/results); edit neither.
-[bench/README.md](../bench/README.md) tells how they are measured, and how to measure yours. A ratio
+Made by `python -m bench.report` from the files in `bench/results`; edit neither.
+`bench/README.md` tells how they are measured, and how to measure yours. A ratio
 is a provider's time over that of ours, `fused_ema native`, paired by round: above 1 we are faster,
 below 1 slower. Every result was checked against the reference first.
 """
