@@ -106,7 +106,7 @@ class Checker:
         self.spec = spec
         self.data = data
         self.device = device
-        exact = replace(spec, scenario=replace(spec.scenario, ema_format="full"))
+        exact = replace(spec, scenario=replace(spec.scenario, ema_format="full", graphed=False))
         reference = Running(REFERENCE, exact, data)
         for factor in FACTORS:
             reference.prepare(factor)

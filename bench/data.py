@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .cases import Case
 from .device import Device
+from .graphs import Graphed
 from .provider import Provider
 from .spec import LR, Group, Groups, Parameters, Spec
 
@@ -49,6 +50,7 @@ class Running:
     def __init__(self, provider: Provider, spec: Spec, data: Data) -> None:
         self.provider = provider
         self._loss_scale = spec.scenario.loss_scale
+        self._graphed = spec.scenario.graphed and not provider.bound
         weights, self._grads = data.views(data.weights), data.views(data.grads)
         if provider.bound:
             weights, self._grads = [data.weights.float()], [data.grads.float()]
@@ -59,6 +61,9 @@ class Running:
         self.weights = stepper.weights
         self.emas = stepper.emas
         self.prepare = self.backward if spec.scenario.rule or provider.bound else self.move
+        if self._graphed:
+            self.step = Graphed(stepper.step, self.params[0].device)
+            self.prepare = self.rewrite
 
     def backward(self, factor: float) -> None:
         """New gradients in new memory, as after zero_grad(set_to_none=True) and a backward pass."""
@@ -67,11 +72,19 @@ class Running:
         for param, grad in zip(self.params, grads, strict=True):
             param.grad = grad
 
+    def rewrite(self, factor: float) -> None:
+        """New gradients in the same memory, which is where a graph reads them."""
+        if self.params[0].grad is None:
+            self.backward(factor)
+        grads = [param.grad for param in self.params if param.grad is not None]
+        torch._foreach_copy_(grads, torch._foreach_mul(self._grads, factor * self._loss_scale))
+
     @torch.no_grad()
     def move(self, factor: float) -> None:
         """Other weights, for averages to follow."""
         torch._foreach_add_(self.params, self._grads, alpha=-LR * factor)
 
     def zero_grad(self) -> None:
-        for param in self.params:
+        """Drop the gradients, unless a graph reads them."""
+        for param in () if self._graphed else self.params:
             param.grad = None

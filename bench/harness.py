@@ -41,6 +41,7 @@ class Settings:
     seconds: for all of them, after which no more than :data:`LEAST_ROUNDS` are made.
     round_seconds: time that a turn takes, by repeating short steps.
     warmup_seconds: time that every provider steps before it counts.
+    names: of the providers to time, None for all; bounds are always timed.
     """
 
     rounds: int = 30
@@ -48,6 +49,10 @@ class Settings:
     round_seconds: float = 0.02
     warmup_seconds: float = 0.2
     seed: int = 0
+    names: Sequence[str] | None = None
+
+    def wanted(self, providers: Sequence[Provider]) -> list[Provider]:
+        return [p for p in providers if self.names is None or p.bound or p.name in self.names]
 
 
 @dataclass
@@ -127,6 +132,7 @@ def measure(
 ) -> list[Result]:
     """Check every provider, then time the right ones; one result each, in the given order."""
     start = monotonic()
+    providers = settings.wanted(providers)
     data = Data.draw(case, spec.scenario.dtype, device, settings.seed)
     checker = Checker(spec, data, device)
     results = {

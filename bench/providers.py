@@ -13,7 +13,20 @@ from fused_ema import FusedEMA
 from . import streams, theirs
 from .cases import Case
 from .provider import Bound, NotOfferedError, Provider, Stepper
-from .spec import EMA, EMA_DECAYS, KAPPA, LR, STEP, Group, Groups, Scenario, Spec, flat, max_norm
+from .spec import (
+    EMA,
+    EMA_DECAYS,
+    GRAPH,
+    KAPPA,
+    LR,
+    STEP,
+    Group,
+    Groups,
+    Scenario,
+    Spec,
+    flat,
+    max_norm,
+)
 from .theirs import averaging_alone, running_scaler, torch_optimizer
 
 # Above these a processor takes a second for the slowest providers' steps.
@@ -47,6 +60,7 @@ def made_by(backend: str, groups: Groups, spec: Spec) -> Stepper:
         "ema_format": scenario.ema_format,
         "kappa": KAPPA,
         "backend": backend,
+        **({"capturable": True} if scenario.graphed else {}),
     }
     if not scenario.rule:
         opt = torch.optim.SGD(params, lr=0.0)
@@ -174,7 +188,8 @@ AVERAGES = tuple(
         theirs.EMA_PYTORCH,
     )
 )
-# By the type of the device.
+# By the type of the device; the leading ones are timed everywhere.
+LEADING = {"cpu": (NATIVE,), "cuda": (NATIVE, TRITON)}
 OURS = {"cpu": (NATIVE, FOREACH, REFERENCE), "cuda": (NATIVE, TRITON, FOREACH)}
 BOUNDS = {"cpu": stream(), "cuda": copy()}
 HOST_PROVIDERS = {"cpu": (NATIVE, FOREACH_LERP, PEER), "cuda": (NATIVE, TRITON, PEER)}
@@ -184,12 +199,19 @@ TRAINERS = (*FEW_TRAINERS, FOREACH_LERP, TIMM)
 
 
 def providers(scenario: Scenario, case: Case, device: str) -> tuple[Provider, ...]:
-    """Whom to time: on a CPU only the likely ones where all would take minutes."""
-    own, bound = OURS[device], BOUNDS[device]
-    if device == "cpu" and (case.numel > MANY or len(case.shapes) > MANY_TENSORS):
+    """Whom to time: only the likely ones where all would take minutes."""
+    leading, bound = LEADING[device], BOUNDS[device]
+    apex_like = (small_chunks(),) if device == "cuda" and scenario is STEP else ()
+    if scenario is GRAPH:
+        return (*leading, PEER, FOREACH_LERP, bound)
+    if case.numel > MANY or len(case.shapes) > MANY_TENSORS:
         if scenario is EMA:
-            return (NATIVE, *AVERAGES[:2], bound)
-        return (NATIVE, *LIKELY[: None if scenario is STEP else FEW], bound)
-    if scenario is EMA:
-        return (*own, *AVERAGES, bound)
-    return (*own, *STEPS, *((small_chunks(),) if device == "cuda" else ()), bound)
+            return (*leading, *AVERAGES[:2], bound)
+        return (*leading, *LIKELY[: None if scenario is STEP else FEW], *apex_like, bound)
+    return (*OURS[device], *(AVERAGES if scenario is EMA else STEPS), *apex_like, bound)
+
+
+def known() -> dict[str, Provider]:
+    """Every provider by its name, but for the bounds."""
+    own = (provider for group in OURS.values() for provider in group)
+    return {p.name: p for p in (*own, *STEPS, *AVERAGES, small_chunks())}

@@ -18,7 +18,7 @@ from .cases import CASES
 from .device import DEVICES, Device
 from .harness import Settings, measure
 from .host import fits, measure_host
-from .providers import providers
+from .providers import known, providers
 from .record import Row
 from .spec import OPTIMIZERS, SCENARIOS, STEP, Scenario, Spec
 from .train import BATCHES, measure_training
@@ -27,8 +27,9 @@ HOST, TRAINING = "host", record.TRAINING
 
 # A processor takes too long for more.
 CPU_CASES = [name for name in CASES if name != "vit_l16"]
-CPU_SCENARIO_CASES = ["resnet18", "vit_b16"]
-CPU_CHAIN_CASES = [*CPU_SCENARIO_CASES, "tiny_10000x64"]
+# In other scenarios than step + EMA.
+SCENARIO_CASES = ["resnet18", "vit_b16"]
+MANY_LAUNCHES = [*SCENARIO_CASES, "tiny_10000x64"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw"], help="(adamw)"
     )
+    names = parser.add_argument("--providers", nargs="+", choices=known())
+    names.metavar, names.help = "NAME", f"some of {', '.join(map(repr, known()))}"
     parser.add_argument(
         "--rounds", type=int, default=Settings.rounds, help=f"at most ({Settings.rounds})"
     )
@@ -85,9 +88,10 @@ def items(args: argparse.Namespace) -> list[Item]:
 
 
 def default_cases(device: str, scenario: Scenario) -> list[str]:
+    if scenario.graphed and device == "cpu":
+        return []
     if scenario is not STEP:
-        few = CPU_CHAIN_CASES if scenario.chain else CPU_SCENARIO_CASES
-        return list(CASES) if device == "cuda" else few
+        return MANY_LAUNCHES if scenario.chain or scenario.graphed else SCENARIO_CASES
     first, *others = CASES if device == "cuda" else CPU_CASES
     return [first, HOST, TRAINING, *others]
 
@@ -136,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = DEVICES[args.device]()
     except RuntimeError as error:
         sys.exit(f"--device {args.device}: {error}")
-    settings = replace(Settings(), rounds=args.rounds)
+    settings = replace(Settings(), rounds=args.rounds, names=args.providers)
     rows: list[Row] = []
     late, failed = [], False
     shared = record.machine(device)

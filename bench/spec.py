@@ -51,6 +51,7 @@ class Scenario:
     chain: gradients come multiplied by ``LOSS_SCALE``, and are unscaled, checked and clipped.
     master: parameters are bfloat16, with float32 masters.
     ema_format: of our averages.
+    graphed: from its second time on, the step is a replay of a CUDA graph.
     norm_error: relative, of the gradients' norm that clips. torch adds squares up in float32: on a
         processor it is off by 0.1 % for 20 million elements.
     """
@@ -62,6 +63,7 @@ class Scenario:
     chain: bool = False
     master: bool = False
     ema_format: str = "full"
+    graphed: bool = False
     norm_error: float = 0.0
 
     @property
@@ -92,7 +94,8 @@ BF16 = Scenario(
     ema_format="bf16",
 )
 EMA = Scenario("ema", "EMA alone", rule=False)
-SCENARIOS = {scenario.name: scenario for scenario in (STEP, CHAIN, THREE, BF16, EMA)}
+GRAPH = Scenario("graph", "step + EMA, replayed as a CUDA graph", graphed=True)
+SCENARIOS = {scenario.name: scenario for scenario in (STEP, CHAIN, THREE, BF16, EMA, GRAPH)}
 
 
 def max_norm(params: Sequence[torch.Tensor]) -> float:

@@ -133,7 +133,12 @@ EMA_PYTORCH = Averaging("ema-pytorch", ema_pytorch)
 
 
 def torch_optimizer(**flags: bool) -> MakeOptimizer:
-    return lambda groups, spec: spec.make_torch(groups, **flags)
+    def make(groups: Groups, spec: Spec) -> torch.optim.Optimizer:
+        # torch's SGD has no count of steps, and can be captured as it is
+        counts = spec.scenario.graphed and spec.name != "sgd"
+        return spec.make_torch(groups, **flags, **({"capturable": True} if counts else {}))
+
+    return make
 
 
 def foreign_adamw(module: str, name: str, **flags: object) -> MakeOptimizer:

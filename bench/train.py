@@ -110,7 +110,7 @@ def train(
     kind = device.torch_device
     batch = BATCHES[kind.type][name]
     trainers = TRAINERS if kind.type == "cuda" or name == SMALLEST else FEW_TRAINERS
-    verdicts = verdicts_on(name, trainers, spec, device, settings)
+    verdicts = verdicts_on(name, settings.wanted(trainers), spec, device, settings)
     results = {p: Training(name, batch, spec, p, verdict) for p, verdict in verdicts.items()}
     try:
         timm = library("timm")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
+import bench.graphs
 from bench import cases, providers, record, run, theirs, train
 from bench.cases import Case
 from bench.check import Checker
@@ -16,13 +19,14 @@ from bench.device import Cpu
 from bench.harness import LEAST_ROUNDS, Settings, measure, memory_groups
 from bench.provider import NotOfferedError, Provider
 from bench.rows import Results
-from bench.spec import BF16, EMA, LR, OPTIMIZERS, SCENARIOS, STEP
+from bench.spec import BF16, EMA, GRAPH, LR, OPTIMIZERS, SCENARIOS, STEP
 from bench.theirs import Averaging, averaging_alone
 from fused_ema.backends import native
 
 ADAMW = OPTIMIZERS["adamw"]
 CPU = Cpu()
 SMALL = Case("small", ((3, 5), (257,), (), (64, 9), (1, 31), (2048,)), num_groups=3)
+ON_CPU = [scenario for scenario in SCENARIOS.values() if not scenario.graphed]
 LATER = theirs.compiled()  # compiling takes longer than all other tests
 
 
@@ -39,6 +43,9 @@ def test_every_provider_makes_the_same_step(scenario, optimizer):
     verdicts = {provider.name: checked.check(provider) for provider in chosen}
     assert not {name: v.error for name, v in verdicts.items() if v.error}
     left_out = {name for name, v in verdicts.items() if v.left_out}
+    if scenario is GRAPH:
+        assert left_out == {p.name for p in chosen if not p.bound}
+        return
     needs_adamw = set() if optimizer == "adamw" else {"optimi + lerp"}
     assert left_out == ({"flashoptim + lerp"} | needs_adamw if scenario is not EMA else set())
 
@@ -58,7 +65,7 @@ def with_lr_times(factor):
     return make
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("scenario", ON_CPU, ids=lambda scenario: scenario.name)
 def test_averages_that_move_too_little_get_no_time(scenario):
     """By 2 % of the way, in 16 bits, too, where each element is off by less than its rounding."""
     wide = Case("wide", ((50_000,),))
@@ -103,7 +110,9 @@ def test_bytes_are_those_of_the_arrays():
     counted = {name: replace(ADAMW, scenario=s).bytes_per_param for name, s in SCENARIOS.items()}
     # p, g, m, v, ema read; all but g written: 9 arrays of 4 bytes. Clipping reads g twice. Each
     # further average is read and written. bf16: master, m, v of 4 bytes, p, g, ema of 2.
-    assert counted == {"step": 36, "chain": 40, "three_emas": 52, "bf16": 32, "ema": 12}
+    assert counted == {
+        "step": 36, "chain": 40, "three_emas": 52, "bf16": 32, "ema": 12, "graph": 36,
+    }  # fmt: skip
     assert OPTIMIZERS["sgd"].bytes_per_param == 28
 
 
@@ -148,6 +157,51 @@ def test_run_writes_a_row_for_every_provider_and_scenario(quick, tmp_path, capsy
     assert all(row.median_ms or row.error for row in rows)
 
 
+def test_run_times_the_providers_that_are_named(quick, tmp_path):
+    names = [providers.NATIVE.name, providers.PEER.name]
+    chosen = ["--cases", "resnet18", "--scenarios", "step", "--rounds", "1", "--providers", *names]
+    assert run.main([*chosen, "--out", str(tmp_path / "some.csv")]) == 0
+    rows = Results.read(tmp_path / "some.csv").rows
+    assert [row.provider for row in rows] == [*names, "stream (bound)"]
+    with pytest.raises(SystemExit):
+        run.arguments(["--providers", "nobody"])
+
+
+class FakeGraphs:
+    """torch.cuda's graphs: what is captured runs when it is replayed, not before."""
+
+    def __init__(self, ran):
+        self.ran = ran
+        self.captured = None
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.ran.extend(self.captured))
+
+    @contextmanager
+    def graph(self, graph):
+        before = list(self.ran)
+        yield
+        self.captured = self.ran[len(before) :]
+        self.ran[:] = before
+
+    def Stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    def stream(self, stream):
+        return nullcontext()
+
+
+def test_a_graphed_step_is_carried_out_once_a_call(monkeypatch):
+    ran = []
+    monkeypatch.setattr(bench.graphs.torch, "cuda", FakeGraphs(ran))
+    step = bench.graphs.Graphed(lambda: ran.append("step"), torch.device("cuda"))
+    for count in range(1, 5):
+        step()
+        assert len(ran) == count
+
+
 def test_run_says_what_it_had_no_time_for(quick, capsys):
     assert run.main(["--cases", "resnet18", "--scenarios", "ema", "--seconds", "0"]) == 1
     assert "no time left for resnet18, ema with adamw" in capsys.readouterr().out
@@ -156,7 +210,7 @@ def test_run_says_what_it_had_no_time_for(quick, capsys):
 def test_default_tables_cover_every_scenario_on_both_devices():
     for device in ("cpu", "cuda"):
         names = [item.name for item in run.items(run.arguments(["--device", device]))]
-        for scenario in SCENARIOS:
+        for scenario in [s.name for s in SCENARIOS.values() if device == "cuda" or not s.graphed]:
             assert f"resnet18, {scenario} with adamw" in names
         assert len([name for name in names if name.startswith(("host", "training"))]) == 2
 
