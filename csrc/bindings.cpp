@@ -2,6 +2,7 @@
 
 #include <map>
 
+#include "collected.h"
 #include "cpu/plan.h"
 #include "rules.h"
 #include "slots.h"
@@ -34,9 +35,8 @@ std::map<std::string, std::vector<std::string>> scalar_names(RuleList<Rules...>)
 void define_cuda(py::module_& module) {
 #ifdef FUSED_EMA_CUDA
   using py::arg;
-  py::class_<cuda::Plan>(module, "CudaPlan")
-      .def(py::init<std::string, std::shared_ptr<Slots>, bool>(), arg("rule"), arg("slots"),
-           arg("ema_before"))
+  py::class_<cuda::Plan>(module, "CudaPlan", collected<cuda::Plan>())
+      .def(py::init<std::string, py::object, bool>(), arg("rule"), arg("slots"), arg("ema_before"))
       .def("prepare", &cuda::Plan::prepare)
       .def("sum_of_squares", &cuda::Plan::sum_of_squares)
       .def("run", &cuda::Plan::run, arg("control") = py::none(), arg("scalars") = py::none())
@@ -54,7 +54,7 @@ void define_cuda(py::module_& module) {
 
 PYBIND11_MODULE(_native, module) {
   using py::arg;
-  py::class_<Slots, std::shared_ptr<Slots>>(module, "Slots")
+  py::class_<Slots>(module, "Slots", collected<Slots>())
       .def(py::init<int, bool, bool, bool, bool, bool, Objects, Objects, ObjectLists, ObjectLists,
                     std::vector<int>, std::vector<int64_t>>(),
            arg("num_scalars"), arg("frozen"), arg("takes_grads"), arg("capturable"), arg("master"),
@@ -70,17 +70,16 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("active", &Slots::active)
       .def("pack", &pack)
       .def("chunks", &Slots::chunks);
-  py::class_<cpu::Plan> cpu_plan(module, "Plan");
+  py::class_<cpu::Plan> cpu_plan(module, "Plan", collected<cpu::Plan>());
   cpu_plan
-      .def(py::init<std::string, std::shared_ptr<Slots>, bool>(), arg("rule"), arg("slots"),
-           arg("ema_before"))
+      .def(py::init<std::string, py::object, bool>(), arg("rule"), arg("slots"), arg("ema_before"))
       .def("prepare", &cpu::Plan::prepare)
       .def("sum_of_squares", &cpu::Plan::sum_of_squares)
       .def("run", &cpu::Plan::run, arg("control") = py::none())
       .def_property_readonly("target", &cpu::Plan::target);
   cpu_plan.attr("captured") = false;
   cpu_plan.attr("skipping") = py::none();
-  py::class_<Watch>(module, "Watch")
+  py::class_<Watch>(module, "Watch", collected<Watch>())
       .def(py::init<const py::list&, const py::dict&>())
       .def("unchanged", &Watch::unchanged);
   define_cuda(module);

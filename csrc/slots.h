@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -69,6 +70,14 @@ class Slots {
 
   // Which slots have a gradient.
   std::vector<bool> active() const;
+
+  // See collected().
+  template <class Visit>
+  int traverse(Visit visit) const {
+    for (const py::object& tensor : tensors_)
+      if (const int stop = visit(tensor.ptr())) return stop;
+    return 0;
+  }
 
   size_t size() const { return groups_.size(); }
   size_t slot_size() const { return 1 + num_tensors(); }
@@ -168,6 +177,21 @@ class Slots {
   bool new_table_ = true;
   bool new_rows_ = true;  // or gradients
   bool new_slots_ = true;
+};
+
+// The slots of a plan, which owns their Python object: the garbage collector sees both, and the way
+// from one to the other.
+class OwnedSlots {
+ public:
+  OwnedSlots(py::object object)  // converts: plans are made of it in Python
+      : object_(std::move(object)), slots_(&object_.cast<Slots&>()) {}
+
+  Slots* operator->() const { return slots_; }
+  const py::object& object() const { return object_; }
+
+ private:
+  py::object object_;
+  Slots* slots_;
 };
 
 // Whether a tensor is nothing but memory of its own: no subclass, no lazy negation or conjugation.

@@ -1,6 +1,7 @@
 #include "watch.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace fused_ema {
 
@@ -90,7 +91,8 @@ bool Watch::untouched(const py::dict& state) const {
 }
 
 void Watch::remember_versions(const py::dict& state) {
-  dicts_.clear();
+  // until the end: dropping the last reference may run the garbage collector, which reads dicts_
+  const std::vector<Compared> dropped = std::exchange(dicts_, {});
   if (!has_versions) return;
   const auto remember = [this](PyObject* dict) {
     dicts_.push_back({py::reinterpret_borrow<py::object>(dict), version(dict)});

@@ -20,6 +20,17 @@ class Watch {
   // Whether the same objects are there, in the same places.
   bool unchanged(const py::list& param_groups, const py::dict& state);
 
+  // See collected().
+  template <class Visit>
+  int traverse(Visit visit) const {
+    for (const auto* objects : {&listed_, &held_})
+      for (const py::object& object : *objects)
+        if (const int stop = visit(object.ptr())) return stop;
+    for (const Compared& compared : dicts_)
+      if (const int stop = visit(compared.dict.ptr())) return stop;
+    return 0;
+  }
+
  private:
   // A dict as it was when its objects were compared.
   struct Compared {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import zip_longest
 from operator import is_
+from types import FrameType
 from typing import Any
+from weakref import finalize, ref
 
 import torch
 from torch import nn
@@ -21,6 +25,8 @@ from .teacher import Teacher
 
 # Where torch.optim.Optimizer's constructor keeps the hooks of its step.
 HOOKS = "_optimizer_step_post_hooks"
+# The code that calls them, around every step.
+STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
 class FusedEMA(FusedScaledOptimizer):
@@ -36,6 +42,9 @@ class FusedEMA(FusedScaledOptimizer):
     :meth:`ema_state_dict`, :meth:`copy_ema_to`, :attr:`kappa`, :meth:`set_batch_size`. Its
     ``state_dict()`` holds the averages and their clock, and is saved beside the optimizer's. A copy
     or pickle of both together is a working pair.
+
+    Keep it as long as it shall follow: the optimizer does not keep it alive, and dropping the last
+    reference to it removes its hooks.
 
     Args:
         optimizer: steps the parameters; it is not modified but for the hook.
@@ -102,12 +111,11 @@ class FusedEMA(FusedScaledOptimizer):
             backend=backend,
         )
         self._removed = False
-        self._handles: tuple[RemovableHandle, ...] = self._attached()
+        self._attach()
 
     def remove(self) -> None:
         """Follow the optimizer no longer; the averages stay as they are."""
-        for handle in self._handles:
-            handle.remove()
+        self._unhook()
         self._removed = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -134,21 +142,15 @@ class FusedEMA(FusedScaledOptimizer):
         self._follow_groups()
         super()._complete_state()
 
-    def _attached(self) -> tuple[RemovableHandle, ...]:
-        @_disable_dynamo  # which would trace into hooks
-        def begin(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if self._order == "before":
-                self._follow(optimizer)
-            else:
-                self._begin()
-
-        @_disable_dynamo
-        def end(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if self._order == "after":
-                self._follow(optimizer)
-
-        optimizer = self._optimizer
-        return optimizer.register_step_pre_hook(begin), optimizer.register_step_post_hook(end)
+    def _attach(self) -> None:
+        """Hook into the optimizer's step, until this object is gone."""
+        optimizer, own = self._optimizer, ref(self)
+        handles = (
+            optimizer.register_step_pre_hook(partial(_before_step, own)),
+            optimizer.register_step_post_hook(partial(_after_step, own)),
+        )
+        self._unhook = finalize(self, _remove, handles)
+        self._unhook.atexit = False
 
     def _begin(self) -> None:
         """Let averages start at the weights before the step, and refuse what cannot be moved."""
@@ -156,7 +158,9 @@ class FusedEMA(FusedScaledOptimizer):
         self._follow_groups()
         self._settle()
         with torch.inference_mode(False), torch.no_grad():
-            self._stepper.prepare(self.param_groups, self.state)
+            self._stepper.prepare(
+                self.param_groups, self.state, self._check_group, self._complete_state
+            )
 
     def _follow(self, optimizer: Optimizer) -> None:
         # where torch's fused optimizers read it, too
@@ -184,7 +188,49 @@ class FusedEMA(FusedScaledOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_optimizer" in state:  # a copy, whose optimizer has lost its hooks
-            self._handles = () if self._removed else self._attached()
+            self._attach()
+            if self._removed:
+                self._unhook()
+
+
+@_disable_dynamo  # which would trace into hooks
+def _before_step(own: ref[FusedEMA], optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    ema = own()
+    if ema is None or ema._removed:
+        return
+    if ema._order == "before":
+        ema._follow(optimizer)
+    else:
+        ema._begin()
+
+
+@_disable_dynamo
+def _after_step(own: ref[FusedEMA], optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    ema = own()
+    if ema is not None and not ema._removed and ema._order == "after":
+        ema._follow(optimizer)
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    if _is_stepping():
+        return  # torch walks through the hooks; these do nothing from here on
+    for handle in handles:
+        handle.remove()
+
+
+def _is_stepping() -> bool:
+    """Whether some optimizer is inside its step, in any thread."""
+    frames: list[FrameType | None] = list(sys._current_frames().values())
+    try:
+        while frames:
+            frame = frames.pop()
+            while frame is not None and frame.f_code is not STEP:
+                frame = frame.f_back
+            if frame is not None:
+                return True
+        return False
+    finally:
+        frames, frame = [], None  # this function's frame is one of them
 
 
 def _params(group: dict[str, Any]) -> dict[str, Any]:

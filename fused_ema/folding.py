@@ -46,6 +46,9 @@ class Checked(NamedTuple):
     hyper: Any
 
 
+Check: TypeAlias = Callable[[Group], Checked]
+
+
 class _Held:
     """A tensor on a device, remembered as what it is: its value is not looked at."""
 
@@ -64,7 +67,6 @@ class Folder:
 
     Args:
         rule: the optimizer's rule.
-        check: what a param group holds; raises ValueError for a bad value.
         averaged: whether averages move; if not, there are no weights.
 
     Attributes:
@@ -72,11 +74,8 @@ class Folder:
         kappas: ``kappa`` of every param group, NaN where it is a tensor on a device.
     """
 
-    def __init__(
-        self, rule: Rule, check: Callable[[Group], Checked], averaged: bool = True
-    ) -> None:
+    def __init__(self, rule: Rule, averaged: bool = True) -> None:
         self._rule = rule
-        self._check = check
         self._averaged = averaged
         self._given = itemgetter(*rule.hyper, "ema_decay", *PLACING)
         self.groups: Sequence[Group] = ()
@@ -86,8 +85,12 @@ class Folder:
         self._rows: dict[tuple[int, float | None], Scalars] = {}
         self._scheduled: dict[int, tuple[float, ...]] = {}
 
-    def refresh(self, groups: Sequence[Group]) -> bool:
+    def refresh(self, groups: Sequence[Group], check: Check) -> bool:
         """Take in the groups' current fields; True if a parameter may belong to another bucket.
+
+        Args:
+            groups: the optimizer's param groups.
+            check: what a param group holds; raises ValueError for a bad value.
 
         Raises:
             ValueError: a field holds a bad value; nothing has been taken in.
@@ -100,7 +103,9 @@ class Folder:
             return False
         known = self._scaled if len(self._scaled) == len(groups) else [None] * len(groups)
         scaled = [
-            old if old is not None and old.fields == given else self._scale(group, given, old)
+            old
+            if old is not None and old.fields == given
+            else self._scale(group, given, old, check)
             for group, given, old in zip(groups, fields, known, strict=True)
         ]
         moved = any(
@@ -117,7 +122,9 @@ class Folder:
         given: tuple[Any, ...] = self._given(group)
         return _remembered(plain(given, group)) if group["capturable"] else given
 
-    def _scale(self, group: Group, given: tuple[Any, ...], old: _Scaled | None) -> _Scaled:
+    def _scale(
+        self, group: Group, given: tuple[Any, ...], old: _Scaled | None, check: Check
+    ) -> _Scaled:
         count = len(self._rule.numbers)
         numbers, others = given[:count], given[count:]
         # what a capturable group holds may be a tensor where what was given is its value
@@ -128,7 +135,7 @@ class Folder:
             and all(map(_is_plain, numbers))
         ):
             return self._rescale(group, numbers, old)
-        values, hyper = self._check(group)
+        values, hyper = check(group)
         ema_decay, kappa = values["ema_decay"], values["kappa"]
         place = others[-len(PLACING) :]
         return _Scaled(

@@ -253,7 +253,7 @@ class FusedScaledOptimizer(EmaAccess):
             self._settle()
         averaged = clock.is_due(self.param_groups, self.ema_every)
         stepper = self._stepper if averaged else self._between
-        stepper.prepare(self.param_groups, self.state)
+        stepper.prepare(self.param_groups, self.state, self._check_group, self._complete_state)
         return stepper
 
     def _move(self) -> None:
@@ -412,8 +412,7 @@ class FusedScaledOptimizer(EmaAccess):
 
     def _make_stepper(self) -> None:
         self._stepper, self._between = (
-            Stepper(self.rule, self.backend, self._check_group, self._complete_state, averaged)
-            for averaged in (True, False)
+            Stepper(self.rule, self.backend, averaged) for averaged in (True, False)
         )
 
     def _forget_plans(self) -> None:

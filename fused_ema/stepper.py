@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,12 +12,12 @@ from ._native import Slots, Watch
 from .backends import graphs, requested_backend, select
 from .backends.plan import Plan
 from .buckets import Bucket, make_buckets
-from .folding import Checked, Folder
+from .folding import Check, Folder
 from .gradients import Control
 from .rules import Rule
 from .sharding import Shards, Spread, total
 
-Groups = Sequence[Mapping[str, Any]]
+Complete: TypeAlias = Callable[[], None]
 
 
 class Stepper:
@@ -26,8 +26,6 @@ class Stepper:
     Args:
         rule: the optimizer's rule.
         backend: ``"auto"`` or a backend's name.
-        check: see :class:`~fused_ema.folding.Folder`.
-        complete: gives every parameter the state that its group needs.
         averaged: whether averages move; if not, they are left as they are.
 
     Attributes:
@@ -42,17 +40,14 @@ class Stepper:
         self,
         rule: Rule,
         backend: str,
-        check: Callable[[Mapping[str, Any]], Checked],
-        complete: Callable[[], None],
         averaged: bool = True,
     ) -> None:
         self._rule = rule
         self._backend = backend
-        self._complete = complete
         self._averaged = averaged
         self._watch: Watch | None = None
         self._captured: list[Plan] = []  # a CUDA graph outlives the plan that it was captured from
-        self.folder = Folder(rule, check, averaged)
+        self.folder = Folder(rule, averaged)
         self.plans: list[Plan] = []
         self.backends: tuple[str, ...] = ()
         self._devices: list[torch.device] = []
@@ -61,18 +56,31 @@ class Stepper:
         self.host_folded = False
         self.skips = False
 
-    def prepare(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    def prepare(
+        self,
+        groups: list[dict[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        check: Check,
+        complete: Complete,
+    ) -> None:
         """Read gradients and fold scalars; no parameter, state or average is written.
+
+        Args:
+            groups: the optimizer's param groups.
+            state: its state.
+            check: see :meth:`~fused_ema.folding.Folder.refresh`. It is not kept, and neither is
+                ``complete``: they are methods of what holds this object.
+            complete: gives every parameter the state that its group needs.
 
         Raises:
             ValueError: a param group holds a bad value.
             RuntimeError: a sparse gradient, a state of the wrong shape, or no backend that can.
         """
-        moved = self.folder.refresh(groups)
+        moved = self.folder.refresh(groups, check)
         if moved or self._watch is None or not self._watch.unchanged(groups, state):
-            self._make_plans(groups, state)
+            self._make_plans(groups, state, complete)
         if not self._prepare_plans():
-            self._make_plans(groups, state)
+            self._make_plans(groups, state, complete)
             if not self._prepare_plans():
                 raise RuntimeError("a parameter or its state changes while it is being stepped")
 
@@ -124,7 +132,10 @@ class Stepper:
             return all([plan.prepare(self.folder) for plan in self.plans])
 
     def _make_plans(
-        self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]
+        self,
+        groups: list[dict[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        complete: Complete,
     ) -> None:
         self._watch = None  # whatever fails below, the old plans are not to be used again
         devices = {param.device for group in groups for param in group["params"]}
@@ -134,7 +145,7 @@ class Stepper:
                 "plans, which a graph cannot repeat; take a step before the capture"
             )
         self._captured += [plan for plan in self.plans if plan.captured]
-        self._complete()
+        complete()
         requested = [requested_backend(group, self._backend) for group in groups]
         buckets = make_buckets(self._rule, groups, state, requested, self._averaged)
         self._devices = [bucket.key.device for bucket in buckets]

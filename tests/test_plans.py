@@ -254,7 +254,7 @@ def test_a_state_that_is_written_to_and_as_before_keeps_its_plans(backend):
         for p in params:
             optimizer.state[p]["note"] = 1
             del optimizer.state[p]["note"]
-        optimizer._stepper.prepare(optimizer.param_groups, optimizer.state)
+        optimizer._prepared()
         assert optimizer._stepper.plans is plans
         replace_averages(params, optimizer)
 

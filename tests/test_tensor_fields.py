@@ -69,11 +69,11 @@ def test_a_new_tensor_in_a_capturable_group_is_checked():
     p = nn.Parameter(torch.empty(2, device="meta"))
     opt = FusedScaledAdamW([p], lr=torch.tensor(0.1), ema_decay=0.9, kappa=2.0, capturable=True)
     folder = opt._stepper.folder
-    folder.refresh(opt.param_groups)
+    folder.refresh(opt.param_groups, opt._check_group)
     opt.param_groups[0]["kappa"] = torch.tensor(3.0)
-    folder.refresh(opt.param_groups)
+    folder.refresh(opt.param_groups, opt._check_group)
     assert folder.kappas == [3.0]
     assert isinstance(folder.kappas[0], float)
     opt.param_groups[0]["lr"] = torch.tensor(0.3, requires_grad=True)
     with pytest.raises(ValueError, match="lr requires grad"):
-        folder.refresh(opt.param_groups)
+        folder.refresh(opt.param_groups, opt._check_group)

@@ -100,7 +100,7 @@ def test_a_capture_has_words_of_its_own():
     eager = memory(words.current())
     for p in params:
         p.grad = torch.full_like(p, 2.0)
-    opt._stepper.prepare(opt.param_groups, opt.state)
+    opt._prepared()
     first, second = words.captured(), words.captured()
     after = words.current()
     assert not eager & memory(first)

@@ -17,7 +17,7 @@ constexpr int64_t sum_size = 4096;
 
 }  // namespace
 
-Plan::Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before)
+Plan::Plan(const std::string& rule, OwnedSlots slots, bool ema_before)
     : target_(chosen_target()),
       kernel_(known(find_kernel(target_, rule, slots->num_states(), slots->storage()), rule,
                     slots->num_states(), slots->num_scalars())),

@@ -1,7 +1,6 @@
 // A bucket of dense CPU tensors, ready to step.
 #pragma once
 
-#include <memory>
 #include <optional>
 #include <string>
 
@@ -11,7 +10,7 @@ namespace fused_ema::cpu {
 
 class Plan {
  public:
-  Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before);
+  Plan(const std::string& rule, OwnedSlots slots, bool ema_before);
 
   // As Slots::prepare.
   bool prepare(const py::object& fold) { return slots_->prepare(fold); }
@@ -25,6 +24,12 @@ class Plan {
 
   const std::string& target() const { return target_; }
 
+  // See collected().
+  template <class Visit>
+  int traverse(Visit visit) const {
+    return visit(slots_.object().ptr());
+  }
+
  private:
   void run_elements(int64_t begin, int64_t end, double grad_factor) const;
 
@@ -32,7 +37,7 @@ class Plan {
   KernelInfo kernel_;
   Squares squares_;
   bool ema_before_;
-  std::shared_ptr<Slots> slots_;
+  OwnedSlots slots_;
   at::Tensor chunks_;  // of gradients, as they are summed
 };
 

@@ -10,7 +10,7 @@
 
 namespace fused_ema::cuda {
 
-Plan::Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before)
+Plan::Plan(const std::string& rule, OwnedSlots slots, bool ema_before)
     : kernel_(known(find_kernel(rule, slots->num_states(), slots->storage()), rule,
                     slots->num_states(), slots->num_scalars())),
       squares_(find_squares(slots->storage().type)),

@@ -1,7 +1,6 @@
 // A bucket of dense tensors on a GPU, ready to step by one launch.
 #pragma once
 
-#include <memory>
 #include <optional>
 #include <string>
 
@@ -12,7 +11,7 @@ namespace fused_ema::cuda {
 
 class Plan {
  public:
-  Plan(const std::string& rule, std::shared_ptr<Slots> slots, bool ema_before);
+  Plan(const std::string& rule, OwnedSlots slots, bool ema_before);
 
   // As Slots::prepare.
   bool prepare(const py::object& fold) {
@@ -32,7 +31,13 @@ class Plan {
   bool captured() const { return !kept_.empty(); }
 
   // What a step is counted in. The kernel skips one by itself.
-  const std::shared_ptr<Slots>& slots() const { return slots_; }
+  const py::object& slots() const { return slots_.object(); }
+
+  // See collected().
+  template <class Visit>
+  int traverse(Visit visit) const {
+    return visit(slots_.object().ptr());
+  }
 
  private:
   void pack(bool capturing);
@@ -43,7 +48,7 @@ class Plan {
   KernelInfo kernel_;
   Squares squares_;
   bool ema_before_;
-  std::shared_ptr<Slots> slots_;
+  OwnedSlots slots_;
   at::Tensor chunks_;
   at::Tensor neutral_;            // the control of a step that takes gradients as they are
   at::Tensor slot_table_;         // the slots' words on the device
