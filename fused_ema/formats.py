@@ -11,7 +11,8 @@ be rounded to bfloat16 likewise.
 from __future__ import annotations
 
 import struct
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ TEACHER_DTYPES = {"bf16": torch.bfloat16, "delta": torch.bfloat16}
 SCALE = 1024.0
 LARGEST = 65504.0  # of float16; larger differences are cut off
 MASK = 0xFFFFFFFF
+# Elements converted at a time: what is computed on the way takes a few MiB.
+BLOCK = 1 << 18
+
+# Computes a tensor from tensors.
+Compute: TypeAlias = Callable[..., Tensor]
 
 
 def mix(x: Any) -> Any:
@@ -125,14 +131,22 @@ def begun(teacher: Tensor, param: Tensor) -> Tensor:
     return torch.where(teacher == param.to(teacher.dtype), param.float(), teacher.float())
 
 
-def check_distance(what: str, value: Tensor, param: Tensor) -> None:
-    """Raise ValueError where a difference to ``param`` would be cut off, or is a NaN."""
-    away = local((value.to(param.device).float() - param.float()).abs())
-    largest = float(away.max()) if away.numel() > 0 else 0.0
-    if not largest <= LARGEST / SCALE:
+def check_distance(
+    what: str, value: Tensor, param: Tensor, read: Compute = lambda value, _: value
+) -> None:
+    """Raise ValueError where a difference to ``param`` would be cut off, or is a NaN.
+
+    ``read(value, param)``, which goes element by element, gives what the difference is of.
+    """
+    largest = torch.zeros((), device=param.device)
+    for part, weight in blocks(value, param):
+        away = (read(part.to(weight.device), weight).float() - weight.float()).abs()
+        if away.numel() > 0:
+            largest = torch.maximum(largest, away.max())
+    if not float(largest) <= LARGEST / SCALE:
         raise ValueError(
-            f"{what} is up to {largest:.3g} from the weights; allowed: {LARGEST / SCALE:.3g} with "
-            "ema_format='delta'"
+            f"{what} is up to {float(largest):.3g} from the weights; allowed: "
+            f"{LARGEST / SCALE:.3g} with ema_format='delta'"
         )
 
 
@@ -142,3 +156,38 @@ def stored(value: Tensor, param: Tensor, form: str) -> Tensor:
         scaled = (value.float() - param.float()) * SCALE
         return scaled.clamp(-LARGEST, LARGEST).to(torch.float16)
     return value.to(DTYPES.get(form, value.dtype))
+
+
+def write(target: Tensor, compute: Compute, *given: Tensor) -> Tensor:
+    """Fill ``target`` in place with ``compute(*given)``, which goes element by element; returns it.
+
+    It is done in blocks: nothing that is computed on the way has the size of a parameter. All
+    tensors have one shape, DTensors one placement; ``target`` may be one of ``given``.
+    """
+    for part, *parts in blocks(target, *given):
+        part.copy_(compute(*parts))
+    return target
+
+
+def blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Views of the same at most :data:`BLOCK` elements of all tensors, until all have been seen.
+
+    Raises:
+        ValueError: what lies here of them has different shapes.
+    """
+    parts = [local(tensor.detach()) for tensor in tensors]
+    shapes = {tuple(part.shape) for part in parts}
+    if len(shapes) > 1:
+        raise ValueError(f"tensors have the shapes {sorted(shapes)}; allowed: one shape")
+    yield from _split(parts)
+
+
+def _split(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    shape, count = tensors[0].shape, tensors[0].numel()
+    if count <= BLOCK:
+        yield tensors
+        return
+    dim = max(range(len(shape)), key=shape.__getitem__)
+    size = max(1, BLOCK // (count // shape[dim]))
+    for parts in zip(*(tensor.split(size, dim) for tensor in tensors), strict=True):
+        yield from _split(list(parts))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .ema import ema_keys
-from .formats import DTYPES, average, check_distance, stored
+from .formats import DTYPES, average, check_distance, stored, write
 from .optimizer import FusedScaledOptimizer
 from .state import weights
 
@@ -180,9 +180,9 @@ class _Difference(NamedTuple):
     teacher: Tensor | None  # a copy of the average itself
 
     def hold(self, value: Tensor) -> None:
-        self.held.copy_(stored(value.to(self.weight.device), self.weight, "delta"))
+        write(self.held, lambda v, w: stored(v.to(w.device), w, "delta"), value, self.weight)
         if self.teacher is not None:
-            self.teacher.copy_(average(self.held, self.weight))
+            write(self.teacher, average, self.held, self.weight)
 
 
 def _differences(

@@ -83,7 +83,8 @@ def _rest(state: dict[str, Any], weight: Tensor, emas: tuple[str, ...]) -> None:
     for key, value in state.items():
         resting = (key == "ema" or key.startswith("ema_")) and key not in emas
         if resting and isinstance(value, Tensor) and value.dtype == formats.DTYPES["delta"]:
-            state[key] = formats.average(value, weight)
+            full = torch.empty_like(weight, dtype=torch.float32)
+            state[key] = formats.write(full, formats.average, value, weight)
 
 
 def _bind(teacher: Tensor, param: Tensor, state: dict[str, Any], form: str) -> None:
@@ -94,9 +95,8 @@ def _bind(teacher: Tensor, param: Tensor, state: dict[str, Any], form: str) -> N
         return
     if state.get("ema") is None or state["ema"] is teacher:
         weight = weights(param, state)
-        average = formats.begun(teacher.detach(), weight)
-        formats.check_distance("ema: the teacher's tensor", average, weight)
-        state["ema"] = average
+        formats.check_distance("ema: the teacher's tensor", teacher, weight, formats.begun)
+        state["ema"] = _converted(formats.begun, teacher, weight, form)
     state["teacher"] = teacher
 
 
@@ -104,12 +104,20 @@ def _average(value: Tensor | None, weight: Tensor, param: Tensor, form: str, key
     """An average as the format keeps it: ``value``, or the weights where there is none."""
     dtype = formats.DTYPES.get(form, COMPUTE_DTYPE[param.dtype])
     if value is None:
-        full = weight.to(COMPUTE_DTYPE[param.dtype], copy=True)
-        return full if form == "full" else formats.stored(full, weight, form)
-    if value.dtype != dtype:
+        if form == "full":
+            return weight.to(dtype, copy=True)
+        return _converted(lambda value, _: value, weight, weight, form)
+    if value.dtype != dtype and (form != "full" or value.dtype == formats.DTYPES["delta"]):
         # the group's format has changed; a state of another dtype may also be a user's
-        value = formats.stored(formats.average(value, weight), weight, form)
+        value = _beside(value, param, value.dtype, key)
+        value = _converted(formats.average, value, weight, form)
     return _beside(value, param, dtype, key)
+
+
+def _converted(read: formats.Compute, value: Tensor, weight: Tensor, form: str) -> Tensor:
+    """The average ``read(value, weight)`` as the format keeps it, in memory of its own."""
+    ema = torch.empty_like(weight, dtype=formats.DTYPES.get(form, torch.float32))
+    return formats.write(ema, lambda held, w: formats.stored(read(held, w), w, form), value, weight)
 
 
 def weight_dtype(rule: Rule, group: Mapping[str, Any], param: Tensor) -> torch.dtype:

@@ -168,8 +168,8 @@ class EagerPlan:
                 formats.follow_delta(real(slot.state[key]), change, weight, bits, before)
         if self.bucket.key.teacher:
             for slot, param in zip(row.slots, self._weights(row), strict=True):
-                average = formats.average(real(slot.state["ema"]), param)
-                real(slot.state["teacher"]).copy_(average)
+                held, teacher = (real(slot.state[key]) for key in ("ema", "teacher"))
+                formats.write(teacher, formats.average, held, param)
 
 
 def check_grad(grad: Tensor, param: Tensor) -> None:
