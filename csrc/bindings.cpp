@@ -6,6 +6,7 @@
 #include "cpu/plan.h"
 #include "rules.h"
 #include "slots.h"
+#include "swap.h"
 #include "watch.h"
 
 #ifdef FUSED_EMA_CUDA
@@ -82,6 +83,7 @@ PYBIND11_MODULE(_native, module) {
   py::class_<Watch>(module, "Watch", collected<Watch>())
       .def(py::init<const py::list&, const py::dict&>())
       .def("unchanged", &Watch::unchanged);
+  define_swap(module);
   define_cuda(module);
   module.def("is_plain", &is_plain);
   module.def("cpu_targets", &cpu::targets);

@@ -1,4 +1,4 @@
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -98,6 +98,19 @@ class Watch:
         self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]
     ) -> bool:
         """Whether the same objects are there, in the same places."""
+
+class Swap:
+    """A context manager that puts values into tensors and gives everything back.
+
+    ``flag.swapped`` is True meanwhile; where it is already, ``flag.check(what)`` raises. ``begin()``
+    says what to hold: ``tensors``, of ``(owner, part, value, copied, name)``, and ``places``, of
+    ``(dict, key, value, fixed)``. ``end()`` is called after everything has been restored, and again
+    where it raised. Dropped while open, it restores, too.
+    """
+
+    def __init__(self, flag: Any, begin: Callable[[], Any], end: Callable[[], Any]) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is plain memory: no subclass, lazy negation, conjugation, inference."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import averages
 from .ema import decays, ema_keys
 from .ema_buffers import EmaBuffers
-from .formats import average
-from .sharding import fsdp_modules, is_sharded, reshard, resharded
-from .state import weights
-from .swap import swapped
+from .sharding import fsdp_modules, is_sharded, reshard
+from .state import held_average
+from .swap import Begun, Flag, Swap, begun
 
 
 class EmaAccess(Optimizer):
@@ -23,39 +24,74 @@ class EmaAccess(Optimizer):
 
     _names: dict[Tensor, str]
     _buffers: EmaBuffers | None
-    _swapped: bool
-    _teacher_modules: list[Any]
+    _swap_flag: Flag
+    _teachers: dict[Tensor, Tensor]
 
-    def _complete_state(self) -> None:
-        """Give every parameter the averages that its group asks for."""
-        raise NotImplementedError
+    def _follow_groups(self) -> None:
+        """Take in param groups that belong here and have been added elsewhere."""
 
-    @contextmanager
-    def ema_weights(self, index: int = 0) -> Iterator[None]:
+    @_disable_dynamo  # what is entered is not for compiled code
+    def ema_weights(self, index: int = 0, *, model: nn.Module | None = None) -> Swap:
         """Hold an average in the parameters, in place, while the context is open.
 
-        ``with opt.ema_weights(): evaluate(model)``. On exit, also by an exception, weights and
-        averages are restored bit by bit. Averaged buffers trade places too. FSDP2's modules are
-        resharded on entry and exit.
+        ``with opt.ema_weights(): evaluate(model)``. However it is left, also by an exception or by
+        a signal handler that raises at any time, the weights are then what they were, bit by bit,
+        whatever has happened to the module inside: dtype casts, moves, writes in place. So are the
+        buffers of a known module, by ``model=`` here or of the optimizer; averaged buffers are held
+        in their place meanwhile. Averages and masters are not touched. Before the first step the
+        average is the weights (or the teacher), and none begins. FSDP2's modules are resharded on
+        entry and exit.
+
+        While open it takes memory for a copy of the weights and buffers. Parameters keep their
+        memory. Gradients are the user's: a cast of them is undone, a write to them is not. Of
+        frozen parameters without an average no copy is kept: a cast is undone, a write in place
+        makes the exit raise (but for one through ``.data``, which nobody sees).
+
+        A graph made outside cannot run backward inside, nor one made inside after it, as with all
+        tensors that are modified in place; one made before can run backward after it.
 
         Args:
             index: which average, for a tuple ``ema_decay``.
+            model: the module that holds the parameters, where the optimizer was made without it.
+
+        Returns:
+            A context manager, to be entered once, or a decorator.
 
         Raises:
             IndexError: there is no such average.
-            RuntimeError: already inside; ``step()``, ``state_dict()`` and ``load_state_dict()``
-                raise it inside. Or DTensor parameters without ``model=``.
+            ValueError: ``model`` is no module, or holds none of the averaged parameters.
+            RuntimeError: on entry: already inside (``step()``, ``state_dict()`` and
+                ``load_state_dict()`` raise it inside, in every thread), or DTensor parameters
+                without ``model=``, or an average that does not have its parameter's shape. On exit:
+                something could not be restored; the message names it, the rest is restored.
         """
-        by_param = self._averages(index, "ema_weights()")
-        pairs = list(by_param.items())
+        modules = self._modules_around(model)
+        begin = partial(self._begin_swap, index, model, modules)
+        return Swap(self._swap_flag, begin, partial(_reshard, modules))
+
+    def _modules_around(self, model: nn.Module | None) -> list[nn.Module]:
+        """The modules that are known to hold the parameters."""
+        if model is not None and not isinstance(model, nn.Module):
+            raise ValueError(f"model: received a {type(model).__name__}; allowed: a module")
+        known = self._buffers.model if self._buffers is not None else None
+        return [module for module in (model, known) if module is not None]
+
+    def _begin_swap(
+        self, index: int, model: nn.Module | None, modules: Sequence[nn.Module]
+    ) -> Begun:
+        by_param = self._averages(index)
+        if model is not None and set(by_param).isdisjoint(model.parameters()):
+            raise ValueError("model holds none of the optimizer's averaged parameters")
+        if not modules and any(map(is_sharded, by_param)):
+            raise RuntimeError(
+                "ema_weights() with DTensor parameters: their modules may hold full copies of "
+                "them, and are not known; give the optimizer model=<the module>, or give it here"
+            )
+        _reshard(modules)  # first, so that the modules hold what the optimizer does
         if self._buffers is not None:
-            pairs += self._buffers.pairs(index)
-        with resharded(self._fsdp_modules(by_param)), swapped(pairs):
-            self._swapped = True
-            try:
-                yield
-            finally:
-                self._swapped = False
+            by_param |= self._buffers.pairs(index)
+        params = (param for group in self.param_groups for param in group["params"])
+        return begun(by_param, params, self._names, modules)
 
     def ema_state_dict(self, model: nn.Module, index: int = 0) -> dict[str, Tensor]:
         """An average under the keys of ``model.state_dict()``.
@@ -73,7 +109,8 @@ class EmaAccess(Optimizer):
             ValueError: ``model`` holds none of the averaged parameters.
             IndexError: there is no such average.
         """
-        by_param = self._averages(index, "ema_state_dict()")
+        self._check_not_swapped("ema_state_dict()")
+        by_param = self._averages(index)
         return averages.state_dict(model, by_param, self._held_buffers(index))
 
     def copy_ema_to(self, model: nn.Module, index: int = 0) -> None:
@@ -92,22 +129,12 @@ class EmaAccess(Optimizer):
             ValueError: a name or shape does not match; the message names the first.
             IndexError: there is no such average.
         """
-        by_param = self._averages(index, "copy_ema_to()")
+        self._check_not_swapped("copy_ema_to()")
+        by_param = self._averages(index)
         names = {**self._names, **(self._buffers.names() if self._buffers is not None else {})}
         in_order = len(self._averaged_groups()) == 1
         reshard(fsdp_modules(model))
         averages.copy_to(model, by_param, self._held_buffers(index), names, in_order)
-
-    def _fsdp_modules(self, params: Iterable[Tensor]) -> list[Any]:
-        """FSDP2's modules around the parameters and around their teacher."""
-        if self._buffers is not None:
-            return [*fsdp_modules(self._buffers.model), *self._teacher_modules]
-        if any(map(is_sharded, params)):
-            raise RuntimeError(
-                "ema_weights() with DTensor parameters: their modules may hold full copies of "
-                "them, and are not known; give the optimizer model=<the module>"
-            )
-        return []
 
     def _held_buffers(self, index: int) -> dict[Tensor, Tensor]:
         return self._buffers.values(index) if self._buffers is not None else {}
@@ -118,24 +145,36 @@ class EmaAccess(Optimizer):
     def _num_emas(self) -> int:
         return max(len(decays(group["ema_decay"])) for group in self.param_groups)
 
-    def _averages(self, index: int, what: str) -> dict[Tensor, Tensor]:
-        """The average ``index`` of every parameter that has it."""
-        self._check_not_swapped(what)
-        self._complete_state()
+    def _averages(self, index: int) -> dict[Tensor, Tensor]:
+        """The average ``index`` of every parameter that has it; reading it begins nothing."""
+        self._follow_groups()
+        if self._num_emas() == 0:
+            raise IndexError(
+                f"index={index}: no param group has that average; the optimizer was made without "
+                "ema_decay"
+            )
         key = ema_keys(index + 1)[-1] if index >= 0 else ""
-        found = {
-            param: average(self.state[param][key], weights(param, self.state[param]))
-            for group in self.param_groups
-            if 0 <= index < len(decays(group["ema_decay"]))
-            for param in group["params"]
-        }
+        teachers = self._teachers if index == 0 else {}
+        # not under the user's inference_mode, whose tensors could not be written to outside
+        with torch.inference_mode(False), torch.no_grad():
+            found = {
+                param: held_average(
+                    # .get() of a defaultdict makes no entry
+                    key, param, self.state.get(param, {}), group, teachers.get(param)
+                )
+                for group in self.param_groups
+                if 0 <= index < len(decays(group["ema_decay"]))
+                for param in group["params"]
+            }
         if not found:
             raise IndexError(f"index={index}: no param group has that average; see ema_decay")
         return found
 
     def _check_not_swapped(self, what: str) -> None:
-        if self._swapped:
-            raise RuntimeError(
-                f"{what} inside ema_weights(): the parameters hold the average; leave the context "
-                "first"
-            )
+        if self._swap_flag.swapped:
+            self._swap_flag.check(what)
+
+
+def _reshard(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        reshard(fsdp_modules(module))

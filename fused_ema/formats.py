@@ -123,7 +123,7 @@ def average(stored: Tensor, param: Tensor) -> Tensor:
     """The average that ``stored`` stands for beside weights ``param``: itself, or ``p + d``."""
     if stored.dtype != torch.float16:
         return stored
-    return param.float() + stored.float() * (1.0 / SCALE)
+    return param.float() + stored.to(param.device).float() * (1.0 / SCALE)
 
 
 def begun(teacher: Tensor, param: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from .scaling import check_range
 from .sharding import reshard
 from .state import complete
 from .stepper import Stepper
+from .swap import Flag
 from .teacher import Teacher, check_disjoint, check_whole, fitting, pair, resharding_modules
 
 
@@ -128,7 +129,7 @@ class FusedScaledOptimizer(EmaAccess):
         self._teacher_modules: list[Any] = []
         self._names: dict[Tensor, str] = {}
         self._buffers: EmaBuffers | None = None
-        self._swapped = False
+        self._swap_flag = Flag()
         self._doubt: _Doubt | None = None
         self._squares: list[Tensor] | None = None
         self._make_stepper()
@@ -401,13 +402,13 @@ class FusedScaledOptimizer(EmaAccess):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._swapped = False
         self._grad_norm = None
         self._doubt = None
         self._squares = None
         if hasattr(self, "_stepper"):  # loading a state dict: graphs may still use old plans
             self._forget_plans()
         else:
+            self._swap_flag = Flag()
             self._make_stepper()
 
     def _make_stepper(self) -> None:

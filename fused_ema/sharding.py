@@ -191,16 +191,6 @@ def reshard(modules: Iterable[Any]) -> None:
         module.reshard()
 
 
-@contextmanager
-def resharded(modules: Iterable[Any]) -> Iterator[None]:
-    """:func:`reshard` before and after, for parameters that hold other values between."""
-    reshard(modules)
-    try:
-        yield
-    finally:
-        reshard(modules)
-
-
 def _layout(tensor: Tensor) -> tuple[DeviceMesh, tuple[Any, ...]]:
     dtensor = _dtensor(tensor)
     return dtensor.device_mesh, dtensor.placements

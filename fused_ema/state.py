@@ -78,6 +78,38 @@ def weights(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     return held
 
 
+def held_average(
+    key: str,
+    param: Tensor,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    teacher: Tensor | None = None,
+) -> Tensor:
+    """The average ``key`` of a parameter; what has not begun yet is the weights or the teacher.
+
+    Args:
+        key: ``"ema"``, ``"ema_1"``, ...
+        param: the parameter.
+        state: its state, which may be empty.
+        group: its param group.
+        teacher: the tensor that is the first average, for that one.
+
+    Raises:
+        RuntimeError: the average has another shape than the parameter.
+    """
+    weight = weights(param, state)
+    value: Tensor | None = state.get(key)
+    if value is None:
+        if teacher is None:
+            return weight
+        return formats.begun(teacher, weight) if group["ema_format"] == "delta" else teacher
+    if value.shape != param.shape:
+        raise RuntimeError(
+            f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
+        )
+    return formats.average(value, weight)
+
+
 def _rest(state: dict[str, Any], weight: Tensor, emas: tuple[str, ...]) -> None:
     """Keep averages that do not move as they are: the weights go on without them."""
     for key, value in state.items():

@@ -1,67 +1,141 @@
-"""Exchanges weights and averages in place."""
+"""Weights that hold an average for a while, and all that is kept of them meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import ContextDecorator
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from torch._compile import _disable_dynamo
+from torch import Tensor, nn
 
-from .sharding import local
-
-# Elements exchanged at a time: the scratch memory of a swap, 4 MiB of float32.
-BLOCK = 1 << 20
+from . import _native
+from .sharding import local, place, placed_alike
 
 
-@contextmanager
-def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Hold the second tensor's values in the first while the context is open.
+class Flag:
+    """Whether an optimizer's weights hold an average.
 
-    Tensors of one dtype trade places block by block and trade back on exit: bit-exact, with
-    ``BLOCK`` elements of scratch memory. Where the average has more bits than the weight, the
-    weight's bits have no room in it: they are kept aside, and the average is rounded into place.
+    One object that wrappers of the optimizer share with it, never replaced.
+    """
+
+    __slots__ = ("swapped",)
+
+    def __init__(self) -> None:
+        self.swapped = False
+
+    def check(self, what: str) -> None:
+        """Raise RuntimeError for ``what`` while the weights hold an average."""
+        if self.swapped:
+            raise RuntimeError(
+                f"{what} inside ema_weights(): the parameters hold the average; leave the context "
+                "first"
+            )
+
+
+class Kept(NamedTuple):
+    """A tensor that is what it was when the context has been left."""
+
+    owner: Tensor
+    part: Tensor
+    """Of a DTensor its local tensor, else the owner."""
+    value: Tensor | None
+    """What the part holds while the context is open; None: what it held before."""
+    copied: bool
+    """Whether its values are kept, not its memory alone."""
+    name: str
+
+
+class Place(NamedTuple):
+    """An entry of a module's dict of parameters or buffers."""
+
+    entries: MutableMapping[str, Any]
+    name: str
+    value: Tensor | None
+    fixed: bool
+    """False: the module may leave a tensor of another shape there, as caches do."""
+
+
+class Begun(NamedTuple):
+    """All that is given back when the context is left."""
+
+    tensors: list[Kept]
+    places: list[Place]
+
+
+class Swap(_native.Swap, ContextDecorator):
+    """What :meth:`~fused_ema.access.EmaAccess.ema_weights` returns, to be entered once.
+
+    ``__enter__`` and ``__exit__`` are C functions: no signal handler, and so no exception, can come
+    between the weights and their way back. Also a decorator, entered at each call.
+    """
+
+    def __init__(
+        self, flag: Flag, begin: Callable[[], Begun], end: Callable[[], None]
+    ) -> None:
+        super().__init__(flag, begin, end)
+        self._arguments = (flag, begin, end)
+
+    def _recreate_cm(self) -> Swap:  # of ContextDecorator's interface, for each call
+        return type(self)(*self._arguments)
+
+
+def begun(
+    values: Mapping[Tensor, Tensor],
+    params: Iterable[Tensor],
+    names: Mapping[Tensor, str],
+    modules: Iterable[nn.Module],
+) -> Begun:
+    """What to keep while tensors hold other values.
+
+    Copies are kept of all tensors that take another value, of parameters that require a gradient
+    and of buffers; of frozen parameters the memory alone, for there may be many.
 
     Args:
-        pairs: (weight, average) of equal shapes; weights are modified in place, averages too while
-            the context is open.
+        values: what each tensor is to hold, of its shape.
+        params: the optimizer's parameters.
+        names: theirs, as far as known.
+        modules: whose parameters and buffers are kept, too, as far as known.
+
+    Raises:
+        RuntimeError: a value has another shape than its tensor, or lies in other processes.
     """
-    with ExitStack() as undo:
-        for weight, average in pairs:
-            undo.callback(_hold(local(weight), local(average)))
-        yield
+    tensors: dict[Tensor, Kept] = {}
+
+    def keep(tensor: Tensor, copied: bool, name: str) -> None:
+        if tensor in tensors:
+            return
+        value = values.get(tensor)
+        if value is tensor:
+            value = None
+        if value is not None:
+            _check_fits(value, tensor, name)
+            value = local(value)
+        tensors[tensor] = Kept(tensor, local(tensor), value, copied or value is not None, name)
+
+    for module in modules:
+        for name, param in module.named_parameters():
+            keep(param, param.requires_grad, name)
+        for name, buffer in module.named_buffers():
+            keep(buffer, True, name)
+    for i, param in enumerate(params):
+        keep(param, param.requires_grad, names.get(param, f"parameter {i}"))
+    return Begun(list(tensors.values()), [p for module in modules for p in _places(module)])
 
 
-@_disable_dynamo
-@torch.no_grad()
-def _hold(weight: Tensor, average: Tensor) -> Callable[[], None]:
-    """Put the average into the weight; returns what puts both back."""
-    if weight.dtype == average.dtype:
-        _exchange(weight, average)
-        return partial(_exchange, weight, average)
-    kept = weight.detach().clone()
-    weight.copy_(average)
-    return partial(_restore, weight, kept)
+def _check_fits(value: Tensor, tensor: Tensor, name: str) -> None:
+    if value.shape != tensor.shape:
+        raise RuntimeError(
+            f"ema_weights(): {name} has shape {tuple(tensor.shape)}, its average "
+            f"{tuple(value.shape)}"
+        )
+    if not placed_alike(value, tensor):
+        raise RuntimeError(f"ema_weights(): {name} is {place(tensor)}, its average {place(value)}")
 
 
-@_disable_dynamo  # Inductor drops one of the copies
-@torch.no_grad()
-def _exchange(a: Tensor, b: Tensor) -> None:
-    for part_a, part_b in zip(_blocks(a, b), _blocks(b, a), strict=True):
-        kept = part_a.clone()
-        part_a.copy_(part_b)
-        part_b.copy_(kept)
-
-
-def _blocks(tensor: Tensor, other: Tensor) -> Iterable[Tensor]:
-    if tensor.is_contiguous() and other.is_contiguous():
-        return torch.split(tensor.detach().view(-1), BLOCK)
-    return [tensor.detach()]
-
-
-@_disable_dynamo
-@torch.no_grad()
-def _restore(weight: Tensor, kept: Tensor) -> None:
-    weight.copy_(kept)
+def _places(root: nn.Module) -> Iterator[Place]:
+    for module in root.modules():
+        caches = module._non_persistent_buffers_set
+        for entries in (module._parameters, module._buffers):
+            if isinstance(entries, dict):  # not of a ScriptModule
+                for name, value in entries.items():
+                    yield Place(entries, name, value, name not in caches)
