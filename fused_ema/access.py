@@ -120,6 +120,10 @@ class EmaAccess(Optimizer):
         average are left as they are. An average in shards is gathered for a module that is not
         sharded: every process must call it.
 
+        Copied into the optimized module itself, the average becomes the weights that training goes
+        on from: masters take it over, and no average changes, also none that is kept as a
+        difference to the weights.
+
         Args:
             model: the optimized module itself, a part of it, or another of the same shapes: paired
                 by name where names are known (``model=`` or ``named_parameters()``), else in order.
@@ -133,8 +137,12 @@ class EmaAccess(Optimizer):
         by_param = self._averages(index)
         names = {**self._names, **(self._buffers.names() if self._buffers is not None else {})}
         in_order = len(self._averaged_groups()) == 1
+        own = [param for param in model.parameters() if param in by_param]
+        rewrites = [averages.Rewrite(p, by_param[p], self.state.get(p, {})) for p in own]
         reshard(fsdp_modules(model))
         averages.copy_to(model, by_param, self._held_buffers(index), names, in_order)
+        for rewrite in rewrites:
+            rewrite.finish()
 
     def _held_buffers(self, index: int) -> dict[Tensor, Tensor]:
         return self._buffers.values(index) if self._buffers is not None else {}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import sharding
-from .state import check_shape
+from . import formats, sharding
+from .state import check_shape, weights
 from .teacher import pair
 
 
@@ -68,3 +69,42 @@ def copy_to(
         targets = {tensor: tensor for tensor in (*averages, *buffers) if tensor in own}
     for tensor, target in targets.items():
         sharding.copy(target, averages[tensor] if tensor in averages else buffers[tensor])
+
+
+class Rewrite:
+    """Weights that are replaced from outside: all that stands for them follows.
+
+    A master becomes the new weights. Averages that are kept as differences to the weights stay what
+    they are.
+
+    Args:
+        param: its value is about to be replaced.
+        value: the new one.
+        state: the parameter's; its tensors are modified in place by :meth:`finish`.
+
+    Raises:
+        ValueError: an average is too far from the new weights to be kept as a difference.
+    """
+
+    def __init__(self, param: Tensor, value: Tensor, state: Mapping[str, Any]) -> None:
+        self._param = param
+        self._value = value
+        self._state = state
+        held = weights(param, state)
+        self._averages = {
+            key: formats.average(stored, held)
+            for key, stored in state.items()
+            if key.split("_")[0] == "ema" and isinstance(stored, Tensor)
+            if stored.dtype == formats.DTYPES["delta"]
+        }
+        for average in self._averages.values():
+            formats.check_distance("copy_ema_to(): an average", average, value)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Let them follow, when the parameter has its new value."""
+        if "master" in self._state:
+            self._state["master"].copy_(self._value)
+        weight = weights(self._param, self._state)
+        for key, average in self._averages.items():
+            self._state[key].copy_(formats.stored(average, weight, "delta"))

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .buckets import COMPUTE_DTYPE
 from .ema import ema_keys
 from .formats import DTYPES, average, check_distance, stored, write
 from .optimizer import FusedScaledOptimizer
-from .state import weights
+from .state import begin_average, weights
 
 # What DistributedDataParallel, AveragedModel, ModelEmaV3 and torch.compile put before every key.
 WRAPPERS = ("module.", "_orig_mod.")
@@ -71,9 +72,47 @@ def load_ema(
         IndexError: there is no such average.
         RuntimeError: inside ``ema_weights()``.
     """
+    optimizer._check_not_swapped("load_ema()")
     if not isinstance(state, Mapping):
         raise ValueError(f"state: received a {type(state).__name__}; allowed: a state dict")
     layout = next(known for known in LAYOUTS if known.marks <= state.keys())
+    begun = _begun(optimizer, index)
+    try:
+        return _load(optimizer, model, state, index, layout)
+    except BaseException:
+        for param, before in begun:
+            if before:
+                optimizer.state[param].pop(ema_keys(index + 1)[-1])
+            else:
+                del optimizer.state[param]
+        raise
+
+
+def _begun(
+    optimizer: FusedScaledOptimizer, index: int
+) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Let averages begin that a first step would; returns what their states were."""
+    read = optimizer._averages(index)
+    key = ema_keys(index + 1)[-1]
+    teachers = optimizer._teachers if index == 0 else {}
+    changed = []
+    with torch.inference_mode(False), torch.no_grad():
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                before = optimizer.state.get(param, {})
+                if param in read and before.get(key) is None and param.dtype in COMPUTE_DTYPE:
+                    changed.append((param, dict(before)))
+                    begin_average(key, param, optimizer.state[param], group, teachers.get(param))
+    return changed
+
+
+def _load(
+    optimizer: FusedScaledOptimizer,
+    model: nn.Module,
+    state: Mapping[str, Any],
+    index: int,
+    layout: Layout,
+) -> LoadedEma:
     entries = layout.entries(state, model)
     held = _held(optimizer, model, index)
     _check_names(entries, model, _required(held, model, layout))

@@ -110,6 +110,23 @@ def held_average(
     return formats.average(value, weight)
 
 
+def begin_average(
+    key: str,
+    param: Tensor,
+    state: dict[str, Any],
+    group: Mapping[str, Any],
+    teacher: Tensor | None = None,
+) -> None:
+    """Let one average begin now, for values that are about to be put there; the arguments are
+    those of :func:`held_average`. Nothing else begins: masters and moments do at the first step.
+    """
+    form = group["ema_format"]
+    if teacher is not None:
+        _bind(teacher, param, state, form)
+    if state.get(key) is None:
+        state[key] = _average(None, weights(param, state), param, form, key)
+
+
 def _rest(state: dict[str, Any], weight: Tensor, emas: tuple[str, ...]) -> None:
     """Keep averages that do not move as they are: the weights go on without them."""
     for key, value in state.items():
