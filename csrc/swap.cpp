@@ -219,9 +219,8 @@ void Held::restore() {
     run_for(target_, [&] { target_.detach().copy_(kept_); });
   }
   if (written) throw std::runtime_error("it was written in place, and no copy of it is kept");
-  if (!copied_) return;
   for (size_t i = 0; i < counters_.size(); ++i) counters_[i].set_version(versions_[i]);
-  // where torch.utils.swap_tensors has given it another
+  // torch.utils.swap_tensors has given it another
   if (!counters_.empty() && !target_.is_inference()) {
     auto counter = impl::version_counter(target_);
     counter.set_version(versions_.back());

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +167,11 @@ class EmaAccess(Optimizer):
             found = {
                 param: held_average(
                     # .get() of a defaultdict makes no entry
-                    key, param, self.state.get(param, {}), group, teachers.get(param)
+                    key,
+                    param,
+                    self.state.get(param, {}),
+                    group,
+                    teachers.get(param),
                 )
                 for group in self.param_groups
                 if 0 <= index < len(decays(group["ema_decay"]))

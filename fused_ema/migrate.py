@@ -88,9 +88,7 @@ def load_ema(
         raise
 
 
-def _begun(
-    optimizer: FusedScaledOptimizer, index: int
-) -> list[tuple[Tensor, dict[str, Any]]]:
+def _begun(optimizer: FusedScaledOptimizer, index: int) -> list[tuple[Tensor, dict[str, Any]]]:
     """Let averages begin that a first step would; returns what their states were."""
     read = optimizer._averages(index)
     key = ema_keys(index + 1)[-1]

@@ -123,8 +123,8 @@ def begin_average(
     form = group["ema_format"]
     if teacher is not None:
         _bind(teacher, param, state, form)
-    if state.get(key) is None:
-        state[key] = _average(None, weights(param, state), param, form, key)
+    if teacher is None or state.get(key) is not teacher:
+        state[key] = _average(state.get(key), weights(param, state), param, form, key)
 
 
 def _rest(state: dict[str, Any], weight: Tensor, emas: tuple[str, ...]) -> None:

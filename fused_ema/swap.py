@@ -69,9 +69,7 @@ class Swap(_native.Swap, ContextDecorator):
     between the weights and their way back. Also a decorator, entered at each call.
     """
 
-    def __init__(
-        self, flag: Flag, begin: Callable[[], Begun], end: Callable[[], None]
-    ) -> None:
+    def __init__(self, flag: Flag, begin: Callable[[], Begun], end: Callable[[], None]) -> None:
         super().__init__(flag, begin, end)
         self._arguments = (flag, begin, end)
 
@@ -117,8 +115,8 @@ def begun(
             keep(param, param.requires_grad, name)
         for name, buffer in module.named_buffers():
             keep(buffer, True, name)
-    for i, param in enumerate(params):
-        keep(param, param.requires_grad, names.get(param, f"parameter {i}"))
+    for i, tensor in enumerate(params):
+        keep(tensor, tensor.requires_grad, names.get(tensor, f"parameter {i}"))
     return Begun(list(tensors.values()), [p for module in modules for p in _places(module)])
 
 

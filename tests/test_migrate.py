@@ -224,7 +224,9 @@ def test_schedules_go_on_from_the_updates():
 def test_a_count_on_the_device_stays_the_tensor_that_it_is():
     model = network()
     opt = FusedScaledSGD(model.parameters(), ema_decay=0.9, capturable=True, backend="triton")
-    opt.ema_state_dict(model)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    opt.step()
     counted = opt.param_groups[0]["base_steps"]
     load_ema(opt, model, written_by_hand(TORCH, model))
     assert opt.param_groups[0]["base_steps"] is counted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import pickle
 import signal
@@ -58,7 +57,9 @@ class Whole:
         held = {f"model {k}": v for k, v in self.model.state_dict(keep_vars=True).items()}
         for i, state in enumerate(self.opt.state.values()):
             held |= {f"{i} {k}": v for k, v in state.items() if isinstance(v, torch.Tensor)}
-        held |= {f"grad {n}": p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        held |= {
+            f"grad {n}": p.grad for n, p in self.model.named_parameters() if p.grad is not None
+        }
         return {
             name: (id(t), t.data_ptr(), t.dtype, t.stride(), t.detach().clone(), t._version)
             for name, t in held.items()
@@ -116,10 +117,7 @@ def replace_parameters(model):
 
 
 def resize(model):
-    model.seen.resize_(50)
     model.first.weight.data = torch.zeros(2)
-    model.last.weight.untyped_storage().resize_(0)
-    model.last.weight.untyped_storage().resize_(8 * 4)
 
 
 def swap_tensors(model):
@@ -177,7 +175,10 @@ def test_a_module_that_only_the_context_knows_is_kept():
         train(model)
         model.half()
     whole.check()
-    with pytest.raises(ValueError, match="model holds none"), opt.ema_weights(model=nn.Linear(2, 2)):
+    with (
+        pytest.raises(ValueError, match="model holds none"),
+        opt.ema_weights(model=nn.Linear(2, 2)),
+    ):
         pass
     with pytest.raises(ValueError, match="model: received a dict"):
         opt.ema_weights(model={})
@@ -223,7 +224,7 @@ def test_parameters_and_buffers_without_plain_memory():
     before = base.clone()
     with opt.ema_weights():
         assert not torch.equal(base, before)
-        base.zero_()
+        base[:9] = 0.0
         model.wide[0].data.fill_(3.0)
         model.sparse = torch.zeros(3, 3).to_sparse()
         model.flag.logical_not_()
@@ -233,20 +234,41 @@ def test_parameters_and_buffers_without_plain_memory():
     assert model.flag.item()
 
 
-def test_a_cache_may_grow():
+def test_buffers_may_grow_inside_and_only_caches_stay_so():
     model, opt = trained()
     with opt.ema_weights():
         model.cache = torch.ones(5)
+        model.seen.resize_(50).fill_(1.0)
     assert torch.equal(model.cache, torch.ones(5))
+    assert torch.equal(model.seen, torch.zeros(2))
+
+
+@pytest.mark.parametrize("size", [0, 4 * 8])
+def test_values_come_back_into_new_memory_where_theirs_was_freed(size):
+    model, opt = trained()
+    weight, frozen = model.last.weight.detach().clone(), model.frozen.weight.detach().clone()
+    with opt.ema_weights():
+        model.last.weight.untyped_storage().resize_(0)
+        model.last.weight.untyped_storage().resize_(size)
+    assert torch.equal(model.last.weight, weight)
+    context = opt.ema_weights()
+    context.__enter__()
+    model.frozen.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"frozen\.weight: its storage was resized"):
+        context.__exit__(None, None, None)
+    assert torch.equal(model.last.weight, weight)
+    assert frozen.shape == model.frozen.weight.shape
 
 
 def test_a_write_that_cannot_be_undone_is_told():
     model, opt = trained()
     whole = Whole(model, opt)
-    with pytest.raises(RuntimeError, match=r"could not restore frozen\.bias: it was written"):  # noqa: SIM117
-        with opt.ema_weights():
-            model.frozen.bias.add_(1.0)
-            model.half()
+    context = opt.ema_weights()
+    context.__enter__()
+    model.frozen.bias.add_(1.0)
+    model.half()
+    with pytest.raises(RuntimeError, match=r"could not restore frozen\.bias: it was written"):
+        context.__exit__(None, None, None)
     model.frozen.bias.data.copy_(whole.before["model frozen.bias"][4])
     whole.check(versions=False)
     opt.state_dict()
@@ -325,8 +347,7 @@ def interrupted(action, nth: int) -> bool:
 
 
 def test_an_exception_at_any_bytecode_leaves_all_whole():
-    model, opt = trained()
-    model = copy.deepcopy(model.last)
+    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
     opt = FusedScaledSGD(model.parameters(), lr=0.1, ema_decay=0.5, model=model)
     model(torch.randn(8, 4)).sum().backward()
     opt.step()
@@ -377,18 +398,17 @@ def test_signal_handlers_that_raise_leave_all_whole():
 
 def test_an_error_on_entry_changes_nothing():
     model, opt = trained()
-    opt.state[model.last.weight]["ema"] = torch.zeros(1)
     whole = Whole(model, opt)
+    average = opt.state[model.last.weight]["ema"]
+    opt.state[model.last.weight]["ema"] = torch.zeros(1)
     with pytest.raises(RuntimeError, match="state 'ema' has shape"), opt.ema_weights():
         pass
-    whole.check()
     opt.state[model.last.weight]["ema"] = torch.zeros(2, 4, device="meta")  # cannot be copied
-    whole = Whole(model, opt)
-    context = opt.ema_weights()
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        context.__enter__()
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"), opt.ema_weights():
+        pass
+    opt.state[model.last.weight]["ema"] = average
     whole.check()
-    opt._check_not_swapped("the test")
+    opt.state_dict()
 
 
 def test_other_threads_are_refused_inside():
