@@ -102,10 +102,10 @@ class Watch:
 class Swap:
     """A context manager that puts values into tensors and gives everything back.
 
-    ``flag.swapped`` is True meanwhile; where it is already, ``flag.check(what)`` raises. ``begin()``
-    says what to hold: ``tensors``, of ``(owner, part, value, copied, name)``, and ``places``, of
-    ``(dict, key, value, fixed)``. ``end()`` is called after everything has been restored, and again
-    where it raised. Dropped while open, it restores, too.
+    ``flag.swapped`` is True meanwhile; where it is already, ``flag.check(what)`` raises.
+    ``begin()`` says what to hold: ``tensors``, of ``(owner, part, value, copied, name)``, and
+    ``places``, of ``(dict, key, value, fixed)``. ``end()`` is called after everything has been
+    restored, and again where it raised. Dropped while open, it restores, too.
     """
 
     def __init__(self, flag: Any, begin: Callable[[], Any], end: Callable[[], Any]) -> None: ...

@@ -117,8 +117,9 @@ def begin_average(
     group: Mapping[str, Any],
     teacher: Tensor | None = None,
 ) -> None:
-    """Let one average begin now, for values that are about to be put there; the arguments are
-    those of :func:`held_average`. Nothing else begins: masters and moments do at the first step.
+    """Let one average begin, for values that are about to be put there.
+
+    The arguments are those of :func:`held_average`. Masters and moments begin at the first step.
     """
     form = group["ema_format"]
     if teacher is not None:
