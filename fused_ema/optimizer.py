@@ -38,8 +38,24 @@ class _Doubt(NamedTuple):
     put_back: Callable[[], None]
 
 
+class _UnscalesItself:
+    """Whether ``step()`` is to unscale: what torch's ``GradScaler`` and trainers ask an optimizer.
+
+    True where every param group says ``fused=True``, as torch's constructors have it. An attribute
+    of the same name on the optimizer itself wins.
+    """
+
+    def __get__(self, optimizer: FusedScaledOptimizer | None, owner: type) -> bool:
+        return optimizer is not None and all(group["fused"] for group in optimizer.param_groups)
+
+
 class FusedScaledOptimizer(EmaAccess):
     """Base of the optimizers: one fused pass a bucket for the step and every average.
+
+    ``fused=True`` unscales inside the step under a ``torch.amp.GradScaler``, in the same pass.
+    Without it the scaler unscales ``.grad`` before, as with torch's default, so that trainers may
+    clip in between, and does not call :meth:`step` where a gradient is not finite;
+    :class:`~fused_ema.grad_scaler.GradScaler` takes the one pass in either case.
 
     Subclasses set :attr:`rule` and give the defaults of torch's namesake.
 
@@ -87,8 +103,7 @@ class FusedScaledOptimizer(EmaAccess):
 
     rule: ClassVar[Rule]
 
-    # torch.amp.GradScaler leaves unscaling and skipped steps to an optimizer that says so
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = _UnscalesItself()
 
     def __init__(
         self,
@@ -197,8 +212,9 @@ class FusedScaledOptimizer(EmaAccess):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter and move every average, in place.
 
-        ``torch.amp.GradScaler.step`` calls it: gradients are unscaled on their way into the rule,
-        and where one is not finite nothing moves and nothing is counted. Groups that are not
+        Called by ``torch.amp.GradScaler.step`` with ``fused=True``, or by our own scaler, it
+        unscales gradients on their way into the rule, and where one is not finite nothing moves
+        and nothing is counted. Groups that are not
         capturable are counted on the host: the kernels skip, the next step or :meth:`state_dict`
         takes the count back, and no step waits for its own check (``"foreach"`` and
         ``"reference"`` do).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -207,9 +208,9 @@ def states_placed_otherwise_are_moved(tmp_path: Path) -> None:
 
 
 def scaler_skips_for_all_if_one_process_overflows(tmp_path: Path) -> None:
-    for name in OPTIMIZERS:
+    for name, fused in itertools.product(OPTIMIZERS, (None, True)):
         model, other = shard(make_model(), line()), make_model()
-        opt, twin = optimizer(name, model), optimizer(name, other)
+        opt, twin = optimizer(name, model, fused=fused), optimizer(name, other)
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         for step in range(4):
             x, y = map(mine, batch(step))

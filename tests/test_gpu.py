@@ -220,7 +220,7 @@ def test_kernels_agree_bit_for_bit(monkeypatch):
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_a_scaler_skips_and_clips_as_on_the_cpu(kernels, capturable):
     params, others = parameters(), on_cpu()
-    options = {"ema_decay": 0.9, "max_grad_norm": 1.0, "kappa": 2.0}
+    options = {"ema_decay": 0.9, "max_grad_norm": 1.0, "kappa": 2.0, "fused": True}
     opt = fused_ema.FusedScaledAdamW(params, backend=kernels, capturable=capturable, **options)
     twin = fused_ema.FusedScaledAdamW(others, backend="reference", **options)
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)

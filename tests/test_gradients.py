@@ -163,7 +163,8 @@ SCALERS = pytest.mark.parametrize("kind", [torch.amp.GradScaler, fused_ema.GradS
 def test_a_scaler_drives_the_step(dtype, max_norm, kind, backend):
     case = by_name("AdamW-triple")
     problem = make_problem(case, SHAPES, [dtype], 8)
-    opt = build(fused_ema.FusedScaledAdamW, case, problem, backend=backend, max_grad_norm=max_norm)
+    options = {"backend": backend, "max_grad_norm": max_norm, "fused": True}
+    opt = build(fused_ema.FusedScaledAdamW, case, problem, **options)
     scaler = make_scaler(kind)
 
     class Scaled:
@@ -184,12 +185,14 @@ def test_a_scaler_drives_the_step(dtype, max_norm, kind, backend):
     follow(Scaled(), case, problem, 8, taken)
 
 
-def test_gradients_may_be_unscaled_before(backend):
+@SCALERS
+@pytest.mark.parametrize("fused", [None, True])
+def test_gradients_may_be_unscaled_before(fused, kind, backend):
     p, q = (nn.Parameter(torch.ones(3)) for _ in "ab")
-    opt = fused_ema.FusedScaledSGD([p], lr=1.0, ema_decay=0.5, backend=backend)
+    opt = fused_ema.FusedScaledSGD([p], lr=1.0, ema_decay=0.5, backend=backend, fused=fused)
     twin = fused_ema.FusedScaledSGD([q], lr=1.0, ema_decay=0.5)
     p.grad, q.grad = torch.full((3,), 0.5 * SCALE), torch.full((3,), 0.5)
-    scaler = make_scaler()
+    scaler = make_scaler(kind)
     scaler.unscale_(opt)
     scaler.step(opt)
     twin.step()
@@ -255,6 +258,7 @@ def test_a_skipped_step_moves_nothing(buffers, capturable, kind, backend):
     model = nn.BatchNorm1d(4)
     teacher = deepcopy(model)
     options = {"ema": teacher, "ema_buffers": buffers, "model": model, "capturable": capturable}
+    options |= {"fused": True}
     opt = fused_ema.FusedScaledAdamW(
         model.parameters(), ema_decay=0.9, kappa=2.0, max_grad_norm=1.0, backend=backend, **options
     )
