@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .backends import requested_backend
 from .ema import check_ema_decay
 from .folding import Checked, Group, plain_fields
 from .formats import FORMATS, STATE_FORMATS
 from .rules import Rule, check_choice
+
+# Flags of every rule; a rule's own are bools, too, but for the names of its scaling rules.
+SWITCHES = ("master_weights", "capturable", "differentiable")
 
 
 def check_group(
@@ -27,7 +32,11 @@ def check_group(
         ValueError: a bad value, also one that the scaling rules cannot follow, or values that
             exclude each other.
     """
-    values = plain_fields(rule, group)
+    for flag in (*SWITCHES, *(flag for flag in rule.flags if not flag.endswith("_scaling"))):
+        _check_switch(flag, group[flag])
+    # in a graph of its own where gradients are to reach what is scaled
+    with torch.set_grad_enabled(bool(group["differentiable"])):
+        values = plain_fields(rule, group)
     rule.check({**group, **values})
     check_ema_decay(values["ema_decay"])
     check_choice("ema_order", group["ema_order"], ("after", "before"))
@@ -44,7 +53,14 @@ def check_group(
         raise ValueError(f"ema_every={ema_every} with capturable=True; allowed: 1")
     if max_grad_norm is not None and group["differentiable"]:
         raise ValueError(f"max_grad_norm={max_grad_norm} with differentiable=True; allowed: None")
-    return Checked(values, rule.scale(values))
+    with torch.set_grad_enabled(bool(group["differentiable"])):
+        return Checked(values, rule.scale(values))
+
+
+def _check_switch(name: str, value: Any) -> None:
+    # 0 and 1, as torch
+    if not isinstance(value, int) or value not in (0, 1):
+        raise ValueError(f"{name}={value!r} is not known; allowed: True or False")
 
 
 def _check_seed(seed: Any) -> None:

@@ -13,6 +13,7 @@ from .ema_buffers import EmaBuffers
 from .formats import DTYPES, average
 from .rules import Rule
 from .state import check_teacher, loaded, state_dtype, weights
+from .values import as_given
 
 # What stands for a schedule in a state dict: a callable does not pass torch's safe unpickler.
 SCHEDULE = "schedule"
@@ -25,9 +26,9 @@ def to_save(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict of torch's without its unpickler or optimizers would trip over."""
     groups = [
         {
-            **{name: _kept(value) for name, value in group.items()},
+            **{name: _kept(value) for name, value in as_given(group).items()},
             "base_steps": float(group["base_steps"]),
-            "ema_decay": group["ema_decay"] if is_constant(group["ema_decay"]) else SCHEDULE,
+            **({} if is_constant(group["ema_decay"]) else {"ema_decay": SCHEDULE}),
         }
         for group in state_dict["param_groups"]
     ]
@@ -44,11 +45,14 @@ def _without_copies(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kept(value: Any) -> Any:
     """A tensor hyper-parameter as it is at this time: the optimizer's own may be written."""
+    if type(value) is tuple:
+        return tuple(map(_kept, value))
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def merged(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """A saved param group with what it lacks, or does not decide, from the present one."""
+    saved = as_given(saved)
     kept = {k: v for k, v in group.items() if k not in saved or k in IMPLEMENTATION}
     kept.pop("params", None)
     if saved.get("ema_decay") in (None, SCHEDULE):

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from .realmath import Real, at_most, cos, power
 from .scaling import check_range, decay_weight
+from .values import several
 
 Schedule: TypeAlias = Callable[[Any], Any]
 Decay: TypeAlias = float | Schedule
@@ -175,11 +176,17 @@ def decays(ema_decay: EmaDecay) -> tuple[Decay, ...]:
     """``ema_decay`` as a tuple: one entry an average, empty for None."""
     if ema_decay is None:
         return ()
-    return tuple(ema_decay) if isinstance(ema_decay, tuple | list) else (ema_decay,)
+    given = several(ema_decay)
+    return given if isinstance(given, tuple) else (given,)
 
 
 def check_ema_decay(ema_decay: EmaDecay) -> None:
     """Raise ValueError unless every constant decay is in ``[0, 1]``; schedules: when used."""
+    if ema_decay is not None and not decays(ema_decay):
+        raise ValueError(
+            f"ema_decay={ema_decay!r} is empty; allowed: a decay, a sequence of them, or None for "
+            "no average"
+        )
     for decay in decays(ema_decay):
         if not callable(decay):
             check_range("ema_decay", decay, 0.0, 1.0)

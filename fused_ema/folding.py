@@ -13,13 +13,15 @@ from .backends.plan import Scalars
 from .ema import EmaDecay, decays, ema_weights
 from .formats import step_seed
 from .rules import Rule
+from .values import PLAIN, as_given, field
 
 # Fields besides the rule's own that decide in which bucket a group's parameters are.
 PLACING = (
     *("ema_order", "ema_format", "state_format", "master_weights"),
     *("foreach", "fused", "differentiable", "capturable"),
 )
-PLAIN = {float, int, bool, str, type(None)}
+# Values that can be compared with others of them, and need no conversion.
+KNOWN = {*PLAIN, tuple, Tensor}
 
 Group: TypeAlias = Mapping[str, Any]
 
@@ -78,6 +80,7 @@ class Folder:
         self._rule = rule
         self._averaged = averaged
         self._given = itemgetter(*rule.hyper, "ema_decay", *PLACING)
+        self._numbers = itemgetter(*rule.numbers, "ema_decay")
         self.groups: Sequence[Group] = ()
         self._seen: list[tuple[Any, ...]] = []
         self._scaled: list[_Scaled] = []
@@ -85,7 +88,7 @@ class Folder:
         self._rows: dict[tuple[int, float | None], Scalars] = {}
         self._scheduled: dict[int, tuple[float, ...]] = {}
 
-    def refresh(self, groups: Sequence[Group], check: Check) -> bool:
+    def refresh(self, groups: Sequence[dict[str, Any]], check: Check) -> bool:
         """Take in the groups' current fields; True if a parameter may belong to another bucket.
 
         Args:
@@ -117,8 +120,10 @@ class Folder:
         self.kappas = [new.kappa for new in scaled]
         return moved
 
-    def _fields(self, group: Group) -> tuple[Any, ...]:
+    def _fields(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What is compared from step to step, without looking at a device."""
+        if not KNOWN.issuperset(map(type, self._numbers(group))):
+            group.update(as_given(group))  # the user has written it
         given: tuple[Any, ...] = self._given(group)
         return _remembered(plain(given, group)) if group["capturable"] else given
 
@@ -202,12 +207,14 @@ def plain_fields(rule: Rule, group: Group) -> dict[str, Any]:
     """The rule's fields of a param group and ``ema_decay``, as :func:`plain` values.
 
     Raises:
-        ValueError: a tensor requires grad, or holds more than one element.
+        ValueError: a tensor requires grad where gradients do not reach it, or holds more than one
+            element.
     """
-    fields = (*rule.hyper, "ema_decay")
-    for field in fields:
-        _check_tensors(field, group[field])
-    return {field: plain(group[field], group) for field in fields}
+    given = {name: field(name, group[name]) for name in (*rule.hyper, "ema_decay")}
+    for name, value in given.items():
+        reached = group["differentiable"] and name not in ("kappa", "ema_decay")
+        _check_tensors(name, value, reached)
+    return {name: plain(value, group) for name, value in given.items()}
 
 
 def _is_plain(value: Any) -> bool:
@@ -216,14 +223,15 @@ def _is_plain(value: Any) -> bool:
     return kind in PLAIN or (kind is tuple and all([type(entry) in PLAIN for entry in value]))
 
 
-def _check_tensors(field: str, value: Any) -> None:
-    for tensor in value if isinstance(value, tuple | list) else (value,):
+def _check_tensors(field: str, value: Any, reached: bool) -> None:
+    for tensor in value if isinstance(value, tuple) else (value,):
         if not isinstance(tensor, Tensor):
             continue
-        if tensor.requires_grad:
+        if tensor.requires_grad and not reached:
             raise ValueError(
                 f"{field} requires grad, but is folded into float64 numbers; allowed: a number, or "
-                "a tensor of one element that does not require grad"
+                "a tensor of one element that does not require grad (with differentiable=True "
+                "gradients reach the rule's own numbers, not kappa and ema_decay)"
             )
         if tensor.numel() != 1:
             raise ValueError(
@@ -234,17 +242,20 @@ def _check_tensors(field: str, value: Any) -> None:
 def plain(value: Any, group: Group) -> Any:
     """``value`` with tensors as numbers and lists as tuples: nothing that may change.
 
-    In a capturable group tensors beside the parameters stay tensors: they are for the device.
+    In a capturable group tensors beside the parameters stay tensors: they are for the device. In
+    a differentiable one those that require grad do, as new float64 tensors: each step's own graph.
     """
     if type(value) in PLAIN:
         return value
     if isinstance(value, Tensor):
+        if value.requires_grad and group.get("differentiable"):
+            return value.double().reshape(())
         params = group.get("params") if group.get("capturable") else None
         # as given to a constructor or saved they may be anything: then the value is looked at once
         first = params[0] if isinstance(params, list) and params else None
         beside = isinstance(first, Tensor) and first.device.type == value.device.type
         return value if beside else value.item()
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple):
         return tuple(plain(entry, group) for entry in value)
     return value
 

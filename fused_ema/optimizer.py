@@ -28,6 +28,7 @@ from .state import complete
 from .stepper import Stepper
 from .swap import Flag
 from .teacher import Teacher, check_disjoint, check_whole, fitting, pair, resharding_modules
+from .values import as_given, number
 
 
 class _Doubt(NamedTuple):
@@ -127,6 +128,8 @@ class FusedScaledOptimizer(EmaAccess):
         backend: str = "auto",
     ) -> None:
         check_choice("backend", backend, ("auto", *NAMES))
+        ema_every, max_grad_norm = number(ema_every), number(max_grad_norm)
+        base_batch_size = number(base_batch_size)
         if not isinstance(ema_every, int) or ema_every < 1:
             raise ValueError(f"ema_every={ema_every!r} is out of range; allowed: an int >= 1")
         if base_batch_size is not None:
@@ -151,10 +154,11 @@ class FusedScaledOptimizer(EmaAccess):
         shared = {"ema_decay": ema_decay, "ema_order": ema_order, "kappa": kappa, "base_steps": 0.0}
         shared |= {"master_weights": master_weights, "ema_format": ema_format, "ema_seed": ema_seed}
         shared |= {"state_format": state_format}
-        self._check_group({**defaults, **shared})
+        defaults = as_given({**defaults, **shared})
+        self._check_group(defaults)
         if model is not None:
             self._names = {param: name for name, param in model.named_parameters()}
-        super().__init__(params, {**defaults, **shared})
+        super().__init__(params, defaults)
         if ema is not None:
             self._bind(ema, [self.param_groups[i] for i in self._averaged_groups()])
         self._buffers = resolve(model, ema_buffers, self._num_emas(), ema)
@@ -332,7 +336,7 @@ class FusedScaledOptimizer(EmaAccess):
         self._settle()
         teacher = None
         if isinstance(param_group, dict):
-            param_group = dict(param_group)  # the caller's may be used again
+            param_group = as_given(param_group)  # a copy: the caller's may be used again
             teacher = param_group.pop("ema", None)
             if self.param_groups:
                 param_group.setdefault("base_steps", float(self.param_groups[0]["base_steps"]))

@@ -68,7 +68,12 @@ def directed(grad: Values, param: Values, grad_factor: float, weight_decay: floa
     """The gradient to descend: ``grad_factor*g``, plus the L2 penalty ``weight_decay*p``."""
     if grad_factor != 1.0:
         grad = grad.mul(grad_factor)
-    return grad.add(param, alpha=weight_decay) if weight_decay != 0.0 else grad
+    return grad.add(param, alpha=weight_decay) if counts(weight_decay) else grad
+
+
+def counts(factor: Any) -> bool:
+    """Whether a term with this factor does: of a tensor that gradients reach also where it is 0."""
+    return isinstance(factor, Tensor) or factor != 0.0
 
 
 def sign(maximize: bool) -> float:
@@ -222,7 +227,7 @@ def check_adam(group: Group) -> None:
     check_choice("beta_scaling", group["beta_scaling"], ("exponential", "linear"))
     check_choice("weight_decay_scaling", group["weight_decay_scaling"], ("exact", "none"))
     scaling.check_range("eps", group["eps"], 0.0, math.inf)
-    if not isinstance(group["betas"], tuple | list) or len(group["betas"]) != 2:
+    if not isinstance(group["betas"], tuple) or len(group["betas"]) != 2:
         raise ValueError(f"betas={group['betas']!r} is not known; allowed: two numbers")
     for i, beta in enumerate(group["betas"]):
         scaling.check_range(f"betas[{i}]", beta, 0, 1, ends=("<=", "<"))
@@ -283,7 +288,7 @@ def update_adam(param: Values, grad: Values, states: Sequence[Values], c: AdamSc
     if len(states) == 3:
         exp_avg_sq = states[2].clamp_min_(exp_avg_sq)
     change = exp_avg.mul(c.step_size).div(exp_avg_sq.sqrt().add(c.eps))
-    if c.decay != 0.0:
+    if counts(c.decay):
         change = change.add_(param, alpha=c.decay)
     param.sub_(change)
 

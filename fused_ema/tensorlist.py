@@ -57,10 +57,10 @@ class TensorList:
         torch._foreach_copy_(self.tensors, source.tensors)
         return self
 
-    def to(self, dtype: torch.dtype) -> TensorList:
-        if all(tensor.dtype == dtype for tensor in self.tensors):
+    def to(self, dtype: torch.dtype, copy: bool = False) -> TensorList:
+        if not copy and all(tensor.dtype == dtype for tensor in self.tensors):
             return self
-        return TensorList([tensor.to(dtype) for tensor in self.tensors])
+        return TensorList([tensor.to(dtype, copy=copy) for tensor in self.tensors])
 
 
 def _operand(other: TensorList | Tensor | float) -> list[Tensor] | Tensor | float:

@@ -10,7 +10,7 @@ import fused_ema
 PACKAGE = Path(fused_ema.__file__).parent
 # Each may import from itself and from what stands before it.
 LAYERS = (
-    ("realmath", "_native", "kernels"),
+    ("realmath", "values", "_native", "kernels"),
     ("scaling", "tensorlist", "sharding"),
     ("ema", "posthoc", "progressive", "formats"),
     ("rules",),

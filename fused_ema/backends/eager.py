@@ -118,7 +118,9 @@ class EagerPlan:
         params = [real(slot.param) for slot in row.slots]
         master = self.bucket.key.master
         stored = [wrap(tensors) for tensors in (states if master else [params, *states])]
-        working = [operand.to(self._dtype) for operand in stored]
+        # backward needs a step's values as they were: what the next one writes must not be those
+        apart = self.bucket.key.differentiable
+        working = [operand.to(self._dtype, copy=apart) for operand in stored]
         self.bucket.rule.update(working[0], grad, working[1:], row.scalars)
         rounded = self.bucket.key.state_format != "full"
         kept = 1 if rounded else len(stored)  # the weights at least
