@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import averages
+from .buckets import is_there
 from .ema import decays, ema_keys
 from .ema_buffers import EmaBuffers
 from .sharding import fsdp_modules, is_sharded, reshard
@@ -175,7 +176,7 @@ class EmaAccess(Optimizer):
                 )
                 for group in self.param_groups
                 if 0 <= index < len(decays(group["ema_decay"]))
-                for param in group["params"]
+                for param in filter(is_there, group["params"])
             }
         if not found:
             raise IndexError(f"index={index}: no param group has that average; see ema_decay")

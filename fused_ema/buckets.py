@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ._native import is_plain
 from .ema import decays, ema_keys
@@ -137,7 +138,7 @@ def make_buckets(
     for index, (group, backend) in enumerate(zip(groups, requested, strict=True)):
         for param in group["params"]:
             place = next(count)
-            if param.dtype not in COMPUTE_DTYPE:
+            if not is_there(param) or param.dtype not in COMPUTE_DTYPE:
                 continue
             slot = Slot(param, index, state[param], place)
             key = _key(rule, group, slot, backend, averaged)
@@ -146,6 +147,15 @@ def make_buckets(
         Bucket(FROZEN if key.states is None else rule, key, tuple(slots))
         for key, slots in members.items()
     ]
+
+
+def is_there(param: Tensor) -> bool:
+    """Whether a parameter has values, or is asked to be stepped as if it had.
+
+    A lazy one has none before its module's first forward, one on the meta device never: without a
+    gradient it is left alone, and has no state.
+    """
+    return not is_lazy(param) and (param.device.type != "meta" or param.grad is not None)
 
 
 def is_active(rule: Rule, param: Tensor) -> bool:

@@ -16,6 +16,7 @@ from . import checkpoint, clock
 from ._native import Slots
 from .access import EmaAccess
 from .backends import NAMES
+from .buckets import is_there
 from .checking import check_group
 from .ema import EmaDecay, decays, only_half_life
 from .ema_buffers import EmaBuffers, apply, resolve
@@ -445,7 +446,7 @@ class FusedScaledOptimizer(EmaAccess):
         with torch.inference_mode(False), torch.no_grad():
             for group in self.param_groups:
                 clock.complete(group)
-                for param in group["params"]:
+                for param in filter(is_there, group["params"]):
                     complete(self.rule, group, param, self.state[param], self._teachers.get(param))
 
     def _buffer_weights(self) -> tuple[float, ...]:

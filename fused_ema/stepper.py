@@ -11,7 +11,7 @@ from torch import Tensor
 from ._native import Slots, Watch
 from .backends import graphs, requested_backend, select
 from .backends.plan import Plan
-from .buckets import Bucket, make_buckets
+from .buckets import Bucket, is_there, make_buckets
 from .folding import Check, Folder
 from .gradients import Control
 from .rules import Rule
@@ -46,6 +46,7 @@ class Stepper:
         self._backend = backend
         self._averaged = averaged
         self._watch: Watch | None = None
+        self._absent: list[Tensor] = []  # parameters without values, which no plan holds
         self._captured: list[Plan] = []  # a CUDA graph outlives the plan that it was captured from
         self.folder = Folder(rule, averaged)
         self.plans: list[Plan] = []
@@ -76,7 +77,7 @@ class Stepper:
             ValueError: a param group holds a bad value.
             RuntimeError: a sparse gradient, a state of the wrong shape, or no backend that can.
         """
-        moved = self.folder.refresh(groups, check)
+        moved = self.folder.refresh(groups, check) or any(map(is_there, self._absent))
         if moved or self._watch is None or not self._watch.unchanged(groups, state):
             self._make_plans(groups, state, complete)
         if not self._prepare_plans():
@@ -146,6 +147,7 @@ class Stepper:
             )
         self._captured += [plan for plan in self.plans if plan.captured]
         complete()
+        self._absent = [p for group in groups for p in group["params"] if not is_there(p)]
         requested = [requested_backend(group, self._backend) for group in groups]
         buckets = make_buckets(self._rule, groups, state, requested, self._averaged)
         self._devices = [bucket.key.device for bucket in buckets]

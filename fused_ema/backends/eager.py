@@ -24,6 +24,8 @@ def unsupported(bucket: Bucket) -> str | None:
         return f"differentiable=True with state_format={bucket.key.state_format!r}"
     if bucket.key.differentiable and bucket.key.spread is not None:
         return "differentiable=True with DTensor parameters"
+    if bucket.key.rounds and bucket.key.device.type == "meta":
+        return "16-bit formats on the meta device, which has no values to round"
     return "capturable=True: it folds the scalars on the host" if bucket.key.capturable else None
 
 

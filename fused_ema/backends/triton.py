@@ -24,6 +24,8 @@ def unsupported(bucket: Bucket) -> str | None:
     from ..kernels.step import interpreted
 
     device = bucket.key.device
+    if device.type == "meta":
+        return "device meta, which has no memory"
     if device.type == "cpu" and not interpreted():
         return "device cpu (supported: Triton's, and the CPU with TRITON_INTERPRET=1)"
     if device.type != "cpu" and interpreted():
