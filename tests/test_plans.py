@@ -409,6 +409,20 @@ def test_views_with_gaps_go_to_foreach_or_are_refused():
         refused.step()
 
 
+def test_views_that_come_to_be_dense_go_to_the_kernels():
+    params = [nn.Parameter(torch.ones(4, 6)[:, ::2]), nn.Parameter(torch.ones(3))]
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    opt, twin = make(params, "auto"), make(others, "reference")
+    for seed in range(4):
+        if seed == 2:
+            params[0].data = params[0].data.contiguous()
+        for ps, each in ((params, opt), (others, twin)):
+            give_gradients(ps, seed)
+            each.step()
+        assert set(opt.backends) == ({"native", "foreach"} if seed < 2 else {"native"})
+    assert_alike(params, opt, others, twin)
+
+
 def test_complex_parameters(backend):
     torch.manual_seed(0)
     weight = torch.randn(5, 2)

@@ -48,6 +48,7 @@ class EagerPlan:
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         self.rows: list[Row] = []
+        self._strides = [slot.param.stride() for slot in bucket.slots]
         self._device = bucket.key.device
         self._dtype = bucket.compute_dtype
         if self._dtype.is_complex:
@@ -56,9 +57,10 @@ class EagerPlan:
     def prepare(self, fold: Fold) -> bool:
         members: dict[tuple[int, float | None], list[Slot]] = {}
         key = self.bucket.key
-        for slot in self.bucket.slots:
+        for slot, strides in zip(self.bucket.slots, self._strides, strict=True):
             step = None
-            if not self._as_planned(slot):
+            # memory that has come to be without gaps is for another backend
+            if slot.param.stride() != strides or not self._as_planned(slot):
                 return False
             if slot.param.grad is not None and self.bucket.takes_grads:
                 if key.states is None:
