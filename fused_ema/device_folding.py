@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -63,11 +64,12 @@ class DeviceFolder:
         self._num_emas = num_emas
         self._rounds = rounds
         self._fields = (*rule.numbers, "ema_decay", *(SEEDING if rounds else ()))
-        self._indices = sorted(set(groups))
-        self._sizes = [groups.count(index) for index in self._indices]
+        sizes = dict(sorted(Counter(groups).items()))
+        self._indices, self._sizes = list(sizes), list(sizes.values())
         self._counters = counters
         self._steps = torch.cat(list(counters)) if len(counters) > 1 else counters[0]
-        column = [self._indices.index(group) for group in groups]
+        places = {index: place for place, index in enumerate(self._indices)}
+        column = [places[group] for group in groups]
         self._column = torch.tensor(column, device=self._steps.device)
         self._flags: list[dict[str, Any]] = []
         self._names: list[Name] = []

@@ -106,6 +106,7 @@ class FusedScaledOptimizer(EmaAccess):
     rule: ClassVar[Rule]
 
     _step_supports_amp_scaling = _UnscalesItself()
+    _made = True  # False while the constructor adds its param groups
 
     def __init__(
         self,
@@ -159,9 +160,12 @@ class FusedScaledOptimizer(EmaAccess):
         self._check_group(defaults)
         if model is not None:
             self._names = {param: name for name, param in model.named_parameters()}
+        self._made = False
         super().__init__(params, defaults)
         if ema is not None:
             self._bind(ema, [self.param_groups[i] for i in self._averaged_groups()])
+        self._check_disjoint({})
+        del self._made
         self._buffers = resolve(model, ema_buffers, self._num_emas(), ema)
 
     @property
@@ -462,10 +466,16 @@ class FusedScaledOptimizer(EmaAccess):
         reshard(modules)
         pairs = pair(teacher, params, self._names, len(groups) == 1, fitting(groups))
         check_whole(teacher, pairs.values())
-        every = [param for group in self.param_groups for param in group["params"]]
-        check_disjoint([*self._teachers.values(), *pairs.values()], every)
+        if self._made:  # else all are checked at once: one group after another is quadratic
+            self._check_disjoint(pairs)
         self._teachers.update(pairs)
         self._teacher_modules += modules
+
+    def _check_disjoint(self, pairs: Mapping[Tensor, Tensor]) -> None:
+        teachers = [*self._teachers.values(), *pairs.values()]
+        if teachers:
+            every = [param for group in self.param_groups for param in group["params"]]
+            check_disjoint(teachers, every)
 
     def _check_group(self, group: Mapping[str, Any]) -> Checked:
         return check_group(self.rule, group, self.backend, self.ema_every, self.max_grad_norm)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import fused_ema
 from fused_ema import FusedScaledAdamW, FusedScaledSGD
 
 
@@ -84,9 +85,8 @@ def test_rejects_a_teacher_that_cannot_hold_the_average():
     pair = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))]
     with pytest.raises(ValueError, match="shares memory"):
         FusedScaledSGD(pair, ema_decay=0.9, ema=[shared[:4], shared[3:7]])
-    for decay in (None, ()):
-        with pytest.raises(ValueError, match="ema_decay=None"):
-            FusedScaledSGD(model.parameters(), ema=student().parameters(), ema_decay=decay)
+    with pytest.raises(ValueError, match="ema_decay=None"):
+        FusedScaledSGD(model.parameters(), ema=student().parameters())
 
 
 def test_several_groups_need_names():
@@ -264,3 +264,23 @@ def test_averaged_buffers_without_a_teacher_are_saved_and_swapped():
     )
     resumed.load_state_dict(optimizer.state_dict())
     assert torch.equal(resumed.ema_state_dict(model, index=1)["1.running_mean"], averaged)
+
+
+def test_a_teacher_for_every_group_is_checked_once(monkeypatch):
+    calls = []
+    real = fused_ema.teacher.check_disjoint
+    monkeypatch.setattr(
+        "fused_ema.optimizer.check_disjoint", lambda *args: calls.append(args) or real(*args)
+    )
+    shared = torch.zeros(4)
+    groups = [{"params": [nn.Parameter(torch.ones(3))], "ema": [torch.ones(3)]} for _ in range(9)]
+    opt = FusedScaledSGD(groups, ema_decay=0.9)
+    assert [len(teachers) for teachers, _ in calls] == [9]
+    more = {"params": [nn.Parameter(torch.ones(3))], "ema": [shared[:3]]}
+    opt.add_param_group(more)
+    assert [len(teachers) for teachers, _ in calls] == [9, 10]
+    with pytest.raises(ValueError, match="shares memory"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(3))], "ema": [shared[1:]]})
+    assert len(opt.param_groups) == 10
+    with pytest.raises(ValueError, match="shares memory"):
+        FusedScaledSGD([*groups[1:], {**groups[0], "ema": groups[1]["params"]}], ema_decay=0.9)
