@@ -45,8 +45,8 @@ def _without_copies(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kept(value: Any) -> Any:
     """A tensor hyper-parameter as it is at this time: the optimizer's own may be written."""
-    if type(value) is tuple:
-        return tuple(map(_kept, value))
+    if type(value) in (tuple, list):
+        return type(value)(map(_kept, value))
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 

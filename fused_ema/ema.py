@@ -177,7 +177,7 @@ def decays(ema_decay: EmaDecay) -> tuple[Decay, ...]:
     if ema_decay is None:
         return ()
     given = several(ema_decay)
-    return given if isinstance(given, tuple) else (given,)
+    return tuple(given) if isinstance(given, tuple | list) else (given,)
 
 
 def check_ema_decay(ema_decay: EmaDecay) -> None:

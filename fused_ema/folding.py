@@ -21,7 +21,7 @@ PLACING = (
     *("foreach", "fused", "differentiable", "capturable"),
 )
 # Values that can be compared with others of them, and need no conversion.
-KNOWN = {*PLAIN, tuple, Tensor}
+KNOWN = {*PLAIN, tuple, list, Tensor}
 
 Group: TypeAlias = Mapping[str, Any]
 
@@ -224,7 +224,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _check_tensors(field: str, value: Any, reached: bool) -> None:
-    for tensor in value if isinstance(value, tuple) else (value,):
+    for tensor in value if isinstance(value, tuple | list) else (value,):
         if not isinstance(tensor, Tensor):
             continue
         if tensor.requires_grad and not reached:
@@ -255,7 +255,7 @@ def plain(value: Any, group: Group) -> Any:
         first = params[0] if isinstance(params, list) and params else None
         beside = isinstance(first, Tensor) and first.device.type == value.device.type
         return value if beside else value.item()
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return tuple(plain(entry, group) for entry in value)
     return value
 

@@ -22,7 +22,7 @@ MEMBERS = ("params", "param_names")
 
 
 def as_given(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A param group with Python's numbers, and tuples of them for several.
+    """A param group with Python's numbers, and tuples or lists of them for several.
 
     Tensors, schedules and what is no number stay as they are.
     """
@@ -49,7 +49,12 @@ def number(value: Any) -> Any:
 
 
 def several(value: Any) -> Any:
-    """A tuple of numbers from any iterable of them; a single number or schedule as it is."""
+    """A tuple of numbers from any iterable of them; a single number or schedule as it is.
+
+    So is a list of what needs no conversion: torch sees what is written into it later.
+    """
+    if type(value) is list and all(type(v) in PLAIN or isinstance(v, Tensor) for v in value):
+        return value
     if isinstance(value, Tensor):
         return value.unbind() if value.dim() == 1 and len(value) != 1 else value
     alone = callable(value) or isinstance(value, str | bytes | Mapping | Set)
