@@ -76,6 +76,26 @@ def averages_are_not_swapped_unless_the_module_is_known(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="give the optimizer model="), opt.ema_weights():
         pass
+    x, _ = batch(100)
+    params = opt.param_groups[0]["params"]
+    with torch.no_grad():
+        weights = model(x)
+        before = [(p.to_local().data_ptr(), p.to_local().clone()) for p in params]
+        with opt.ema_weights(model=model):
+            assert not torch.allclose(model(x), weights)
+            for p in params:
+                p.to_local().fill_(7.0)
+        assert torch.equal(model(x), weights)
+    for p, (address, value) in zip(params, before, strict=True):
+        assert p.to_local().data_ptr() == address
+        assert torch.equal(p.to_local(), value)
+    context = opt.ema_weights(model=model)
+    context.__enter__()
+    weight = params[0]
+    part, weight._local_tensor = weight._local_tensor, torch.zeros(3)
+    with pytest.raises(RuntimeError, match="its local tensor was replaced"):
+        context.__exit__(None, None, None)
+    assert torch.equal(part, before[0][1])
 
 
 def a_sharded_teacher_is_stepped_and_used(tmp_path: Path) -> None:
