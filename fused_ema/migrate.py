@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from .buckets import COMPUTE_DTYPE
 from .ema import ema_keys
 from .formats import DTYPES, average, check_distance, stored, write
+from .names import renamed
 from .optimizer import FusedScaledOptimizer
 from .state import begin_average, weights
-
-# What DistributedDataParallel, AveragedModel, ModelEmaV3 and torch.compile put before every key.
-WRAPPERS = ("module.", "_orig_mod.")
 
 
 class LoadedEma(NamedTuple):
@@ -50,8 +48,9 @@ def load_ema(
 
     ``state`` is the ``state_dict()`` of torch's ``AveragedModel``, timm's ``ModelEmaV3``,
     ema-pytorch's ``EMA`` or diffusers' ``EMAModel``, told apart by their keys, or of a plain module
-    (wrapped in DistributedDataParallel or torch.compile or not). Averages keep their dtype and
-    memory, so that a teacher stays what it is; weights and the model's own buffers are not touched.
+    (wrapped in DistributedDataParallel or torch.compile or not, as ``model`` may be). Averages keep
+    their dtype and memory, so that a teacher stays what it is; weights and the model's own buffers
+    are not touched.
     An average that is kept as differences (``ema_format="delta"``) is one to the present weights:
     load those first. Where the state counts its updates, ``base_steps`` of every param group
     becomes that number, so that schedules go on: another package's update is one at the base batch
@@ -111,7 +110,7 @@ def _load(
     index: int,
     layout: Layout,
 ) -> LoadedEma:
-    entries = layout.entries(state, model)
+    entries = renamed(layout.entries(state, model), model.state_dict())
     held = _held(optimizer, model, index)
     _check_names(entries, model, _required(held, model, layout))
     used = {name: entries[name] for name in held if name in entries}
@@ -134,8 +133,7 @@ def _load(
 
 def _prefixed(prefix: str, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Entries of a module's state dict that lies under ``prefix``."""
-    found = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-    return _without(_wrapping(found), found)
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _shadows(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -176,37 +174,23 @@ LAYOUTS = (
 )
 
 
-def _wrapping(keys: Iterable[str]) -> str:
-    """What wrappers have put before every key."""
-    names, found = list(keys), ""
-    while names and (prefix := next((w for w in WRAPPERS if _all_start(names, found + w)), "")):
-        found += prefix
-    return found
-
-
-def _all_start(names: Iterable[str], prefix: str) -> bool:
-    return all(name.startswith(prefix) for name in names)
-
-
-def _without(prefix: str, entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {name[len(prefix) :]: value for name, value in entries.items()}
-
-
-def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The model's parameters, without its own wrappers in their names."""
-    wrapping = len(_wrapping(model.state_dict()))
-    return [(name[wrapping:], param) for name, param in model.named_parameters()]
+def _named_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The model's parameters, each once, under their keys of its state dict."""
+    first: dict[Tensor, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, nn.Parameter):
+            first.setdefault(value, name)
+    return [(first[param], param) for param in model.parameters() if param in first]
 
 
 def _held(optimizer: FusedScaledOptimizer, model: nn.Module, index: int) -> dict[str, Tensor]:
-    """The average's tensors that are the optimizer's, not the model's, without its wrappers."""
+    """The average's tensors that are the optimizer's, not the model's."""
     average, own = optimizer.ema_state_dict(model, index), model.state_dict()
-    held = {
+    return {
         name: value
         for name, value in average.items()
         if isinstance(value, Tensor) and not value.is_set_to(own[name])
     }
-    return _without(_wrapping(own), held)
 
 
 class _Difference(NamedTuple):
@@ -242,8 +226,7 @@ def _required(held: Iterable[str], model: nn.Module, layout: Layout) -> list[str
 
 
 def _check_names(entries: Iterable[str], model: nn.Module, required: Iterable[str]) -> None:
-    own = model.state_dict()
-    allowed = _without(_wrapping(own), own)
+    allowed = model.state_dict()
     for name in entries:
         if name not in allowed:
             raise ValueError(f"state: {name!r} is not in the model; allowed: its state_dict's keys")

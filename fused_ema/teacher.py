@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from .names import renamed
 from .sharding import fsdp_modules, is_sharded, local
 from .state import check_teacher
 
@@ -25,7 +27,7 @@ def pair(
     """The teacher's tensor of every parameter.
 
     A module or named tensors pair by name when the student's names are known (``model=`` or
-    ``named_parameters()``); everything else pairs in order.
+    ``named_parameters()``), whatever wrappers either lies in; everything else pairs in order.
 
     Args:
         teacher: a module, its parameters, or its named parameters.
@@ -39,13 +41,31 @@ def pair(
     """
     named, tensors = _entries(teacher)
     if named and all(param in names for param in params):
-        return _by_name(dict(named), params, names, check)
+        return _by_name(renamed(dict(named), names.values()), params, names, check)
     if not in_order:
         raise ValueError(
             "ema: several param groups cannot be paired by order; pass model=<the student module> "
             "and the teacher as a module, so that names are known, or give each group its own 'ema'"
         )
     return _by_order(tensors, params, {tensor: name for name, tensor in named}, check)
+
+
+def named(module: nn.Module) -> dict[Tensor, str]:
+    """The names of a module's parameters."""
+    return {param: name for name, param in module.named_parameters()}
+
+
+def lasting(teacher: Teacher) -> Teacher:
+    """The teacher as it can be read again: an iterator's tensors in a list."""
+    if isinstance(teacher, nn.Module | Tensor) or not isinstance(teacher, Iterable):
+        return teacher
+    items: list[Any] = list(teacher)
+    return items
+
+
+def by_name(teacher: Teacher) -> nn.Module | dict[str, Tensor]:
+    """Where a teacher's tensors are found by name: empty if they have none."""
+    return teacher if isinstance(teacher, nn.Module) else dict(_entries(teacher)[0])
 
 
 def _entries(teacher: Teacher) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
@@ -115,6 +135,21 @@ def check_whole(teacher: Teacher, tensors: Iterable[Tensor]) -> None:
         raise ValueError(
             "ema: received DTensors without their module, which may hold full copies of them; "
             "allowed: ema=<the module>"
+        )
+
+
+def check_buffers_given(teacher: Teacher) -> None:
+    """Warn of a param group's teacher whose buffers would be left behind in silence."""
+    if not isinstance(teacher, nn.Module):
+        return
+    saved = set(teacher.state_dict())
+    name = next((name for name, _ in teacher.named_buffers() if name in saved), None)
+    if name is not None:
+        warnings.warn(
+            f"a param group's 'ema' is a module with buffers (first: {name!r}), which are left as "
+            "they are: only the optimizer's ema=<module> with model=<the student module> moves "
+            "them; 'ema': list(module.named_parameters()) leaves them without this warning",
+            stacklevel=4,
         )
 
 
