@@ -17,12 +17,12 @@ from .state import counter, counter_device
 
 
 def complete(group: dict[str, Any]) -> None:
-    """Put the count where it is kept: a float; a tensor on the device if the group is capturable.
+    """Put the count where it is kept: a float, or a tensor on the device, see :func:`_on_device`.
 
     Raises:
         RuntimeError: it is a tensor of more than one element.
     """
-    if not group["capturable"] or not group["params"]:
+    if not _on_device(group):
         group["base_steps"] = float(group["base_steps"])
         return
     device = counter_device(group, group["params"][0])
@@ -35,7 +35,7 @@ def advance(
     """Count a step of every group; ``kappas`` are the values that are known on the host."""
     on_device = []
     for group, kappa in zip(groups, kappas, strict=True):
-        if group["capturable"]:
+        if _on_device(group):
             complete(group)  # the user may have set it
             on_device.append(group)
         else:
@@ -55,7 +55,7 @@ def advance(
 
 def is_due(groups: Sequence[Mapping[str, Any]], every: int) -> bool:
     """Whether averages that move at every ``every``-th step move at this one."""
-    return every == 1 or int(groups[0].get("ema_skips", 0)) + 1 >= every
+    return every == 1 or not groups or int(groups[0].get("ema_skips", 0)) + 1 >= every
 
 
 def wait(groups: Sequence[dict[str, Any]], kappas: Sequence[float], moved: bool) -> None:
@@ -79,6 +79,11 @@ def counts(groups: Sequence[dict[str, Any]]) -> Callable[[], None]:
             group.update(values)
 
     return put_back
+
+
+def _on_device(group: Mapping[str, Any]) -> bool:
+    """Whether the group counts where its parameters are: if it is capturable and has any."""
+    return bool(group["capturable"] and group["params"])
 
 
 def _amount(group: dict[str, Any], control: Control | None) -> Any:

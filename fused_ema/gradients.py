@@ -75,6 +75,14 @@ def unscaling(grad_scale: Tensor | None, found_inf: Tensor | None) -> Control:
     return Control(one if grad_scale is None else one / grad_scale.reshape(()), skip)
 
 
+def summed(squares: Sequence[Tensor]) -> Tensor:
+    """The sum on the first's device; of none, as of a process without parameters, 0 on the CPU."""
+    if not squares:
+        return torch.zeros((), dtype=torch.float64, device="cpu")
+    first = squares[0].device
+    return torch.stack([s.to(first, non_blocking=True) for s in squares]).sum()
+
+
 @torch.no_grad()
 def clipped(
     control: Control | None, squares: Sequence[Tensor], max_norm: float
@@ -90,11 +98,10 @@ def clipped(
         The control, and the norm before clipping: a 0-dim float64 tensor on the first device. A
         NaN norm makes every gradient NaN, as in torch.
     """
-    first = squares[0].device
-    norm = sqrt(torch.stack([s.to(first, non_blocking=True) for s in squares]).sum())
+    norm = sqrt(summed(squares))
     factor, found_inf = None, None
     if control is not None:
-        factor, found_inf = control.on(first)[0], control.found_inf
+        factor, found_inf = control.on(norm.device)[0], control.found_inf
         norm = norm * factor
     coefficient = torch.full_like(norm, max_norm).div_(norm + EPS).clamp_(max=1.0)
     return Control(coefficient if factor is None else coefficient * factor, found_inf), norm

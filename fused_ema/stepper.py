@@ -32,7 +32,8 @@ class Stepper:
         folder: the scalars of the step at hand.
         plans: the buckets' plans, none before the first step.
         backends: their backends' names.
-        host_folded: whether the steps of some group are counted on the host.
+        host_folded: whether the steps of some parameter are counted on the host.
+        host_counted: whether those of some group are.
         skips: whether all plans skip a step by themselves.
     """
 
@@ -55,6 +56,7 @@ class Stepper:
         self._shards: Shards | None = None
         self._spreads: list[Spread | None] = []
         self.host_folded = False
+        self.host_counted = False
         self.skips = False
 
     def prepare(
@@ -154,6 +156,7 @@ class Stepper:
         self._spreads = [bucket.key.spread for bucket in buckets]
         self._shards = _shards(buckets) if any(self._spreads) else None
         self.host_folded = not all(bucket.key.capturable for bucket in buckets)
+        self.host_counted = not all(group["capturable"] for group in groups)
         chosen = [(select(bucket), bucket) for bucket in buckets]
         self.backends = tuple(backend.NAME for backend, _ in chosen)
         self.plans = [backend.plan(bucket) for backend, bucket in chosen]
