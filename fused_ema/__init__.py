@@ -19,6 +19,7 @@ from .grad_scaler import GradScaler
 from .migrate import load_ema
 from .optimizer import FusedScaledOptimizer
 from .progressive import ProgressiveScaling
+from .several import ema_state_dict
 from .sgd import FusedScaledSGD
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "WarmUpDecay",
     "build_info",
     "decay_from_half_life",
+    "ema_state_dict",
     "load_ema",
     "posthoc",
     "scaling",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import averages
-from .buckets import is_there
+from .buckets import is_fixed, is_there
 from .ema import decays, ema_keys
 from .ema_buffers import EmaBuffers
 from .sharding import fsdp_modules, is_sharded, reshard
@@ -49,6 +50,9 @@ class EmaAccess(Optimizer):
 
         A graph made outside cannot run backward inside, nor one made inside after it, as with all
         tensors that are modified in place; one made before can run backward after it.
+
+        Where several optimizers train parts of one model, enter the contexts of all of them, one
+        in another (``contextlib.ExitStack``).
 
         Args:
             index: which average, for a tuple ``ema_decay``.
@@ -113,34 +117,41 @@ class EmaAccess(Optimizer):
         by_param = self._averages(index)
         return averages.state_dict(model, by_param, self._held_buffers(index))
 
-    def copy_ema_to(self, model: nn.Module, index: int = 0) -> None:
+    def copy_ema_to(self, target: nn.Module, index: int = 0, *, buffers: bool = True) -> None:
         """Copy an average into a module's parameters and buffers, in place.
 
-        Buffers are copied where ``model=`` made the student's known; parameters that have no
-        average are left as they are. An average in shards is gathered for a module that is not
-        sharded: every process must call it.
+        Another module then computes what the optimized one computes inside :meth:`ema_weights`: it
+        takes parameters of groups without an average as they are, and the student's buffers, which
+        must be known by ``model=``. Parameters that are not the optimizer's are left alone. An
+        average in shards is gathered for a module that is not sharded: every process must call it.
 
         Copied into the optimized module itself, the average becomes the weights that training goes
         on from: masters take it over, and no average changes, also none that is kept as a
         difference to the weights.
 
         Args:
-            model: the optimized module itself, a part of it, or another of the same shapes: paired
+            target: the optimized module itself, a part of it, or another of the same shapes: paired
                 by name where names are known (``model=`` or ``named_parameters()``), else in order.
+                Wrappers around either (DistributedDataParallel, torch.compile) do not matter.
             index: which average, for a tuple ``ema_decay``.
+            buffers: False leaves the target's buffers as they are.
 
         Raises:
-            ValueError: a name or shape does not match; the message names the first.
+            ValueError: a name or shape does not match, or the target's state dict has a buffer and
+                the student's is not known; the message names the first. Nothing has been copied.
             IndexError: there is no such average.
         """
         self._check_not_swapped("copy_ema_to()")
         by_param = self._averages(index)
-        names = {**self._names, **(self._buffers.names() if self._buffers is not None else {})}
+        rest = [p for group in self.param_groups for p in group["params"] if p not in by_param]
+        held: dict[str, tuple[Tensor, Tensor]] | None = None
+        if buffers:
+            held = self._buffers.by_name(index) if self._buffers is not None else {}
         in_order = len(self._averaged_groups()) == 1
-        own = [param for param in model.parameters() if param in by_param]
+        own = [param for param in target.parameters() if param in by_param]
         rewrites = [averages.Rewrite(p, by_param[p], self.state.get(p, {})) for p in own]
-        reshard(fsdp_modules(model))
-        averages.copy_to(model, by_param, self._held_buffers(index), names, in_order)
+        reshard(fsdp_modules(target))
+        averages.copy_to(target, by_param, rest, self._names, in_order, held)
         for rewrite in rewrites:
             rewrite.finish()
 
@@ -149,6 +160,10 @@ class EmaAccess(Optimizer):
 
     def _averaged_groups(self) -> list[int]:
         return [i for i, group in enumerate(self.param_groups) if decays(group["ema_decay"])]
+
+    def _groups_with(self, index: int) -> list[dict[str, Any]]:
+        """The param groups that have the average ``index``."""
+        return [g for g in self.param_groups if 0 <= index < len(decays(g["ema_decay"]))]
 
     def _num_emas(self) -> int:
         return max(len(decays(group["ema_decay"])) for group in self.param_groups)
@@ -162,25 +177,22 @@ class EmaAccess(Optimizer):
                 "ema_decay"
             )
         key = ema_keys(index + 1)[-1] if index >= 0 else ""
+        groups = self._groups_with(index)
+        if not groups:
+            raise IndexError(f"index={index}: no param group has that average; see ema_decay")
         teachers = self._teachers if index == 0 else {}
         # not under the user's inference_mode, whose tensors could not be written to outside
         with torch.inference_mode(False), torch.no_grad():
-            found = {
-                param: held_average(
-                    # .get() of a defaultdict makes no entry
-                    key,
-                    param,
-                    self.state.get(param, {}),
-                    group,
-                    teachers.get(param),
+            return {
+                param: teachers.get(param, param)
+                if is_fixed(param)
+                # .get() of a defaultdict makes no entry
+                else held_average(
+                    key, param, self.state.get(param, {}), group, teachers.get(param)
                 )
-                for group in self.param_groups
-                if 0 <= index < len(decays(group["ema_decay"]))
+                for group in groups
                 for param in filter(is_there, group["params"])
             }
-        if not found:
-            raise IndexError(f"index={index}: no param group has that average; see ema_decay")
-        return found
 
     def _check_not_swapped(self, what: str) -> None:
         if self._swap_flag.swapped:

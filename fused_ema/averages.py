@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import formats, sharding
+from .names import renamed
 from .state import check_shape, weights
 from .teacher import pair
 
@@ -34,41 +35,88 @@ def state_dict(
             continue
         found = found or value in averages
         result[key] = averages.get(value, buffers.get(value, value)).detach()
-    if not found:
+    if averages and not found:
         raise ValueError("model holds none of the optimizer's averaged parameters")
     return result
 
 
 @torch.no_grad()
 def copy_to(
-    model: nn.Module,
+    target: nn.Module,
     averages: Mapping[Tensor, Tensor],
-    buffers: Mapping[Tensor, Tensor],
+    unaveraged: Iterable[Tensor],
     names: Mapping[Tensor, str],
     in_order: bool,
+    buffers: Mapping[str, tuple[Tensor, Tensor]] | None,
 ) -> None:
     """Copy averages into the module's parameters and ``buffers`` into its buffers, in place.
 
     Args:
-        model: the module that holds the parameters, a part of it, or another of the same shapes.
+        target: the module that holds the parameters, a part of it, or another of the same shapes.
         averages: average of each parameter.
-        buffers: what the averaged model has in the place of each buffer.
-        names: the parameters' and buffers' names, as far as known.
+        unaveraged: the optimizer's other parameters; another module takes them as they are.
+        names: the parameters' names, as far as known.
         in_order: whether ``averages`` may be in a module's own order.
+        buffers: the student's buffers by name, each with what the averaged model has in its place;
+            None: the target's are left as they are.
 
     Raises:
-        ValueError: a name or shape does not match; nothing has been copied.
+        ValueError: a name or shape does not match, or a buffer that the target saves has no
+            counterpart; nothing has been copied.
     """
-    own: set[Tensor] = set(model.parameters())
-    if own.isdisjoint(averages):
-        targets = pair(model, list(averages), names, in_order, check_shape)
-        theirs = dict(model.named_buffers())
-        targets |= {b: theirs[names[b]] for b in buffers if names.get(b) in theirs}
+    own: set[Tensor] = {*target.parameters(), *target.buffers()}
+    if not averages or not own.isdisjoint(averages):
+        held = dict((buffers or {}).values())
+        copies = [(tensor, value) for tensor, value in averages.items() if tensor in own]
+        copies += [(tensor, value) for tensor, value in held.items() if tensor in own]
     else:
-        own.update(model.buffers())
-        targets = {tensor: tensor for tensor in (*averages, *buffers) if tensor in own}
-    for tensor, target in targets.items():
-        sharding.copy(target, averages[tensor] if tensor in averages else buffers[tensor])
+        copies = _to_another(target, averages, unaveraged, names, in_order)
+        copies += [] if buffers is None else _buffers_to_another(target, buffers)
+    for tensor, value in copies:
+        if tensor is not value:
+            sharding.copy(tensor, value)
+
+
+def _to_another(
+    target: nn.Module,
+    averages: Mapping[Tensor, Tensor],
+    unaveraged: Iterable[Tensor],
+    names: Mapping[Tensor, str],
+    in_order: bool,
+) -> list[tuple[Tensor, Tensor]]:
+    pairs = pair(target, list(averages), names, in_order, check_shape)
+    copies = [(tensor, averages[param]) for param, tensor in pairs.items()]
+    rest = renamed(dict(target.named_parameters()), names.values())
+    for param in unaveraged:
+        tensor = rest.get(names.get(param, ""))
+        if tensor is not None:
+            check_shape(tensor, param, repr(names[param]))
+            copies.append((tensor, param.detach()))
+    return copies
+
+
+def _buffers_to_another(
+    target: nn.Module, buffers: Mapping[str, tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    saved = {v for v in target.state_dict(keep_vars=True).values() if isinstance(v, Tensor)}
+    copies = []
+    for name, tensor in renamed(dict(target.named_buffers()), buffers).items():
+        _, value = buffers.get(name, (None, None))
+        if value is not None and value.shape == tensor.shape:
+            copies.append((tensor, value))
+        elif tensor in saved and value is not None:
+            raise ValueError(
+                f"copy_ema_to(): the buffer {name!r} has shape {tuple(tensor.shape)}; allowed: the "
+                f"student's {tuple(value.shape)}, or buffers=False"
+            )
+        elif tensor in saved:
+            raise ValueError(
+                f"copy_ema_to(): the module has the buffer {name!r}, and no such buffer of the "
+                "student is known; pass model=<the student module> to the optimizer, call "
+                "load_state_dict(opt.ema_state_dict(<the student module>)) on the module instead, "
+                "or pass buffers=False to leave its buffers as they are"
+            )
+    return copies
 
 
 class Rewrite:

@@ -158,6 +158,15 @@ def is_there(param: Tensor) -> bool:
     return not is_lazy(param) and (param.device.type != "meta" or param.grad is not None)
 
 
+def is_fixed(param: Tensor) -> bool:
+    """Whether nothing is asked of the parameter: frozen integers, quantized weights and the like.
+
+    Its average is what it is, or what a teacher has in its place.
+    """
+    fixed = not param.requires_grad and param.grad is None
+    return fixed and param.dtype not in COMPUTE_DTYPE
+
+
 def is_active(rule: Rule, param: Tensor) -> bool:
     """Whether the rule itself moves the parameter; a frozen one has averages only."""
     return rule is not FROZEN and (param.requires_grad or param.grad is not None)

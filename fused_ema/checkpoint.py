@@ -34,7 +34,7 @@ def to_save(state_dict: dict[str, Any]) -> dict[str, Any]:
     ]
     entries = {key: _without_copies(value) for key, value in state_dict["state"].items()}
     # a frozen parameter without averages has no state in torch
-    state = {key: value for key, value in entries.items() if set(value) != {"step"}}
+    state = {key: value for key, value in entries.items() if set(value) - {"step"}}
     return {**state_dict, "param_groups": groups, "state": state}
 
 

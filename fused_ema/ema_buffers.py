@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .buckets import COMPUTE_DTYPE
+from .claims import claim
 from .gradients import Control
+from .names import renamed
 from .realmath import surely
 from .rules import check_choice, ema_update
+from .swap import is_shown
 
 MODES = ("copy", "average", "leave")
 
@@ -29,7 +32,9 @@ class EmaBuffers:
 
     ``"copy"``: the averaged model has the model's buffers as they are; ``"average"``: floating
     buffers move like the parameters, others are copied; ``"leave"``: untouched. Buffers are looked
-    up in the model by name at every step, so replaced ones are seen.
+    up in the model by name at every step, so replaced ones are seen; wrappers in names do not
+    matter. Where several optimizers keep the buffers of one teacher, one of them moves those, see
+    :class:`~fused_ema.claims.Claim`; averages of their own each of them has in full.
 
     Args:
         model: the student.
@@ -47,13 +52,15 @@ class EmaBuffers:
         check_choice("ema_buffers", mode, MODES)
         self.model = model
         self.mode = mode
+        self.teacher = teacher
         source = dict(model.named_buffers())
         self.held: list[dict[str, Tensor]] = [
             {name: _held(value) for name, value in source.items()} if mode == "average" else {}
             for _ in range(num_emas)
         ]
         if teacher is not None:
-            self.held[0] = _paired(dict(teacher.named_buffers()), source, mode)
+            theirs = renamed(dict(teacher.named_buffers()), source)
+            self.held[0] = _paired(theirs, source, mode)
 
     def moves(self, weights: Sequence[float]) -> list[Move]:
         """What a step does to the held buffers, checked: ``weights`` are ``1 - rho**kappa``.
@@ -61,6 +68,8 @@ class EmaBuffers:
         Raises:
             ValueError: there are not as many averages as at construction, or a buffer has another
                 shape.
+            RuntimeError: another optimizer's ``ema_weights()`` has put averaged buffers into the
+                model.
         """
         if self.mode == "leave":
             return []
@@ -69,12 +78,24 @@ class EmaBuffers:
                 f"ema_decay gives {len(weights)} averages, but buffers are held for "
                 f"{len(self.held)}; make a new optimizer to change their number"
             )
-        source = dict(self.model.named_buffers())
-        return [
-            Move(held, _matching(name, source, held), self._weight(held, weight))
-            for average, weight in zip(self.held, weights, strict=True)
-            for name, held in average.items()
-        ]
+        moves: list[Move] = []
+        if not any(self.held):
+            return moves
+        present = dict(self.model.named_buffers())
+        for i, (average, weight) in enumerate(zip(self.held, weights, strict=True)):
+            source = renamed(present, average)
+            found = [
+                Move(held, _matching(name, source, held), self._weight(held, weight))
+                for name, held in average.items()
+            ]
+            if any(is_shown(move.source) for move in found):
+                raise RuntimeError(
+                    "step() inside another optimizer's ema_weights(): the model's buffers hold the "
+                    "average; leave that context first"
+                )
+            if i > 0 or self.teacher is None or claim(self.teacher).moves(self):
+                moves += found
+        return moves
 
     def _weight(self, held: Tensor, weight: float) -> float:
         return weight if self.mode == "average" and held.is_floating_point() else 1.0
@@ -82,15 +103,21 @@ class EmaBuffers:
     def values(self, index: int) -> dict[Tensor, Tensor]:
         """What the average has in the place of each of the model's buffers, by that buffer."""
         held = self.held[index] if index < len(self.held) else {}
-        return {buffer: held.get(name, buffer) for name, buffer in self.model.named_buffers()}
+        source = renamed(dict(self.model.named_buffers()), held)
+        return {buffer: held.get(name, buffer) for name, buffer in source.items()}
 
-    def pairs(self, index: int) -> list[tuple[Tensor, Tensor]]:
-        """(model's buffer, held buffer) of one average, for swapping."""
-        return [(mine, held) for mine, held in self.values(index).items() if mine is not held]
+    def pairs(self, index: int) -> dict[Tensor, Tensor]:
+        """The held buffer of one average that belongs in the place of each of the model's.
 
-    def names(self) -> dict[Tensor, str]:
-        """Names of the model's buffers."""
-        return {buffer: name for name, buffer in self.model.named_buffers()}
+        None for buffers that hold another optimizer's average already.
+        """
+        values = self.values(index).items()
+        return {mine: held for mine, held in values if mine is not held and not is_shown(mine)}
+
+    def by_name(self, index: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """The model's buffers by name, each with what the average has in its place."""
+        held = self.values(index)
+        return {name: (buffer, held[buffer]) for name, buffer in self.model.named_buffers()}
 
     def state_dict(self) -> list[dict[str, Tensor]]:
         """Held buffers, one dict an average."""
@@ -102,6 +129,8 @@ class EmaBuffers:
         Raises:
             ValueError: the saved ones are of another model, mode or number of averages.
         """
+        own = [*self.held, *({} for _ in saved[len(self.held) :])]
+        saved = [renamed(values, held) for values, held in zip(saved, own, strict=False)]
         names, found = ([sorted(held) for held in both] for both in (self.held, saved))
         if names != found:
             raise ValueError(f"state_dict: ema_buffers holds {found}, allowed: {names}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,19 +16,30 @@ from . import checkpoint, clock
 from ._native import Slots
 from .access import EmaAccess
 from .backends import NAMES
-from .buckets import is_there
+from .buckets import is_fixed, is_there
 from .checking import check_group
 from .ema import EmaDecay, decays, only_half_life
 from .ema_buffers import EmaBuffers, apply, resolve
 from .folding import Checked
-from .gradients import Verdict, clipped, unscaling
-from .rules import Rule, check_choice
+from .gradients import Verdict, clipped, summed, unscaling
+from .rules import FROZEN, Rule, check_choice
 from .scaling import check_range
 from .sharding import reshard
-from .state import complete
+from .state import complete, reset
 from .stepper import Stepper
 from .swap import Flag
-from .teacher import Teacher, check_disjoint, check_whole, fitting, pair, resharding_modules
+from .teacher import (
+    Teacher,
+    by_name,
+    check_buffers_given,
+    check_disjoint,
+    check_whole,
+    fitting,
+    lasting,
+    named,
+    pair,
+    resharding_modules,
+)
 from .values import as_given, number
 
 
@@ -146,6 +157,7 @@ class FusedScaledOptimizer(EmaAccess):
         self.max_grad_norm = max_grad_norm
         self._grad_norm: Tensor | None = None
         self._teachers: dict[Tensor, Tensor] = {}
+        self._whole_teacher: nn.Module | dict[str, Tensor] | None = None
         self._teacher_modules: list[Any] = []
         self._names: dict[Tensor, str] = {}
         self._buffers: EmaBuffers | None = None
@@ -159,11 +171,13 @@ class FusedScaledOptimizer(EmaAccess):
         defaults = as_given({**defaults, **shared})
         self._check_group(defaults)
         if model is not None:
-            self._names = {param: name for name, param in model.named_parameters()}
+            self._names = named(model)
         self._made = False
         super().__init__(params, defaults)
         if ema is not None:
+            ema = lasting(ema)
             self._bind(ema, [self.param_groups[i] for i in self._averaged_groups()])
+            self._whole_teacher = by_name(ema)
         self._check_disjoint({})
         del self._made
         self._buffers = resolve(model, ema_buffers, self._num_emas(), ema)
@@ -208,8 +222,8 @@ class FusedScaledOptimizer(EmaAccess):
         """Norm of the last step's gradients before clipping, over all parameters.
 
         A 0-dim float64 tensor beside the first parameter, unscaled if a ``GradScaler`` is in use;
-        reading it waits for nothing. None before the first step, and without ``max_grad_norm``
-        (``math.inf`` gives the norm and clips nothing).
+        0 on the CPU if there are no parameters; reading it waits for nothing. None before the first
+        step, and without ``max_grad_norm`` (``math.inf`` gives the norm and clips nothing).
         """
         return self._grad_norm
 
@@ -269,9 +283,7 @@ class FusedScaledOptimizer(EmaAccess):
         self._check_not_swapped("check_gradients()")
         with torch.inference_mode(False):
             self._squares = self._prepared().sums_of_squares()
-        first = self._squares[0].device
-        total = torch.stack([s.to(first, non_blocking=True) for s in self._squares]).sum()
-        return total.isfinite().logical_not().float()
+        return summed(self._squares).isfinite().logical_not().float()
 
     def _prepared(self) -> Stepper:
         """What takes the step at hand, ready to."""
@@ -286,7 +298,9 @@ class FusedScaledOptimizer(EmaAccess):
         squares, self._squares = self._squares, None
         stepper = self._prepared()
         averaged = stepper is self._stepper
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        found_inf = getattr(self, "found_inf", None)
+        if not isinstance(found_inf, Tensor):
+            found_inf = None  # torch's GradScaler sums over the gradients it has seen: none, 0
         if found_inf is not None and not stepper.skips:
             if found_inf.item() != 0.0:
                 return
@@ -299,10 +313,10 @@ class FusedScaledOptimizer(EmaAccess):
         if grad_scale is not None or found_inf is not None:
             control = unscaling(grad_scale, found_inf)
         if self.max_grad_norm is not None:
-            squares = squares or stepper.sums_of_squares()
+            squares = stepper.sums_of_squares() if squares is None else squares
             control, self._grad_norm = clipped(control, squares, self.max_grad_norm)
         doubt = None
-        if found_inf is not None and stepper.host_folded:
+        if found_inf is not None and stepper.host_counted:
             put_back = clock.counts(self.param_groups)
             doubt = _Doubt(Verdict(found_inf), stepper.counted(), put_back)
         stepper.run(control)
@@ -329,14 +343,15 @@ class FusedScaledOptimizer(EmaAccess):
                 slots.uncount()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as torch does; ``ema`` in it binds its own teacher tensors.
+        """Add a param group, as torch does; ``ema`` in it: its own teacher, without buffers.
 
-        Without ``ema`` the group's averages are the optimizer's own. A schedule of ``rho`` goes on
-        where the first group's is.
+        Without ``ema`` the group's averages are the optimizer's own; if it was made with a teacher
+        of the whole network, they are that teacher's tensors of the same names. A schedule of
+        ``rho`` goes on where the first group's is.
 
         Raises:
-            ValueError: a bad value, a parameter given twice, or a teacher that does not match; the
-                group is not added.
+            ValueError: a bad value, a parameter given twice, or a teacher that does not match, or
+                has no tensor known to be a parameter's; the group is not added.
         """
         self._settle()
         teacher = None
@@ -351,13 +366,46 @@ class FusedScaledOptimizer(EmaAccess):
         try:
             if len(set(group["params"])) != len(group["params"]):
                 raise ValueError("params: a parameter appears twice in a param group")
-            self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+            self._learn_names(group)
             if teacher is not None:
+                check_buffers_given(teacher)
                 self._bind(teacher, [group])
+            elif self._whole_teacher is not None and decays(group["ema_decay"]):
+                self._bind_more(group)
         except Exception:
             self.param_groups.pop()
             raise
         self._forget_plans()
+
+    @torch.no_grad()
+    def reset_moments(self, params: Iterable[Tensor] | None = None) -> None:
+        """Let the rule start anew: momentum and moments become zero, in place, and their counts.
+
+        Bias corrections and SGD's first step are then those of a new optimizer. Weights, masters,
+        averages and ``base_steps``, where schedules of ``rho`` are, go on. (``del opt.state[p]``
+        would restart the averages too.)
+
+        Args:
+            params: some of the optimizer's parameters; None: all.
+
+        Raises:
+            ValueError: a parameter is not the optimizer's; nothing has changed then.
+            RuntimeError: inside :meth:`ema_weights`, or the rule's states are not here (FusedEMA).
+        """
+        self._check_not_swapped("reset_moments()")
+        if self.rule is FROZEN:
+            raise RuntimeError(
+                "reset_moments() of a FusedEMA; allowed: resetting the state of the optimizer that "
+                "it follows, which holds the moments"
+            )
+        self._settle()
+        own = {param: group for group in self.param_groups for param in group["params"]}
+        chosen = list(own if params is None else [params] if isinstance(params, Tensor) else params)
+        for i, param in enumerate(chosen):
+            if param not in own:
+                raise ValueError(f"params: entry {i} is not a parameter of this optimizer")
+        for param in chosen:
+            reset(self.rule, own[param], self.state.get(param, {}))
 
     def state_dict(self) -> StateDict:
         """The state as torch lays it out, the averages under ``ema``, ``ema_1``, ...
@@ -422,7 +470,7 @@ class FusedScaledOptimizer(EmaAccess):
         self._check_not_swapped("copying or pickling the optimizer")
         self._settle()
         options = ("backend", "ema_every", "base_batch_size", "max_grad_norm")
-        own = (*options, "_teachers", "_teacher_modules", "_names", "_buffers")
+        own = (*options, "_teachers", "_whole_teacher", "_teacher_modules", "_names", "_buffers")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -469,10 +517,31 @@ class FusedScaledOptimizer(EmaAccess):
         if self._made:  # else all are checked at once: one group after another is quadratic
             self._check_disjoint(pairs)
         self._teachers.update(pairs)
-        self._teacher_modules += modules
+        self._teacher_modules += [m for m in modules if m not in self._teacher_modules]
+
+    def _bind_more(self, group: dict[str, Any]) -> None:
+        """Give an added group its part of the teacher that the optimizer was made with."""
+        teacher = self._whole_teacher
+        if not teacher or not all(param in self._names for param in group["params"]):
+            raise ValueError(
+                "add_param_group(): the optimizer was made with a teacher, and its tensors for the "
+                "new parameters are not known; pass them as the group's 'ema', or give the group "
+                "ema_decay=None (a teacher module, and model=<the student module> or named "
+                "parameters, pair by name)"
+            )
+        self._bind(teacher if isinstance(teacher, nn.Module) else teacher.items(), [group])
+
+    def _learn_names(self, group: dict[str, Any]) -> None:
+        """Of a new group: the student module's if it is known, which may have grown, or given."""
+        params = group["params"]
+        if self._buffers is not None and not all(param in self._names for param in params):
+            self._names.update(named(self._buffers.model))
+        for param, name in zip(params, group.get("param_names", ()), strict=False):
+            self._names.setdefault(param, name)
 
     def _check_disjoint(self, pairs: Mapping[Tensor, Tensor]) -> None:
-        teachers = [*self._teachers.values(), *pairs.values()]
+        both = {**self._teachers, **pairs}
+        teachers = [tensor for param, tensor in both.items() if not is_fixed(param)]
         if teachers:
             every = [param for group in self.param_groups for param in group["params"]]
             check_disjoint(teachers, every)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import formats, sharding
-from .buckets import COMPUTE_DTYPE, dense_order, has_master, is_active
+from .buckets import COMPUTE_DTYPE, dense_order, has_master, is_active, is_fixed
 from .ema import decays, ema_keys
 from .rules import Rule
 
@@ -33,16 +33,21 @@ def complete(
     follow their parameter, a teacher never does.
 
     Raises:
-        TypeError: the parameter's dtype is not a floating one.
+        TypeError: the parameter requires grad and its dtype is none of :data:`COMPUTE_DTYPE`.
         RuntimeError: a state has another shape than its parameter.
         ValueError: the teacher does not fit the parameter.
     """
     emas = ema_keys(len(decays(group["ema_decay"])))
+    if is_fixed(param):
+        return
     if param.dtype not in COMPUTE_DTYPE:
         if not is_active(rule, param) and not emas:
-            return  # quantized weights among the frozen ones: nothing is asked of them
+            return  # another optimizer's, and nothing of it is averaged
         allowed = ", ".join(map(str, COMPUTE_DTYPE))
-        raise TypeError(f"params: a parameter has dtype {param.dtype}; allowed: {allowed}")
+        raise TypeError(
+            f"params: a parameter that requires grad has dtype {param.dtype}; allowed: {allowed}, "
+            "or requires_grad=False, which keeps it and its average as they are"
+        )
     if param.is_conj() or param.is_neg():
         raise TypeError("params: a parameter is a lazily conjugated or negated view; resolve it")
     if is_active(rule, param):
@@ -206,6 +211,13 @@ def _complete_rule_states(
             state[key] = _beside(state[key], param, dtype, key)
 
 
+def reset(rule: Rule, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Zero one parameter's states of the rule and their count, in place: plans hold them."""
+    for key in (*rule.states(group), "step"):
+        if isinstance(state.get(key), Tensor):
+            state[key].zero_()
+
+
 def counter_device(group: Mapping[str, Any], param: Tensor) -> torch.device:
     """Where base steps are counted: a captured graph can only count on the device."""
     return param.device if group.get("capturable") else torch.device("cpu")
@@ -245,6 +257,8 @@ def check_teacher(teacher: Tensor, param: Tensor, name: str, form: str = "full")
     """Raise ValueError unless ``teacher`` can hold the average of ``param``."""
     check_shape(teacher, param, name)
     dtype = formats.TEACHER_DTYPES.get(form, COMPUTE_DTYPE.get(param.dtype))
+    if is_fixed(param):
+        dtype = param.dtype
     if teacher.device != param.device:
         raise ValueError(f"ema: {name} is on {teacher.device}, its parameter on {param.device}")
     if not sharding.placed_alike(teacher, param):

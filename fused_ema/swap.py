@@ -11,6 +11,14 @@ from torch import Tensor, nn
 from . import _native
 from .sharding import local, place, placed_alike
 
+# Versions from here on are those of tensors that hold an average, see csrc/swap.cpp.
+FIRST_VERSION_INSIDE = 1 << 31
+
+
+def is_shown(tensor: Tensor) -> bool:
+    """Whether a tensor holds an average, inside the ``ema_weights()`` of any optimizer."""
+    return not tensor.is_inference() and tensor._version >= FIRST_VERSION_INSIDE
+
 
 class Flag:
     """Whether an optimizer's weights hold an average.

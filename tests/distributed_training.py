@@ -13,6 +13,8 @@ from distributed_case import (
     BACKENDS,
     MAX_NORM,
     OPTIMIZERS,
+    SHARED,
+    WORLD,
     assert_close,
     assert_equal_on_all_ranks,
     assert_same_training,
@@ -27,6 +29,7 @@ from distributed_case import (
     whole,
 )
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import fused_ema
@@ -225,6 +228,41 @@ def scaler_skips_for_all_if_one_process_overflows(tmp_path: Path) -> None:
         assert_same_training(model, opt, other, twin)
 
 
+def zero_with_fewer_parameters_than_processes(tmp_path: Path) -> None:
+    """One process has nothing to step, and takes part in all that is done together."""
+
+    class OneByOne(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 1, bias=False, dtype=torch.float64)
+            nn.init.ones_(self.weight)
+
+    model, other = OneByOne(), OneByOne()
+    cls, fields = OPTIMIZERS["AdamW"]
+    twin = cls(other.parameters(), **fields, **SHARED)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    opt = ZeroRedundancyOptimizer(parallel.parameters(), cls, **fields, **SHARED)
+    empty = not opt.optim.param_groups[0]["params"]
+    both = [torch.zeros((), dtype=torch.int64) for _ in range(WORLD)]
+    dist.all_gather(both, torch.tensor(int(empty)))
+    assert sorted(map(int, both)) == [0, 1]
+    for step in range(3):
+        for net, one, part in ((parallel, opt, mine), (other, twin, torch.clone)):
+            x, y = map(part, batch(step))
+            one.zero_grad()
+            (net(x) - y).square().mean().backward()
+            one.step()
+    assert_close(model.weight.detach(), other.weight.detach())
+    assert_close(opt.optim.grad_norm, torch.zeros_like(twin.grad_norm) if empty else twin.grad_norm)
+    with opt.optim.ema_weights(1):
+        shown = model.weight.detach().clone()
+    right = other if empty else twin.ema_state_dict(other, 1)
+    assert_close(shown, right.weight.detach() if empty else right["weight"])
+    opt.consolidate_state_dict(0)
+    if dist.get_rank() == 0:
+        saved = opt.state_dict()
+        assert_close(saved["state"][0]["ema_1"], twin.state[other.weight]["ema_1"])
+
+
 SCENARIOS = (
     ddp_is_training_on_the_joined_batch,
     ddp_rounds_averages_alike,
@@ -237,4 +275,5 @@ SCENARIOS = (
     replaced_local_tensors_are_seen,
     states_placed_otherwise_are_moved,
     scaler_skips_for_all_if_one_process_overflows,
+    zero_with_fewer_parameters_than_processes,
 )

@@ -123,14 +123,6 @@ def test_an_explicit_backend_that_cannot_says_why(name):
             optimizer.step()
 
 
-def test_integer_parameters_are_refused_where_anything_is_asked_of_them():
-    params = [*weights(), torch.ones(2, dtype=torch.int64)]
-    FusedScaledSGD(params, lr=0.1).step()
-    optimizer = FusedScaledSGD(params, lr=0.1, ema_decay=0.9)
-    with pytest.raises(TypeError, match=r"dtype torch\.int64; allowed: torch\.float32"):
-        optimizer.step()
-
-
 def test_kappa_is_set_for_all_groups_or_none():
     first, second = weights(), weights()
     groups = [{"params": first}, {"params": second, "beta_scaling": "linear"}]

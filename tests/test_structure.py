@@ -10,17 +10,17 @@ import fused_ema
 PACKAGE = Path(fused_ema.__file__).parent
 # Each may import from itself and from what stands before it.
 LAYERS = (
-    ("realmath", "values", "_native", "kernels"),
+    ("realmath", "values", "_native", "kernels", "names", "claims"),
     ("scaling", "tensorlist", "sharding"),
     ("ema", "posthoc", "progressive", "formats"),
     ("rules",),
-    ("buckets", "device_folding", "build", "gradients"),
-    ("state", "swap", "ema_buffers"),
+    ("buckets", "device_folding", "build", "gradients", "swap"),
+    ("state", "ema_buffers"),
     ("backends", "teacher", "checkpoint"),
     ("averages", "clock", "folding"),
     ("stepper", "access", "checking"),
     ("optimizer", "options"),
-    ("adam", "any_optimizer", "grad_scaler", "sgd", "migrate"),
+    ("adam", "any_optimizer", "grad_scaler", "sgd", "migrate", "several"),
     ("__init__",),
     ("demo",),
     ("experiments",),
