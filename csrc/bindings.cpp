@@ -39,6 +39,7 @@ void define_cuda(py::module_& module) {
   py::class_<cuda::Plan>(module, "CudaPlan", collected<cuda::Plan>())
       .def(py::init<std::string, py::object, bool>(), arg("rule"), arg("slots"), arg("ema_before"))
       .def("prepare", &cuda::Plan::prepare)
+      .def("release", &cuda::Plan::release)
       .def("sum_of_squares", &cuda::Plan::sum_of_squares)
       .def("run", &cuda::Plan::run, arg("control") = py::none(), arg("scalars") = py::none())
       .def_property_readonly("captured", &cuda::Plan::captured)
@@ -62,7 +63,12 @@ PYBIND11_MODULE(_native, module) {
            arg("teacher"), arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"),
            arg("places"))
       .def("prepare", &Slots::prepare)
+      .def("begin", &Slots::begin)
+      .def("begin_gradients", &Slots::begin_gradients)
+      .def("hold",
+           [](py::object slots) { return std::make_unique<Slots::Hold>(std::move(slots)); })
       .def("advance", &Slots::advance)
+      .def("release", &Slots::release)
       .def("uncount", &Slots::uncount)
       .def_property_readonly("num_words", &Slots::num_words)
       .def_property_readonly("num_changed", &Slots::num_changed)
@@ -71,10 +77,14 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("active", &Slots::active)
       .def("pack", &pack)
       .def("chunks", &Slots::chunks);
+  py::class_<Slots::Hold>(module, "Hold")
+      .def("__enter__", [](py::object hold) { return hold; })
+      .def("__exit__", [](Slots::Hold& hold, const py::args&) { hold.release(); });
   py::class_<cpu::Plan> cpu_plan(module, "Plan", collected<cpu::Plan>());
   cpu_plan
       .def(py::init<std::string, py::object, bool>(), arg("rule"), arg("slots"), arg("ema_before"))
       .def("prepare", &cpu::Plan::prepare)
+      .def("release", &cpu::Plan::release)
       .def("sum_of_squares", &cpu::Plan::sum_of_squares)
       .def("run", &cpu::Plan::run, arg("control") = py::none())
       .def_property_readonly("target", &cpu::Plan::target);
@@ -84,8 +94,12 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init<const py::list&, const py::dict&>())
       .def("unchanged", &Watch::unchanged);
   define_swap(module);
+  py::class_<Places>(module, "Places")
+      .def(py::init<const py::list&>())
+      .def("unchanged", &Places::unchanged);
   define_cuda(module);
   module.def("is_plain", &is_plain);
+  module.def("spans", &spans);
   module.def("cpu_targets", &cpu::targets);
   module.def("rule_scalars", [] { return scalar_names(AllRules{}); });
 }

@@ -1,9 +1,8 @@
 #include "slots.h"
 
 #include <ATen/OpMathType.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
+#include <c10/core/impl/COW.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -14,15 +13,6 @@
 namespace fused_ema {
 
 namespace {
-
-// Whether both tensors put their elements in the same places; the strides of dimensions of size one
-// do not matter.
-bool same_order(const at::Tensor& a, const at::Tensor& b) {
-  const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();
-  for (size_t d = 0; d < sizes.size(); ++d)
-    if (sizes[d] != 1 && a_strides[d] != b_strides[d]) return false;
-  return true;
-}
 
 const at::Tensor& unpack(const py::object& tensor) { return THPVariable_Unpack(tensor.ptr()); }
 
@@ -39,20 +29,24 @@ inline void ask_for_tensor(const c10::TensorImpl& tensor) {
 }
 
 // Out of line, so that the checks themselves stay small.
-[[noreturn, gnu::cold, gnu::noinline]] void refuse_storage(const c10::TensorImpl& tensor) {
-  throw std::runtime_error(c10::str("a tensor of shape ", tensor.sizes(),
-                                    " has a storage that is too small for it: received ",
+[[noreturn, gnu::cold, gnu::noinline]] void refuse_storage(const c10::TensorImpl& tensor,
+                                                           const char* reason) {
+  throw std::runtime_error(c10::str("a tensor of shape ", tensor.sizes(), reason, ": received ",
                                     tensor.unsafe_storage().nbytes(), " bytes"));
 }
 
 // data_ptr() without the checks that a plain dense tensor passes by construction: it is the host's
-// largest cost where there are many small tensors. Copy-on-write storage is still made writable.
+// largest cost where there are many small tensors. Copy-on-write storage is made writable, so that
+// its memory is its own. Null only where there are no elements.
 inline void* address(const c10::TensorImpl& tensor, int64_t itemsize) {
   const c10::Storage& storage = tensor.unsafe_storage();
   const int64_t first = tensor.storage_offset(), count = tensor.numel();
-  if (static_cast<int64_t>(storage.nbytes()) < (first + count) * itemsize && count > 0)
-    refuse_storage(tensor);
-  return static_cast<char*>(storage.mutable_data()) + first * itemsize;
+  if (count == 0) return nullptr;
+  if (static_cast<int64_t>(storage.nbytes()) < (first + count) * itemsize)
+    refuse_storage(tensor, " has a storage that is too small for it");
+  void* const data = storage.mutable_data();
+  if (data == nullptr) refuse_storage(tensor, " has a storage without memory");
+  return static_cast<char*>(data) + first * itemsize;
 }
 
 // Sets a word and tells whether it was another one.
@@ -68,15 +62,10 @@ inline bool equal(c10::IntArrayRef a, c10::IntArrayRef b) {
   return equal;
 }
 
-[[noreturn, gnu::cold, gnu::noinline]] void refuse_grad(const at::Tensor& grad,
-                                                        const at::Tensor& param) {
-  if (grad.layout() != at::kStrided)
-    throw std::runtime_error(
-        "sparse gradients are not supported (allowed: torch.strided); use sparse=False in the "
-        "embedding or torch.optim.SparseAdam");
-  throw std::runtime_error("grad does not match its parameter: received " + grad.toString() +
-                           " of shape " + c10::str(grad.sizes()) + ", allowed " + param.toString() +
-                           " of shape " + c10::str(param.sizes()));
+[[noreturn, gnu::cold, gnu::noinline]] void refuse_moved() {
+  throw std::runtime_error(
+      "a parameter, its state or its gradient was replaced or resized while step() was under way; "
+      "allowed: between steps");
 }
 
 StoredType stored_type(at::ScalarType dtype) {
@@ -108,6 +97,46 @@ EmaFormat ema_format(at::ScalarType average, at::ScalarType arithmetic) {
   throw std::invalid_argument(std::string("no kernel for averages of dtype ") +
                               at::toString(average) + " in arithmetic of " +
                               at::toString(arithmetic));
+}
+
+// Whether a tensor is dense memory to the dispatcher and nothing besides.
+bool has_plain_keys(const at::Tensor& tensor) {
+  const c10::DispatchKeySet besides = tensor.key_set() -
+                                      c10::DispatchKeySet(c10::DispatchKey::Dense) -
+                                      c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView) -
+                                      c10::autograd_dispatch_keyset - c10::autocast_dispatch_keyset;
+  return besides.highestFunctionalityKey() == c10::DispatchKey::Undefined;
+}
+
+// Whether both tensors put their elements in the same places; the strides of dimensions of size one
+// do not matter.
+bool same_order(const at::Tensor& a, const at::Tensor& b) {
+  const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1 && a_strides[d] != b_strides[d]) return false;
+  return true;
+}
+
+const void* first(py::handle tensor) {
+  const c10::TensorImpl& impl = *THPVariable_Unpack(tensor.ptr()).unsafeGetTensorImpl();
+  const c10::Storage& storage = impl.unsafe_storage();
+  if (!storage) return nullptr;
+  const auto itemsize = static_cast<int64_t>(impl.dtype().itemsize());
+  return static_cast<const char*>(storage.data()) + impl.storage_offset() * itemsize;
+}
+
+std::pair<uintptr_t, uintptr_t> span(const at::Tensor& tensor) {
+  if (!tensor.has_storage() || tensor.layout() != at::kStrided || tensor.numel() == 0)
+    return {0, 0};
+  const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+  const c10::Storage& storage = impl.unsafe_storage();
+  const void* const data = storage.data();
+  if (data == nullptr || c10::impl::cow::is_cow_data_ptr(storage.data_ptr())) return {0, 0};
+  int64_t last = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  const auto itemsize = static_cast<int64_t>(tensor.itemsize());
+  const auto begin = reinterpret_cast<uintptr_t>(data) + impl.storage_offset() * itemsize;
+  return {begin, begin + (last + 1) * itemsize};
 }
 
 // Tells autograd about a write behind its back, as torch's own in-place operations do.
@@ -167,9 +196,12 @@ Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bo
 }
 
 bool Slots::prepare(const py::object& fold) {
+  if (held_)
+    throw std::runtime_error("step() is under way in another thread; allowed: one at a time");
   const auto kappas = fold.attr("kappas").cast<std::vector<double>>();
   rows_.clear();
-  copies_.clear();
+  grads_held_.clear();
+  grads_held_.resize(size());
   for (size_t i = 0; i < size(); ++i) {
     fetch(i);
     const at::Tensor& param = unpack(tensors(i)[0]);
@@ -181,11 +213,27 @@ bool Slots::prepare(const py::object& fold) {
       row.before = *counters_[i];
       row.step = row.before + kappas[groups_[i]];
     }
-    new_rows_ |= put(grads_[i], active ? grad_pointer(grad, param) : nullptr);
+    if (active) grads_held_[i] = fits(grad, param) ? grad : copy_grad(grad, param);
+    read_gradient(i);
     new_rows_ |= put(row_of_[i], find_row(row));
   }
   if (!capturable_) fold_rows(fold);
   return true;
+}
+
+void Slots::begin() {
+  for (size_t i = 0; i < size(); ++i)
+    if (!read_pointers(i)) refuse_moved();
+  begin_gradients();
+}
+
+void Slots::begin_gradients() {
+  if (grads_held_.size() != size())
+    throw std::runtime_error("what step() has prepared was dropped by another thread's step()");
+  for (size_t i = 0; i < size(); ++i) {
+    if (grads_held_[i].defined() && !fits(grads_held_[i], unpack(tensors(i)[0]))) refuse_moved();
+    read_gradient(i);
+  }
 }
 
 // Asks for the memory that the next slots are read from, a link of each chain at a time: objects,
@@ -219,6 +267,13 @@ inline bool Slots::read_pointers(size_t i) {
     new_slots_ |= put(words[1 + k], address(held, kinds_[k].itemsize));
   }
   return true;
+}
+
+inline void Slots::read_gradient(size_t i) {
+  const at::Tensor& grad = grads_held_[i];
+  void* const found =
+      grad.defined() ? address(*grad.unsafeGetTensorImpl(), stored_.itemsize) : nullptr;
+  new_rows_ |= put(grads_[i], found);
 }
 
 // Where steps are counted, null where they cannot be.
@@ -263,7 +318,7 @@ void Slots::fold_rows(const py::object& fold) {
     const py::tuple folded = fold(row.group, step);
     const py::tuple scalars = folded[0], weights = folded[1];
     if (py::ssize_t(scalars.size()) != (row.active ? num_scalars_ : 0) ||
-        py::ssize_t(weights.size()) != num_emas_)
+        (num_emas_ > 0 && py::ssize_t(weights.size()) != num_emas_))
       throw std::runtime_error("a rule folds " + std::to_string(scalars.size()) +
                                " scalars, its kernel takes " + std::to_string(num_scalars_));
     for (size_t k = 0; k < scalars.size(); ++k) out[k] = scalars[k].cast<double>();
@@ -276,27 +331,30 @@ void Slots::fold_rows(const py::object& fold) {
   table_ = std::move(table);
 }
 
-inline void* Slots::grad_pointer(const at::Tensor& grad, const at::Tensor& param) {
+// Whether kernels can read a gradient where it is.
+inline bool Slots::fits(const at::Tensor& grad, const at::Tensor& param) const {
   const c10::TensorImpl& found = *grad.unsafeGetTensorImpl();
   const c10::TensorImpl& like = *param.unsafeGetTensorImpl();
   // equal dispatch keys: same kind of device and layout, no lazy negation, no subclass
-  if (found.key_set() == like.key_set() && found.dtype().isScalarType(stored_.dtype) &&
-      found.numel() == like.numel() && equal(found.strides(), like.strides()) &&
-      (device_.is_cpu() || found.device() == device_))
-    return address(found, stored_.itemsize);
-  return copy_grad(grad, param);
+  return (found.key_set() == like.key_set() && found.dtype().isScalarType(stored_.dtype) &&
+          found.numel() == like.numel() && equal(found.strides(), like.strides()) &&
+          (device_.is_cpu() || found.device() == device_)) ||
+         fits_otherwise(grad, param);
 }
 
-// A gradient that lies otherwise than its parameter, laid out like it.
-void* Slots::copy_grad(const at::Tensor& grad, const at::Tensor& param) {
-  if (grad.layout() != at::kStrided || grad.scalar_type() != stored_.dtype ||
-      grad.device() != param.device() || grad.sizes() != param.sizes())
-    refuse_grad(grad, param);
-  if (same_order(grad, param) && !grad.is_neg())
-    return address(*grad.unsafeGetTensorImpl(), stored_.itemsize);
-  const at::NoGradGuard no_grad;
-  copies_.push_back(at::empty_strided(param.sizes(), param.strides(), param.options()).copy_(grad));
-  return copies_.back().data_ptr();
+bool Slots::fits_otherwise(const at::Tensor& grad, const at::Tensor& param) const {
+  return has_plain_keys(grad) && grad.has_storage() && grad.scalar_type() == stored_.dtype &&
+         grad.device() == device_ && grad.sizes() == param.sizes() && same_order(grad, param);
+}
+
+// A gradient that does not fit, as one that does: in memory of its own, laid out like its
+// parameter.
+at::Tensor Slots::copy_grad(const at::Tensor& grad, const at::Tensor& param) const {
+  const py::object copied = py::module_::import("fused_ema.gradients").attr("copied");
+  at::Tensor result = copied(grad, param).cast<at::Tensor>();
+  if (!fits(result, param))
+    throw std::runtime_error("a gradient's copy is not what it was made as");
+  return result;
 }
 
 std::vector<bool> Slots::active() const {
@@ -315,7 +373,7 @@ void Slots::advance() {
     }
     for (size_t k = 2 + num_states_; k < num_tensors(); ++k) bump_version(tensor[k]);
   }
-  copies_.clear();
+  release();
 }
 
 void Slots::uncount() {
@@ -364,20 +422,53 @@ at::Tensor Slots::chunks(int64_t elements) const {
   return result;
 }
 
-std::vector<c10::Storage> Slots::storages() const {
-  std::vector<c10::Storage> held;
-  for (size_t i = 0; i < size(); ++i) {
-    for (size_t k = 0; k < num_tensors(); ++k) held.push_back(unpack(tensors(i)[k]).storage());
-    const at::Tensor& grad = unpack(tensors(i)[0]).unsafeGetTensorImpl()->grad();
-    if (takes_grads_ && grad.defined()) held.push_back(grad.storage());
+Slots::Hold::Hold(OwnedSlots slots_to_hold) : slots_(std::move(slots_to_hold)) {
+  const Slots& slots = *slots_;
+  storages_.reserve(slots.tensors_.size() + slots.size());
+  for (const py::object& tensor : slots.tensors_) add(unpack(tensor).storage());
+  for (const at::Tensor& grad : slots.grads_held_)
+    if (grad.defined()) add(grad.storage());
+  slots_->held_ = true;
+}
+
+void Slots::Hold::release() {
+  if (!std::exchange(live_, false)) return;
+  for (c10::StorageImpl* storage : resizable_)
+    if (storage->allocator() != nullptr) storage->set_resizable(true);
+  storages_.clear();
+  slots_->held_ = false;
+}
+
+void Slots::Hold::add(const c10::Storage& storage) {
+  c10::StorageImpl* const held = storage.unsafeGetStorageImpl();
+  if (held->resizable()) {
+    held->set_resizable(false);
+    resizable_.push_back(held);
   }
-  return held;
+  storages_.push_back(storage);
 }
 
 bool is_plain(const at::Tensor& tensor) {
-  const c10::DispatchKeySet keys = tensor.key_set();
-  return !keys.has(c10::DispatchKey::Python) && tensor.has_storage() && !tensor.is_neg() &&
-         !tensor.is_conj() && !tensor.is_inference();
+  return has_plain_keys(tensor) && tensor.has_storage() && !tensor.is_inference();
+}
+
+Places::Places(const py::list& tensors) {
+  for (const py::handle tensor : tensors) first_.push_back(first(tensor));
+}
+
+bool Places::unchanged(const py::list& tensors) const {
+  const auto count = static_cast<Py_ssize_t>(first_.size());
+  bool same = PyList_GET_SIZE(tensors.ptr()) == count;
+  for (Py_ssize_t i = 0; same && i < count; ++i)
+    same = first_[i] == first(PyList_GET_ITEM(tensors.ptr(), i));
+  return same;
+}
+
+std::vector<std::pair<uintptr_t, uintptr_t>> spans(const std::vector<at::Tensor>& tensors) {
+  std::vector<std::pair<uintptr_t, uintptr_t>> found;
+  found.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) found.push_back(span(tensor));
+  return found;
 }
 
 }  // namespace fused_ema

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,14 +17,16 @@ namespace fused_ema {
 namespace py = pybind11;
 
 // Holds the Python tensors, never their addresses: those are read anew by every prepare(), so that
-// `p.data = ...`, a new gradient or a resized storage is seen. That the optimizer still holds these
-// tensors is for its Watch to say.
+// `p.data = ...`, a new gradient or a resized storage is seen, and again by begin(): schedules and
+// other threads run in between. That the optimizer still holds these tensors is for its Watch to
+// say.
 //
 // What a kernel reads lies in one sequence of words, those that change most often first:
 //   scalars  a row of doubles: the rule's scalars, a weight per average; where something is rounded
 //            by random bits, the seed of the step
 //   rows     the row of each slot
-//   grads    each slot's gradient, null without one: the averages alone move
+//   grads    each slot's gradient, null without one: the averages alone move. One that has elements
+//            is never null, and without elements nothing is read.
 //   slots    numel, which of the optimizer's parameters it is; addresses: param, its master if
 //            there is one, the rule's states, the averages, the first one's copy if there is one
 class Slots {
@@ -40,10 +44,26 @@ class Slots {
   // Reads gradients and pointers and folds the scalars; writes nothing. False: a tensor lies
   // differently now, or a frozen parameter has a gradient, and the bucket must be made anew.
   // Capturable slots have a row each, without scalars: those are folded on the device.
+  // The gradients live on until advance() or release(), whoever else drops them.
   bool prepare(const py::object& fold);
 
-  // Counts the step that was prepared, tells autograd of it and drops copies of gradients.
+  // Reads the addresses anew, right before kernels use them; throws where a tensor lies differently
+  // now. While Python or another thread may run before the kernels have ended or are in a stream's
+  // order, the memory must be held.
+  void begin();
+
+  // As begin(), of the gradients alone.
+  void begin_gradients();
+
+  // What keeps all memory of the step where it is, as long as it lives: storages, which nobody can
+  // resize meanwhile. Nothing can be prepared then.
+  class Hold;
+
+  // Counts the step that was prepared, tells autograd of it and lets go of the gradients.
   void advance();
+
+  // Lets go of the gradients of a step that was prepared, and is not taken.
+  void release() { grads_held_.clear(); }
 
   // Takes the count of the last step back, where nobody else has written the counter since.
   void uncount();
@@ -64,9 +84,6 @@ class Slots {
 
   // (slot, index) of each run of `elements` elements, the last of a slot shorter: int32 [n, 2].
   at::Tensor chunks(int64_t elements) const;
-
-  // What the tensors own: whatever another thread drops must outlive a step without the GIL.
-  std::vector<c10::Storage> storages() const;
 
   // Which slots have a gradient.
   std::vector<bool> active() const;
@@ -140,10 +157,12 @@ class Slots {
   void fetch(size_t i) const;
   double* read_counter(const c10::TensorImpl& step) const;
   bool read_pointers(size_t i);
+  void read_gradient(size_t i);
   bool as_planned(const c10::TensorImpl& tensor, const Kind& kind, const Shape& shape) const;
   bool same_strides(const c10::TensorImpl& tensor, const Shape& shape) const;
-  void* grad_pointer(const at::Tensor& grad, const at::Tensor& param);
-  void* copy_grad(const at::Tensor& grad, const at::Tensor& param);
+  bool fits(const at::Tensor& grad, const at::Tensor& param) const;
+  bool fits_otherwise(const at::Tensor& grad, const at::Tensor& param) const;
+  at::Tensor copy_grad(const at::Tensor& grad, const at::Tensor& param) const;
 
   int num_scalars_;
   bool frozen_;
@@ -171,7 +190,9 @@ class Slots {
   std::vector<int64_t> slots_;
   std::vector<double*> counters_;
   std::vector<Row> rows_;
-  std::vector<at::Tensor> copies_;  // gradients that had to be laid out like their parameter
+  std::vector<at::Tensor> grads_held_;  // or copies laid out like their parameter; undefined: none
+
+  bool held_ = false;  // a Hold lives
 
   // since the last pack()
   bool new_table_ = true;
@@ -187,6 +208,7 @@ class OwnedSlots {
       : object_(std::move(object)), slots_(&object_.cast<Slots&>()) {}
 
   Slots* operator->() const { return slots_; }
+  Slots& operator*() const { return *slots_; }
   const py::object& object() const { return object_; }
 
  private:
@@ -194,7 +216,40 @@ class OwnedSlots {
   Slots* slots_;
 };
 
-// Whether a tensor is nothing but memory of its own: no subclass, no lazy negation or conjugation.
+class Slots::Hold {
+ public:
+  explicit Hold(OwnedSlots slots);
+  Hold(const Hold&) = delete;
+  Hold& operator=(const Hold&) = delete;
+  ~Hold() { release(); }
+
+  void release();
+
+ private:
+  void add(const c10::Storage& storage);
+
+  OwnedSlots slots_;
+  bool live_ = true;
+  std::vector<c10::Storage> storages_;
+  std::vector<c10::StorageImpl*> resizable_;  // of those, as they were found
+};
+
+// Whether a tensor is nothing but memory of its own, which may be written: no subclass, no lazy
+// negation or conjugation, no zeros without memory.
 bool is_plain(const at::Tensor& tensor);
+
+// Where tensors lay when they were looked at.
+class Places {
+ public:
+  explicit Places(const py::list& tensors);
+  bool unchanged(const py::list& tensors) const;
+
+ private:
+  std::vector<const void*> first_;
+};
+
+// First address of each tensor's memory and the one behind its last, 0 and 0 where it has none that
+// another one may share: no elements, no storage, or one that is copied when it is written to.
+std::vector<std::pair<uintptr_t, uintptr_t>> spans(const std::vector<at::Tensor>& tensors);
 
 }  // namespace fused_ema

@@ -32,8 +32,16 @@ class Slots:
         places: Sequence[int],
     ) -> None: ...
     def prepare(self, fold: Fold) -> bool: ...
+    def begin(self) -> None:
+        """Read all addresses anew, right before kernels use them."""
+    def begin_gradients(self) -> None:
+        """Read the gradients' addresses anew."""
+    def hold(self) -> Hold:
+        """Keep all memory of the step where it is: a context. Nothing is prepared inside."""
     def advance(self) -> None:
-        """Count the prepared step, tell autograd of the writes, drop copies of gradients."""
+        """Count the prepared step, tell autograd of the writes, let go of the gradients."""
+    def release(self) -> None:
+        """Let go of the gradients of a step that is not taken."""
     def uncount(self) -> None:
         """Take the count of the last step back; counters written by others stay."""
     @property
@@ -53,6 +61,12 @@ class Slots:
     def chunks(self, elements: int) -> Tensor:
         """``(slot, index)`` of each run of ``elements`` elements: int32 ``[n, 2]``."""
 
+class Hold:
+    """Storages that nobody can free or resize, until it is left."""
+
+    def __enter__(self) -> Hold: ...
+    def __exit__(self, *args: object) -> None: ...
+
 class Plan:
     """A bucket of dense CPU tensors, stepped by the C++ kernels."""
 
@@ -63,6 +77,7 @@ class Plan:
     def target(self) -> str:
         """The CPU loop in use: "baseline", "avx2" or "avx512"."""
     def prepare(self, fold: Fold) -> bool: ...
+    def release(self) -> None: ...
     def sum_of_squares(self) -> Tensor: ...
     def run(self, control: Tensor | None = None) -> None: ...
 
@@ -76,6 +91,7 @@ class CudaPlan:
     @property
     def skipping(self) -> Slots: ...
     def prepare(self, fold: Fold) -> bool: ...
+    def release(self) -> None: ...
     def sum_of_squares(self) -> Tensor: ...
     def run(self, control: Tensor | None = None, scalars: Tensor | None = None) -> None: ...
 
@@ -112,8 +128,22 @@ class Swap:
     def __enter__(self) -> None: ...
     def __exit__(self, *exception: object) -> None: ...
 
+class Places:
+    """Remembers where tensors lie."""
+
+    def __init__(self, tensors: list[Tensor]) -> None: ...
+    def unchanged(self, tensors: list[Tensor]) -> bool:
+        """Whether each begins at the same address."""
+
+def spans(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    """First address of each tensor's memory and the one behind its last.
+
+    0 and 0 where it has none that another one may share: no elements, no storage, or one that is
+    copied when it is written to.
+    """
+
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is plain memory: no subclass, lazy negation, conjugation, inference."""
+    """Whether a tensor is plain memory: no subclass, nothing lazy, no inference."""
 
 def cpu_targets() -> list[str]:
     """CPU loops that this build has and this processor can run, the preferred one first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +27,9 @@ COMPUTE_DTYPE = {
     torch.complex128: torch.complex128,
 }
 
+# Turns of averages that move apart from their parameters, before and behind all steps.
+BEFORE_ALL, AFTER_ALL = -1, sys.maxsize
+
 
 class Slot(NamedTuple):
     """One parameter of a bucket: the tensor, its group and its place among all, its state."""
@@ -47,6 +51,8 @@ class Key(NamedTuple):
     ``layout`` is ``"dense"`` when parameter, states and averages are plain memory in the same order
     without gaps, else ``"strided"``: views with gaps, and tensor subclasses. Of DTensors it is
     that of the local tensors, and ``spread`` says where the others lie.
+    ``turn`` orders buckets: parameters that share memory are stepped one behind the other, and
+    their averages move before or behind all of them, in buckets of their own.
     """
 
     device: torch.device
@@ -63,6 +69,12 @@ class Key(NamedTuple):
     capturable: bool
     backend: str
     spread: Spread | None
+    turn: int
+
+    @property
+    def averages_alone(self) -> bool:
+        """Whether no parameter moves: all are frozen, or are stepped in other buckets."""
+        return self.states is None or self.turn in (BEFORE_ALL, AFTER_ALL)
 
     @property
     def rounds(self) -> bool:
@@ -122,6 +134,7 @@ def make_buckets(
     groups: Sequence[Mapping[str, Any]],
     state: Mapping[Tensor, dict[str, Any]],
     requested: Sequence[str],
+    turns: Sequence[int | None],
     averaged: bool = True,
 ) -> list[Bucket]:
     """Group every parameter by what a launch can cover; states must exist already.
@@ -131,6 +144,7 @@ def make_buckets(
         groups: its param groups.
         state: its state, complete for every parameter.
         requested: the backend asked for, one a group.
+        turns: of every parameter, see :func:`~fused_ema.overlap.turns`.
         averaged: whether averages move.
     """
     members: dict[Key, list[Slot]] = {}
@@ -142,10 +156,13 @@ def make_buckets(
                 continue
             slot = Slot(param, index, state[param], place)
             key = _key(rule, group, slot, backend, averaged)
-            members.setdefault(key, []).append(slot)
+            turn = turns[place]
+            parts = [key] if turn is None or rule is FROZEN else _apart(key, turn, slot)
+            for part in parts:
+                members.setdefault(part, []).append(slot)
     return [
-        Bucket(FROZEN if key.states is None else rule, key, tuple(slots))
-        for key, slots in members.items()
+        Bucket(FROZEN if key.averages_alone else rule, key, tuple(slots))
+        for key, slots in sorted(members.items(), key=lambda item: item[0].turn)
     ]
 
 
@@ -165,6 +182,25 @@ def is_fixed(param: Tensor) -> bool:
     """
     fixed = not param.requires_grad and param.grad is None
     return fixed and param.dtype not in COMPUTE_DTYPE
+
+
+def _apart(key: Key, turn: int, slot: Slot) -> list[Key]:
+    """What a parameter that shares memory with others is stepped in: its averages apart from it.
+
+    Raises:
+        ValueError: what the optimizer keeps of the weights themselves would no longer be theirs.
+    """
+    if key.master or (key.emas and key.ema_format == "delta"):
+        kept = "master_weights=True" if key.master else "ema_format='delta'"
+        raise ValueError(
+            f"params: parameter {slot.place}, of shape {tuple(slot.param.shape)}, shares memory "
+            f"with another one, which is not supported with {kept}; allowed: one and the same "
+            "Parameter in both places"
+        )
+    last = BEFORE_ALL if key.ema_order == "before" else AFTER_ALL
+    alone = key._replace(turn=last, states=None if key.states is None else (), state_format="full")
+    stepped = key._replace(turn=turn, emas=(), ema_format="full", teacher=False)
+    return [*([] if key.states is None else [stepped]), *([alone] if key.emas else [])]
 
 
 def is_active(rule: Rule, param: Tensor) -> bool:
@@ -196,6 +232,7 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, average
         group["capturable"],
         backend,
         spread(slot.param),
+        turn=0,
     )
 
 

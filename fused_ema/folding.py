@@ -85,6 +85,7 @@ class Folder:
         self._seen: list[tuple[Any, ...]] = []
         self._scaled: list[_Scaled] = []
         self.kappas: list[float] = []
+        self._asked: list[int] = []  # groups with schedules
         self._rows: dict[tuple[int, float | None], Scalars] = {}
         self._scheduled: dict[int, tuple[float, ...]] = {}
 
@@ -118,6 +119,11 @@ class Folder:
         self._scaled = scaled
         self._seen = [new.fields for new in scaled]
         self.kappas = [new.kappa for new in scaled]
+        self._asked = [
+            i
+            for i, group in enumerate(groups)
+            if any(map(callable, decays(group["ema_decay"]))) and not group["capturable"]
+        ]
         return moved
 
     def _fields(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -163,6 +169,15 @@ class Folder:
             hyper=self._rule.scale(group),
             weights=old.weights if same else _constant_weights(group["ema_decay"], kappa),
         )
+
+    def ask_schedules(self) -> None:
+        """Ask for the step at hand, once: code of the user's, which runs before tensors are read.
+
+        Raises:
+            ValueError: a schedule returns a number outside ``[0, 1]``.
+        """
+        for group in self._asked:
+            self.weights(group)
 
     def __call__(self, group: int, step: float | None) -> Scalars:
         """The rule's scalars after ``step`` base steps, empty for None, and the EMA weights."""

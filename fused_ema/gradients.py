@@ -7,10 +7,65 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._native import is_plain
 from .realmath import sqrt
+from .sharding import is_sharded, place
 
 # As torch.nn.utils.clip_grad_norm_ adds to the norm, so that a norm of 0 divides.
 EPS = 1e-6
+
+
+def taken(grad: Tensor, param: Tensor, differentiable: bool = False) -> Tensor:
+    """A gradient as an update takes it: itself, or where it is no plain memory a copy of that kind.
+
+    Of a parameter that is a tensor subclass it stays what it is: torch's operations take both.
+
+    Raises:
+        RuntimeError: as :func:`copied`.
+    """
+    like = grad.dtype == param.dtype and grad.shape == param.shape and grad.device == param.device
+    if like and (not is_plain(param) or is_plain(grad)):
+        return grad
+    return copied(grad, param, differentiable)
+
+
+def copied(grad: Tensor, param: Tensor, differentiable: bool = False) -> Tensor:
+    """A copy of a gradient in plain memory, in its parameter's dtype and laid out like it.
+
+    What is still being communicated is waited for, what is lazy is carried out.
+
+    Raises:
+        RuntimeError: a gradient that no update can take: sparse, of another shape, on another
+            device, complex beside a real parameter, a DTensor beside a plain one, or without
+            values.
+    """
+    _check(grad, param)
+    with torch.set_grad_enabled(differentiable):
+        return torch.empty_like(param, requires_grad=False).copy_(grad)
+
+
+def _check(grad: Tensor, param: Tensor) -> None:
+    from torch._subclasses.fake_tensor import is_fake  # what is here is rare, and this takes long
+
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"sparse gradients are not supported (received layout {grad.layout}, allowed: "
+            "torch.strided); use sparse=False in the embedding or torch.optim.SparseAdam"
+        )
+    castable = torch.can_cast(grad.dtype, param.dtype)
+    if not castable or grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"grad does not match its parameter: received {grad.dtype} of shape "
+            f"{tuple(grad.shape)} on {grad.device}, allowed {param.dtype} of shape "
+            f"{tuple(param.shape)} on {param.device}"
+        )
+    if is_sharded(grad) and not is_sharded(param):
+        raise RuntimeError(
+            f"grad does not match its parameter: received a DTensor {place(grad)}, allowed: a "
+            "tensor that is whole in every process, such as grad.full_tensor()"
+        )
+    if is_fake(grad) and not is_fake(param):
+        raise RuntimeError("grad is a fake tensor, without values; its parameter is none")
 
 
 class Control:

@@ -266,12 +266,16 @@ class FusedScaledOptimizer(EmaAccess):
 
     @_disable_dynamo  # it would compile fragments of it; a closure is left to it
     def _take_step(self) -> None:
-        if torch.is_inference_mode_enabled():
-            # what a plan makes there could not be used by a later step outside
-            with torch.inference_mode(False), torch.no_grad():
+        try:
+            if torch.is_inference_mode_enabled():
+                # what a plan makes there could not be used by a later step outside
+                with torch.inference_mode(False), torch.no_grad():
+                    self._move()
+            else:
                 self._move()
-        else:
-            self._move()
+        except BaseException:
+            self._release()
+            raise
 
     @torch.no_grad()
     def check_gradients(self) -> Tensor:
@@ -281,8 +285,11 @@ class FusedScaledOptimizer(EmaAccess):
         Nothing is moved, and nothing waits for the device.
         """
         self._check_not_swapped("check_gradients()")
-        with torch.inference_mode(False):
-            self._squares = self._prepared().sums_of_squares()
+        try:
+            with torch.inference_mode(False):
+                self._squares = self._prepared().sums_of_squares()
+        finally:
+            self._release()
         return summed(self._squares).isfinite().logical_not().float()
 
     def _prepared(self) -> Stepper:
@@ -303,6 +310,7 @@ class FusedScaledOptimizer(EmaAccess):
             found_inf = None  # torch's GradScaler sums over the gradients it has seen: none, 0
         if found_inf is not None and not stepper.skips:
             if found_inf.item() != 0.0:
+                self._release()
                 return
             found_inf = None
         moves = []
@@ -488,6 +496,11 @@ class FusedScaledOptimizer(EmaAccess):
         self._stepper, self._between = (
             Stepper(self.rule, self.backend, averaged) for averaged in (True, False)
         )
+
+    def _release(self) -> None:
+        """Let go of the gradients of a step that is not taken."""
+        self._stepper.release()
+        self._between.release()
 
     def _forget_plans(self) -> None:
         self._stepper.forget()

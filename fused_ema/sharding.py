@@ -129,6 +129,7 @@ class Shards:
         self._params = _dtensors(params)
         self._layouts = [_layout(param) for param in self._params]
         self._averages = _dtensors(averages)
+        self._moving: list[DTensor] = []  # parameters with a gradient
         held = (*self._params, *self._averages, *_dtensors(states))
         self._locals = [(tensor, tensor._local_tensor) for tensor in held]
 
@@ -143,6 +144,7 @@ class Shards:
         Raises:
             RuntimeError: a gradient is not a DTensor, or on another mesh.
         """
+        self._moving = [param for param in self._params if param.grad is not None]
         for param, (mesh, placements) in zip(self._params, self._layouts, strict=True):
             grad = param.grad
             if grad is None:
@@ -157,14 +159,14 @@ class Shards:
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
-        """Hold the gradients in ``.grad`` of the local parameters while open: kernels look there.
+        """Hold the gradients in ``.grad`` of the local parameters while open: plans look there.
 
         No longer, for they would outlive ``zero_grad()``.
         """
         try:
             for param in self._params:
                 grad = param.grad
-                param._local_tensor.grad = None if grad is None else _awaited(local(grad))
+                param._local_tensor.grad = None if grad is None else _local_gradient(grad, param)
             yield
         finally:
             for param in self._params:
@@ -172,8 +174,7 @@ class Shards:
 
     def mark_written(self) -> None:
         """Tell autograd that parameters and averages were written through their local tensors."""
-        moved = [param for param in self._params if param.grad is not None]
-        torch.autograd.graph.increment_version([*moved, *self._averages])
+        torch.autograd.graph.increment_version([*self._moving, *self._averages])
 
 
 def fsdp_modules(module: nn.Module) -> list[Any]:
@@ -196,10 +197,14 @@ def _layout(tensor: Tensor) -> tuple[DeviceMesh, tuple[Any, ...]]:
     return dtensor.device_mesh, dtensor.placements
 
 
-def _awaited(part: Tensor) -> Tensor:
+def _local_gradient(grad: Tensor, param: Tensor) -> Tensor:
     """A gradient's local tensor; one that is still being communicated is waited for."""
-    awaited: Tensor = part.wait() if hasattr(part, "wait") else part
-    return awaited
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    part = local(grad)
+    if isinstance(part, AsyncCollectiveTensor):
+        part = part.wait()
+    return part.to(param.dtype)
 
 
 def _dtensors(tensors: Iterable[Tensor]) -> list[DTensor]:

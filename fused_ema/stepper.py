@@ -8,16 +8,20 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ._native import Slots, Watch
+from ._native import Places, Slots, Watch, spans
 from .backends import graphs, requested_backend, select
 from .backends.plan import Plan
 from .buckets import Bucket, is_there, make_buckets
 from .folding import Check, Folder
 from .gradients import Control
+from .overlap import turns
 from .rules import Rule
-from .sharding import Shards, Spread, total
+from .sharding import Shards, Spread, local, total
 
 Complete: TypeAlias = Callable[[], None]
+
+# How many modes look on at torch's operations: make_fx, fake tensors, a counter of flops.
+dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class Stepper:
@@ -55,6 +59,10 @@ class Stepper:
         self._devices: list[torch.device] = []
         self._shards: Shards | None = None
         self._spreads: list[Spread | None] = []
+        self._watched = 0
+        self._params: list[Tensor] = []  # local ones, in all groups
+        self._places = Places([])
+        self._turns: list[int | None] = []
         self.host_folded = False
         self.host_counted = False
         self.skips = False
@@ -68,6 +76,8 @@ class Stepper:
     ) -> None:
         """Read gradients and fold scalars; no parameter, state or average is written.
 
+        The gradients are held until :meth:`run` or :meth:`release`.
+
         Args:
             groups: the optimizer's param groups.
             state: its state.
@@ -76,16 +86,25 @@ class Stepper:
             complete: gives every parameter the state that its group needs.
 
         Raises:
-            ValueError: a param group holds a bad value.
-            RuntimeError: a sparse gradient, a state of the wrong shape, or no backend that can.
+            ValueError: a param group holds a bad value, or parameters share memory where they
+                cannot.
+            RuntimeError: a gradient that cannot be used, a state of the wrong shape, or no backend
+                that can.
         """
         moved = self.folder.refresh(groups, check) or any(map(is_there, self._absent))
+        moved = moved or self._watched != dispatch_modes()
         if moved or self._watch is None or not self._watch.unchanged(groups, state):
             self._make_plans(groups, state, complete)
-        if not self._prepare_plans():
+        self.folder.ask_schedules()
+        if not (self._lie_apart_as_before() and self._prepare_plans()):
             self._make_plans(groups, state, complete)
-            if not self._prepare_plans():
+            if not (self._lie_apart_as_before() and self._prepare_plans()):
                 raise RuntimeError("a parameter or its state changes while it is being stepped")
+
+    def release(self) -> None:
+        """Let go of the gradients of a step that was prepared, and is not taken."""
+        for plan in self.plans:
+            plan.release()
 
     def forget(self) -> None:
         """Make the plans anew at the next step."""
@@ -97,28 +116,25 @@ class Stepper:
 
         Sharded gradients are summed over all processes, each of which must call it.
         """
-        if self._shards is None:
-            return [plan.sum_of_squares() for plan in self.plans]
-        with self._shards.gradients():
-            sums = [plan.sum_of_squares() for plan in self.plans]
-        return total(sums, self._spreads)
+        return total([plan.sum_of_squares() for plan in self.plans], self._spreads)
 
     def run(self, control: Control | None) -> None:
         """Step every parameter and move every average, in place, as prepared."""
-        if self._shards is None:
-            self._run_plans(control)
-            return
-        with self._shards.gradients():
-            self._run_plans(control)
-        self._shards.mark_written()
+        for plan, device in zip(self.plans, self._devices, strict=True):
+            plan.run(None if control is None else control.on(device))
+        if self._shards is not None:
+            self._shards.mark_written()
 
     def counted(self) -> list[Slots]:
         """What the step was counted in, of plans that skip by themselves."""
         return [plan.skipping for plan in self.plans if plan.skipping is not None]
 
-    def _run_plans(self, control: Control | None) -> None:
-        for plan, device in zip(self.plans, self._devices, strict=True):
-            plan.run(None if control is None else control.on(device))
+    def _lie_apart_as_before(self) -> bool:
+        """Whether the same parameters share memory as when the plans were made."""
+        if self._places.unchanged(self._params):
+            return True
+        self._places = Places(self._params)
+        return self._turns == turns(spans(self._params))
 
     def _prepare_plans(self) -> bool:
         if self.host_folded and any(map(graphs.is_capturing, set(self._devices))):
@@ -147,11 +163,15 @@ class Stepper:
                 "step() is being captured in a CUDA graph, and has to make or remake its state and "
                 "plans, which a graph cannot repeat; take a step before the capture"
             )
+        self._watched = dispatch_modes()
+        self.release()
         self._captured += [plan for plan in self.plans if plan.captured]
         complete()
         self._absent = [p for group in groups for p in group["params"] if not is_there(p)]
         requested = [requested_backend(group, self._backend) for group in groups]
-        buckets = make_buckets(self._rule, groups, state, requested, self._averaged)
+        self._params = [local(param) for group in groups for param in group["params"]]
+        self._places, self._turns = Places(self._params), turns(spans(self._params))
+        buckets = make_buckets(self._rule, groups, state, requested, self._turns, self._averaged)
         self._devices = [bucket.key.device for bucket in buckets]
         self._spreads = [bucket.key.spread for bucket in buckets]
         self._shards = _shards(buckets) if any(self._spreads) else None

@@ -26,8 +26,8 @@ Plan::Plan(const std::string& rule, OwnedSlots slots, bool ema_before)
       slots_(std::move(slots)),
       chunks_(slots_->chunks(sum_size)) {}
 
-at::Tensor Plan::sum_of_squares() const {
-  const std::vector<c10::Storage> held = slots_->storages();
+at::Tensor Plan::sum_of_squares() {
+  slots_->begin_gradients();
   const int32_t* chunks = chunks_.const_data_ptr<int32_t>();
   std::vector<double> sums(chunks_.size(0), 0.0);
   const auto sum = [&](int64_t begin, int64_t end) {
@@ -39,6 +39,7 @@ at::Tensor Plan::sum_of_squares() const {
     }
   };
   {
+    const Slots::Hold hold(slots_);
     const py::gil_scoped_release released;
     at::parallel_for(0, chunks_.size(0), grain / sum_size, sum);
   }
@@ -49,10 +50,12 @@ at::Tensor Plan::sum_of_squares() const {
 void Plan::run(const std::optional<at::Tensor>& control) {
   const double grad_factor = control ? *control->const_data_ptr<double>() : 1.0;
   const int64_t total = slots_->offsets().back();
+  slots_->begin();
+  std::optional<Slots::Hold> hold;
   if (total < grain) {
     run_elements(0, total, grad_factor);
   } else {
-    const std::vector<c10::Storage> held = slots_->storages();
+    hold.emplace(slots_);
     const py::gil_scoped_release released;
     at::parallel_for(0, total, grain,
                      [&](int64_t begin, int64_t end) { run_elements(begin, end, grad_factor); });

@@ -15,8 +15,11 @@ class Plan {
   // As Slots::prepare.
   bool prepare(const py::object& fold) { return slots_->prepare(fold); }
 
+  // As Slots::release.
+  void release() { slots_->release(); }
+
   // The sum of the squares of all gradients, as prepared, the same for any number of threads.
-  at::Tensor sum_of_squares() const;
+  at::Tensor sum_of_squares();
 
   // Steps every parameter with a gradient and moves every average.
   //   control: what gradients are multiplied by, first of its float64 numbers; none: by one

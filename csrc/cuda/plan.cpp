@@ -22,6 +22,7 @@ Plan::Plan(const std::string& rule, OwnedSlots slots, bool ema_before)
 at::Tensor Plan::sum_of_squares() {
   const c10::DeviceGuard guard(slots_->device());
   const Stream stream = current_stream(slots_->device());
+  slots_->begin_gradients();
   pack(stream.capturing);
   const at::Tensor sums = at::empty({sums_of(chunks_.size(0))},
                                     at::TensorOptions(at::kDouble).device(slots_->device()));
@@ -32,9 +33,12 @@ at::Tensor Plan::sum_of_squares() {
   return sums.sum();
 }
 
+// From begin() to the launch nothing else runs in Python. What is freed after it is used anew only
+// behind the kernel: torch's allocator gives memory back in the order of its stream.
 void Plan::run(const std::optional<at::Tensor>& control, const std::optional<at::Tensor>& scalars) {
   const c10::DeviceGuard guard(slots_->device());
   const Stream stream = current_stream(slots_->device());
+  slots_->begin();
   pack(stream.capturing);
   kernel_.kernel({chunks_.const_data_ptr<int32_t>(), chunks_.size(0),
                   slot_table_.const_data_ptr<int64_t>(), static_cast<int>(slots_->size()),
@@ -46,9 +50,10 @@ void Plan::run(const std::optional<at::Tensor>& control, const std::optional<at:
   slots_->advance();
 }
 
-// Packs what changes from step to step and uploads what must lie on the device, once a step.
+// Packs what changes from step to step and uploads what must lie on the device: once a step, unless
+// an address has changed since.
 void Plan::pack(bool capturing) {
-  if (std::exchange(packed_, true)) return;
+  if (std::exchange(packed_, true) && slots_->num_changed() == 0) return;
   const bool new_slots = !slot_table_.defined() || slots_->num_changed() > slots_->num_changing();
   const int64_t changing = slots_->num_changing();
   const int64_t count = new_slots ? slots_->num_words() : changing;

@@ -19,6 +19,9 @@ class Plan {
     return slots_->prepare(fold);
   }
 
+  // As Slots::release.
+  void release() { slots_->release(); }
+
   // The sum of the squares of all gradients, as prepared; on the current stream.
   at::Tensor sum_of_squares();
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import formats
 from ..buckets import Bucket, Slot
+from ..gradients import taken
 from ..rules import ema_update
 from ..sharding import local
 from ..tensorlist import TensorList
@@ -37,6 +38,7 @@ class Row(NamedTuple):
     kappa: float
     seed: int
     slots: list[Slot]
+    grads: list[Tensor]  # of the slots, as they were prepared; none where no gradient came
 
 
 class EagerPlan:
@@ -55,29 +57,33 @@ class EagerPlan:
             self._dtype = self._dtype.to_real()
 
     def prepare(self, fold: Fold) -> bool:
-        members: dict[tuple[int, float | None], list[Slot]] = {}
+        members: dict[tuple[int, float | None], tuple[list[Slot], list[Tensor]]] = {}
         key = self.bucket.key
         for slot, strides in zip(self.bucket.slots, self._strides, strict=True):
             step = None
             # memory that has come to be without gaps is for another backend
             if slot.param.stride() != strides or not self._as_planned(slot):
                 return False
-            if slot.param.grad is not None and self.bucket.takes_grads:
+            grad = slot.param.grad if self.bucket.takes_grads else None
+            if grad is not None:
                 if key.states is None:
                     return False
-                check_grad(slot.param.grad, slot.param)
+                grad = taken(local(grad), local(slot.param), key.differentiable)
                 step = slot.state["step"].item() + fold.kappas[slot.group]
-            members.setdefault((slot.group, step), []).append(slot)
-        self.rows = [
-            Row(
-                *fold(group, step),
-                fold.kappas[group],
-                fold.seed(group) if key.rounds else 0,
-                slots,
-            )
-            for (group, step), slots in members.items()
-        ]
+            slots, grads = members.setdefault((slot.group, step), ([], []))
+            slots.append(slot)
+            if grad is not None:
+                grads.append(grad)
+        self.rows = []
+        for (group, step), (slots, grads) in members.items():
+            scalars, weights = fold(group, step)
+            weights = weights if key.emas else ()
+            seed = fold.seed(group) if key.rounds else 0
+            self.rows.append(Row(scalars, weights, fold.kappas[group], seed, slots, grads))
         return True
+
+    def release(self) -> None:
+        self.rows = []
 
     def _as_planned(self, slot: Slot) -> bool:
         param, key = slot.param, self.bucket.key
@@ -92,7 +98,7 @@ class EagerPlan:
 
     @torch.no_grad()
     def sum_of_squares(self) -> Tensor:
-        grads = [real(slot.param.grad) for slot in self.bucket.slots if slot.param.grad is not None]
+        grads = [real(grad) for row in self.rows for grad in row.grads]
         sums = [torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads]
         return torch.stack([torch.zeros((), dtype=torch.float64, device=self._device), *sums]).sum()
 
@@ -114,8 +120,7 @@ class EagerPlan:
             move(row, wrap)
 
     def _apply_rule(self, row: Row, wrap: Wrap, control: Tensor | None) -> None:
-        grad = wrap([real(slot.param.grad) for slot in row.slots if slot.param.grad is not None])
-        grad = grad.to(self._dtype)
+        grad = wrap([real(grad) for grad in row.grads]).to(self._dtype)
         if control is not None:
             grad = grad.mul(control[0].to(self._dtype))
         states = [[real(slot.state[key]) for slot in row.slots] for key in self.bucket.state_keys]
@@ -176,21 +181,6 @@ class EagerPlan:
             for slot, param in zip(row.slots, self._weights(row), strict=True):
                 held, teacher = (real(slot.state[key]) for key in ("ema", "teacher"))
                 formats.write(teacher, formats.average, held, param)
-
-
-def check_grad(grad: Tensor, param: Tensor) -> None:
-    """Raise RuntimeError for a gradient that no update can take."""
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"sparse gradients are not supported (received layout {grad.layout}, allowed: "
-            "torch.strided); use sparse=False in the embedding or torch.optim.SparseAdam"
-        )
-    if grad.dtype != param.dtype or grad.shape != param.shape or grad.device != param.device:
-        raise RuntimeError(
-            f"grad does not match its parameter: received {grad.dtype} of shape "
-            f"{tuple(grad.shape)} on {grad.device}, allowed {param.dtype} of shape "
-            f"{tuple(param.shape)} on {param.device}"
-        )
 
 
 def as_list(operand: Tensor | TensorList) -> list[Tensor]:

@@ -24,6 +24,7 @@ class ForeachPlan(EagerPlan):
     def run(self, control: Tensor | None) -> None:
         for row in self.rows:
             self.step_row(row, TensorList, control)
+        self.release()
 
 
 def plan(bucket: Bucket) -> ForeachPlan:

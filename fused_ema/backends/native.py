@@ -44,6 +44,9 @@ class CapturablePlan:
         self._folder.prepare(fold.groups)
         return self._plan.prepare(fold)
 
+    def release(self) -> None:
+        self._plan.release()
+
     def sum_of_squares(self) -> Tensor:
         return self._plan.sum_of_squares()
 

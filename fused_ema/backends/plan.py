@@ -49,11 +49,16 @@ class Plan(Protocol):
     def prepare(self, fold: Fold) -> bool:
         """Read gradients and fold scalars; write nothing.
 
+        What ``run`` takes of the gradients is held until then, whoever else drops it.
+
         False: a tensor lies elsewhere or otherwise than planned, and the bucket must be made anew.
 
         Raises:
             RuntimeError: a gradient that cannot be used.
         """
+
+    def release(self) -> None:
+        """Let go of the gradients of a step that was prepared, and is not taken."""
 
     def sum_of_squares(self) -> Tensor:
         """Of all gradients, as prepared: a 0-dim float64 tensor on the bucket's device."""

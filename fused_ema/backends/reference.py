@@ -56,8 +56,10 @@ class ReferencePlan(EagerPlan):
                 wrap: Wrap = _graphed if differentiable else itemgetter(0)
                 scalars = map(self._scalar, row.scalars)
                 single = row._replace(scalars=row.scalars and type(row.scalars)(*scalars))
-                for slot in row.slots:
-                    self.step_row(single._replace(slots=[slot]), wrap, control)
+                for i, slot in enumerate(row.slots):
+                    one = single._replace(slots=[slot], grads=row.grads[i : i + 1])
+                    self.step_row(one, wrap, control)
+        self.release()
 
     def _scalar(self, value: Any) -> Any:
         """A number, or a tensor that gradients reach, rounded to the arithmetic's precision."""

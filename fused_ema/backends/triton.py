@@ -154,12 +154,23 @@ class TritonPlan:
             self._folder.prepare(fold.groups)
         return self._slots.prepare(fold)
 
+    def release(self) -> None:
+        self._slots.release()
+
     def sum_of_squares(self) -> Tensor:
-        parts = self._uploaded(graphs.is_capturing(self._device))
-        sums: Tensor = self._squares(grads=parts.grads, slots=parts.slots)
+        self._slots.begin_gradients()
+        with self._slots.hold():  # another thread may run until the launch
+            parts = self._uploaded(graphs.is_capturing(self._device))
+            sums: Tensor = self._squares(grads=parts.grads, slots=parts.slots)
         return sums.sum()
 
     def run(self, control: Tensor | None) -> None:
+        self._slots.begin()
+        with self._slots.hold():
+            self._run(control)
+            self._slots.advance()
+
+    def _run(self, control: Tensor | None) -> None:
         capturing = graphs.is_capturing(self._device)
         parts = self._uploaded(capturing)
         scalars = parts.scalars
@@ -173,11 +184,10 @@ class TritonPlan:
             grads=parts.grads,
             slots=parts.slots,
         )
-        self._slots.advance()
 
     def _uploaded(self, capturing: bool) -> Parts:
-        """The bucket's words on the device, once a step."""
-        if self._parts is None:
+        """The bucket's words on the device: once a step, unless an address has changed since."""
+        if self._parts is None or self._slots.num_changed > 0:
             self._parts = self._words.captured() if capturing else self._words.current()
         return self._parts
 
