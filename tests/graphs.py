@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_ema import ema
+from fused_ema import ema, stepper
 from fused_ema.backends import graphs
 
 
@@ -28,6 +28,8 @@ class Graph(TorchDispatchMode):
     def capture(self, opt: Any) -> None:
         with self.monkeypatch.context() as patch:
             patch.setattr(graphs, "is_capturing", lambda device: True)
+            # the mode stands for a device's driver, which sees kernels of all kinds
+            patch.setattr(stepper, "dispatch_modes", lambda: 0)
             patch.setattr(ema, "check_range", unless_on_device(ema.check_range))
             launching = [p for p in opt._stepper.plans if hasattr(p, "_launch")]
             for plan in launching:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .. import _native
 from ..buckets import Bucket
@@ -16,6 +17,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def unsupported(bucket: Bucket, rules: Iterable[str]) -> str | None:
     """Why no kernel that knows ``rules`` can run the bucket, whatever its device."""
     key = bucket.key
+    modes = [type(mode).__name__ for mode in _get_current_dispatch_mode_stack()]
+    if modes:
+        return f"{', '.join(modes)} would not see it: modes see operations of torch's alone"
     if bucket.rule.name not in rules:
         return f"no kernel for rule {bucket.rule.name!r}"
     if key.dtype not in DTYPES:
