@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define FUSED_EMA_INLINE __host__ __device__ __forceinline__
@@ -46,6 +47,24 @@ FUSED_EMA_INLINE uint32_t as_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
+}
+
+// One of two values, by a condition that is the same for all elements. By bits on the host, or the
+// compiler would make a loop of its own for every case, and vectorise none.
+template <class T>
+FUSED_EMA_INLINE T select(bool first, T one, T other) {
+#if defined(__CUDA_ARCH__)
+  return first ? one : other;
+#else
+  using Bits = std::conditional_t<sizeof(T) == sizeof(uint32_t), uint32_t, uint64_t>;
+  Bits bits, other_bits;
+  std::memcpy(&bits, &one, sizeof bits);
+  std::memcpy(&other_bits, &other, sizeof bits);
+  const Bits mask = -Bits{first};
+  bits = (bits & mask) | (other_bits & ~mask);
+  std::memcpy(&one, &bits, sizeof bits);
+  return one;
+#endif
 }
 
 FUSED_EMA_INLINE float load(float value) { return value; }

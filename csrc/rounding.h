@@ -18,6 +18,7 @@ using StoredAverage =
 
 constexpr float delta_scale = 1024;
 constexpr float largest_half = 65504;
+constexpr uint32_t largest_bfloat16 = 0x7f7f0000;  // as float's bits
 
 // 32 bits from 32 bits, each of them dependent on all: MurmurHash3's finalizer.
 FUSED_EMA_INLINE uint32_t mix(uint32_t x) {
@@ -52,10 +53,13 @@ class RandomBits {
   uint32_t first_;
 };
 
-// Up with the probability of what is cut off; a NaN stays one.
+// Up with the probability of what is cut off, but from a finite number never to infinity; a NaN
+// stays one.
 FUSED_EMA_INLINE BFloat16 round_bfloat16(float value, uint32_t bits) {
-  const uint32_t rounded = (as_bits(value) + (bits >> 16)) >> 16;
-  const bool is_nan = (as_bits(value) & 0x7fffffffu) > 0x7f800000u;
+  const uint32_t magnitude = as_bits(value) & 0x7fffffffu;
+  const uint32_t low = (bits >> 16) & -uint32_t{magnitude < largest_bfloat16};
+  const uint32_t rounded = (as_bits(value) + low) >> 16;
+  const bool is_nan = magnitude > 0x7f800000u;
   return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
 }
 

@@ -7,15 +7,48 @@
 
 #include <array>
 #include <cmath>
+#include <limits>
 
 #include "rounding.h"
 
 namespace fused_ema {
 
-// For finite values exact at both ends: weight 0 leaves `from`, weight 1 gives `to`.
+template <class T>
+FUSED_EMA_INLINE bool is_finite(T value) {
+  constexpr T largest = std::numeric_limits<T>::max();
+  return std::abs(value) <= largest;
+}
+
+// from + weight*(to - from), exact where both are the same; `part` is weight*to. A difference that
+// is infinite, or none at all, tells nothing: then each counts by its share, and one without any
+// not at all. So a constant stays what it is, an infinity too, weight 0 leaves `from`, whatever
+// `to` is, and weight 1 gives `to`.
+template <class T>
+FUSED_EMA_INLINE T blend(T from, T to, T part, T weight) {
+  const T change = to - from, rest = T(1) - weight;
+  const bool low = weight < T(0.5);
+  const T near = select(low, from, to) + (low ? weight : -rest) * change;
+  const T kept = select(weight != T(1), rest * from, T(-0.0));
+  const T taken = select(weight != T(0), part, T(-0.0));
+  const T far = kept + taken;
+  return is_finite(change) ? near : far;
+}
+
 template <class T>
 FUSED_EMA_INLINE T lerp(T from, T to, T weight) {
-  return weight < T(0.5) ? from + weight * (to - from) : to - (to - from) * (T(1) - weight);
+  return blend(from, to, weight * to, weight);
+}
+
+// lerp(from, value*value, weight), also where only the weighted square is finite.
+template <class T>
+FUSED_EMA_INLINE T lerp_square(T from, T value, T weight) {
+  return blend(from, value * value, weight * value * value, weight);
+}
+
+// How far a value has moved: nowhere also where it stays infinite.
+template <class T>
+FUSED_EMA_INLINE T moved(T from, T to) {
+  return from == to ? T(0) : to - from;
 }
 
 // ema <- ema + weight * (param - ema), weight = 1 - rho^kappa.
@@ -25,11 +58,11 @@ FUSED_EMA_INLINE T ema(T average, T param, T weight) {
 }
 
 // Of the difference d = ema - param: d <- (1 - weight)*(d - change), where param has moved by
-// change; or, of averages that take the old param, (1 - weight)*d - change.
+// change, see moved(); or, of averages that take the old param, (1 - weight)*d - change.
 template <bool before, class T>
 FUSED_EMA_INLINE T ema_delta(T delta, T change, T weight) {
   const T rest = before ? delta : delta - change;
-  const T kept = rest - weight * rest;
+  const T kept = lerp(rest, T(0), weight);
   return before ? kept - change : kept;
 }
 
@@ -91,7 +124,7 @@ struct Sgd {
   }
 };
 
-// m <- lerp(m, g, 1-beta1);  v <- lerp(v, g*g, 1-beta2)
+// m <- lerp(m, g, 1-beta1);  v <- lerp_square(v, g, 1-beta2)
 // p <- p - (decay*p + step_size * m / (sqrt(v) + eps)), with v's running maximum for amsgrad
 template <bool amsgrad>
 struct Adam {
@@ -120,7 +153,7 @@ struct Adam {
     T& exp_avg_sq = states[1];
     grad = directed(grad, param, c.grad_factor, c.weight_decay);
     exp_avg = lerp(exp_avg, grad, c.weight1);
-    exp_avg_sq = lerp(exp_avg_sq, grad * grad, c.weight2);
+    exp_avg_sq = lerp_square(exp_avg_sq, grad, c.weight2);
     T second = exp_avg_sq;
     if constexpr (amsgrad) {
       T& largest = states[2];
@@ -128,7 +161,9 @@ struct Adam {
       second = largest;
     }
     const T change = c.step_size * exp_avg / (std::sqrt(second) + c.eps);
-    param = param - (c.decay != T(0) ? change + c.decay * param : change);
+    const T pull = c.decay * param;
+    const T decay = is_finite(param) ? pull : T(0);  // an infinity stays one
+    param = param - select(c.decay != T(0), change + decay, change);
   }
 };
 

@@ -11,12 +11,14 @@ be rounded to bfloat16 likewise.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .blending import lerp, moved
 from .sharding import local
 
 FORMATS = ("full", "bf16", "delta")
@@ -29,6 +31,9 @@ TEACHER_DTYPES = {"bf16": torch.bfloat16, "delta": torch.bfloat16}
 # Differences from 6e-8 to 64 have all bits of a float16, smaller ones lose some down to 6e-11.
 SCALE = 1024.0
 LARGEST = 65504.0  # of float16; larger differences are cut off
+# Of 1 - rho**kappa, down to where an average's error was measured to stay within 3 %.
+SMALLEST_WEIGHT = {"bf16": 1e-5, "delta": 1e-4}
+LARGEST_BFLOAT16 = 0x7F7F0000  # as float32's bits
 MASK = 0xFFFFFFFF
 # Elements converted at a time: what is computed on the way takes a few MiB.
 BLOCK = 1 << 18
@@ -74,9 +79,13 @@ def element_bits(seed: int, tensor: int, average: int, like: Tensor) -> Tensor:
 
 
 def round_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
-    """float32 to bfloat16, up with the probability of what is cut off; a NaN stays one."""
+    """float32 to bfloat16, up with the probability of what is cut off; a NaN stays one.
+
+    No finite number becomes infinite.
+    """
     pattern = value.view(torch.int32).to(torch.int64) & MASK
-    rounded = (pattern + (bits >> 16)) >> 16
+    low = torch.where(pattern & 0x7FFFFFFF < LARGEST_BFLOAT16, bits >> 16, 0)
+    rounded = (pattern + low) >> 16
     return _as(torch.bfloat16, torch.where(value.isnan(), 0x7FC0, rounded))
 
 
@@ -98,10 +107,7 @@ def _as(dtype: torch.dtype, pattern: Tensor) -> Tensor:
 
 def follow(ema: Tensor, param: Tensor, weight: float, bits: Tensor) -> None:
     """Move a bfloat16 average in place: ``ema + weight*(param - ema)``, computed in float32."""
-    old, w = ema.float(), torch.tensor(weight, dtype=torch.float32, device=ema.device)
-    change = param - old
-    new = old + w * change if w < 0.5 else param - change * (1.0 - w)
-    ema.copy_(round_bfloat16(new, bits))
+    ema.copy_(round_bfloat16(lerp(ema.float(), param, weight), bits))
 
 
 def follow_delta(delta: Tensor, change: Tensor, weight: float, bits: Tensor, before: bool) -> None:
@@ -110,10 +116,9 @@ def follow_delta(delta: Tensor, change: Tensor, weight: float, bits: Tensor, bef
     ``d <- (1 - weight)*(d - change)``, or of averages that take the old parameters ("before")
     ``d <- (1 - weight)*d - change``.
     """
-    w = torch.tensor(weight, dtype=torch.float32, device=delta.device)
     old = delta.float() * (1.0 / SCALE)
     rest = old if before else old - change
-    new = rest - w * rest
+    new = lerp(rest, torch.zeros_like(rest), weight)
     if before:
         new = new - change
     delta.copy_(round_float16(new * SCALE, bits))
@@ -131,6 +136,23 @@ def begun(teacher: Tensor, param: Tensor) -> Tensor:
     return torch.where(teacher == param.to(teacher.dtype), param.float(), teacher.float())
 
 
+def is_too_slow(form: str, weights: Sequence[float] | None) -> bool:
+    """Whether rounding an average in a format loses too much of the steps that it takes."""
+    smallest = 0.99 * SMALLEST_WEIGHT.get(form, 0.0)
+    return any(0.0 < weight < smallest for weight in weights or ())
+
+
+def warn_of_rounding(form: str, weights: Sequence[float]) -> None:
+    """Warn of averages that :func:`is_too_slow` tells of."""
+    smallest = min(filter(None, weights))
+    warnings.warn(
+        f"ema_format={form!r} with 1 - ema_decay**kappa = {smallest:.3g}: below "
+        f"{SMALLEST_WEIGHT[form]:g} rounding adds up to an error of more than 3 % of the average "
+        "(docs/numerics.md); use ema_format='full', a smaller ema_decay or a larger kappa",
+        stacklevel=2,
+    )
+
+
 def check_distance(
     what: str, value: Tensor, param: Tensor, read: Compute = lambda value, _: value
 ) -> None:
@@ -140,7 +162,7 @@ def check_distance(
     """
     largest = torch.zeros((), device=param.device)
     for part, weight in blocks(value, param):
-        away = (read(part.to(weight.device), weight).float() - weight.float()).abs()
+        away = moved(weight.float(), read(part.to(weight.device), weight).float()).abs()
         if away.numel() > 0:
             largest = torch.maximum(largest, away.max())
     if not float(largest) <= LARGEST / SCALE:
@@ -151,11 +173,15 @@ def check_distance(
 
 
 def stored(value: Tensor, param: Tensor, form: str) -> Tensor:
-    """An average as the format keeps it, rounded to nearest."""
+    """An average as the format keeps it, rounded to nearest; what is finite stays finite."""
     if form == "delta":
-        scaled = (value.float() - param.float()) * SCALE
+        scaled = moved(param.float(), value.float()) * SCALE
         return scaled.clamp(-LARGEST, LARGEST).to(torch.float16)
-    return value.to(DTYPES.get(form, value.dtype))
+    dtype = DTYPES.get(form, value.dtype)
+    if dtype == value.dtype:
+        return value
+    largest = torch.finfo(dtype).max
+    return torch.where(value.isinf(), value, value.clamp(-largest, largest)).to(dtype)
 
 
 def write(target: Tensor, compute: Compute, *given: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 A rule turns a param group into float64 scalars in two stages, so that a step of an unchanged group
 costs only its bias corrections: ``scale`` applies the batch-size rules of
 :mod:`fused_ema.scaling`, ``fold`` folds in the step. ``update`` is the element-wise formula on
-tensors (or :class:`~fused_ema.tensorlist.TensorList`), the specification that every kernel follows.
+tensors, the specification that every kernel follows. A
+:class:`~fused_ema.tensorlist.TensorList` takes its place where no value is so large that a square
+or a difference may overflow.
 ``csrc/rules.h`` holds the same formulas in C++ under the same names.
 """
 
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from . import scaling
+from . import blending, scaling
 from .realmath import expm1, log1p, sqrt, where
 from .tensorlist import TensorList
 
@@ -61,7 +63,30 @@ class Rule:
 
 def ema_update(ema: Values, param: Values, weight: float) -> None:
     """``ema <- ema + weight * (param - ema)`` in place, with ``weight = 1 - rho**kappa``."""
-    ema.lerp_(param, weight)
+    lerp_(ema, param, weight)
+
+
+def lerp_(start: Values, end: Values, weight: float) -> None:
+    """``start <- start + weight*(end - start)``, see :func:`~fused_ema.blending.lerp`."""
+    if isinstance(start, Tensor):
+        start.copy_(blending.lerp(start, end, weight))
+    else:
+        start.lerp_(end, weight)
+
+
+def lerp_square_(start: Values, value: Values, weight: float) -> None:
+    """``start <- start + weight*(value*value - start)``, also where only its terms are finite."""
+    if isinstance(start, Tensor):
+        start.copy_(blending.lerp_square(start, value, weight))
+    else:
+        start.lerp_(value.mul(value), weight)
+
+
+def decayed(change: Values, param: Values, decay: float) -> Values:
+    """``change + decay*param``; of an infinite parameter ``change``, for it stays infinite."""
+    if isinstance(change, Tensor):
+        return change.add(param, alpha=decay).where(param.isfinite(), change)
+    return change.add_(param, alpha=decay)
 
 
 def directed(grad: Values, param: Values, grad_factor: float, weight_decay: float) -> Values:
@@ -283,13 +308,13 @@ def update_adam(param: Values, grad: Values, states: Sequence[Values], c: AdamSc
     """
     exp_avg, exp_avg_sq = states[:2]
     grad = directed(grad, param, c.grad_factor, c.weight_decay)
-    exp_avg.lerp_(grad, c.weight1)
-    exp_avg_sq.lerp_(grad.mul(grad), c.weight2)
+    lerp_(exp_avg, grad, c.weight1)
+    lerp_square_(exp_avg_sq, grad, c.weight2)
     if len(states) == 3:
         exp_avg_sq = states[2].clamp_min_(exp_avg_sq)
     change = exp_avg.mul(c.step_size).div(exp_avg_sq.sqrt().add(c.eps))
     if counts(c.decay):
-        change = change.add_(param, alpha=c.decay)
+        change = decayed(change, param, c.decay)
     param.sub_(change)
 
 

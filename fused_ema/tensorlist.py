@@ -12,6 +12,7 @@ class TensorList:
     """Tensors updated together; the methods that :mod:`fused_ema.rules` uses, with torch's meaning.
 
     A trailing underscore modifies the tensors in place and returns the list itself.
+    Torch's ``lerp`` gives NaN at infinities, and where the difference of two values overflows.
     """
 
     __slots__ = ("tensors",)

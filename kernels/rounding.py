@@ -8,6 +8,7 @@ from .interpreter import device
 
 DELTA_SCALE = tl.constexpr(1024.0)
 LARGEST_HALF = tl.constexpr(65504.0)
+LARGEST_BFLOAT16 = tl.constexpr(0x7F7F0000)  # as float32's bits
 # Smaller ones lose bits in float16.
 SMALLEST_NORMAL = tl.constexpr(2.0**-14)
 # Which average the first of the rule's states is to the hash.
@@ -37,8 +38,13 @@ def random_bits(key, WHICH: tl.constexpr, o_block):
 
 @device
 def round_bfloat16(value, bits):
-    """float32 to bfloat16, up with the probability of what is cut off; a NaN stays one."""
-    rounded = (value.to(tl.uint32, bitcast=True) + (bits >> 16)) >> 16
+    """float32 to bfloat16, up with the probability of what is cut off; a NaN stays one.
+
+    No finite number becomes infinite.
+    """
+    pattern = value.to(tl.uint32, bitcast=True)
+    low = tl.where((pattern & 0x7FFFFFFF) < LARGEST_BFLOAT16, bits >> 16, 0)
+    rounded = (pattern + low) >> 16
     rounded = tl.where(value != value, 0x7FC0, rounded)
     return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 

@@ -12,6 +12,8 @@ import triton.language as tl
 
 from .interpreter import device
 
+INFINITY = tl.constexpr(float("inf"))
+
 
 @device
 def div(numerator, denominator):
@@ -30,10 +32,42 @@ def sqrt(value):
 
 
 @device
-def lerp(start, end, weight):
-    """``start + weight*(end - start)``; weight 0 leaves ``start``, weight 1 gives ``end``."""
+def is_finite(value):
+    """Whether ``value`` is neither infinite nor a NaN."""
+    return tl.abs(value) < INFINITY
+
+
+@device
+def blend(start, end, part, weight):
+    """``start + weight*(end - start)``, or from the shares where the difference is not finite.
+
+    ``part`` is ``weight*end``. Weight 0 leaves ``start``, weight 1 gives ``end``, whatever the
+    other is, and a constant stays what it is, an infinity too.
+    """
     change = end - start
-    return tl.where(weight < 0.5, start + weight * change, end - change * (1.0 - weight))
+    rest = 1.0 - weight
+    near = tl.where(weight < 0.5, start + weight * change, end - change * rest)
+    kept = tl.where(weight != 1.0, rest * start, -0.0)
+    taken = tl.where(weight != 0.0, part, -0.0)
+    return tl.where(is_finite(change), near, kept + taken)
+
+
+@device
+def lerp(start, end, weight):
+    """``start + weight*(end - start)``."""
+    return blend(start, end, weight * end, weight)
+
+
+@device
+def lerp_square(start, value, weight):
+    """``lerp(start, value*value, weight)``, also where only the weighted square is finite."""
+    return blend(start, value * value, weight * value * value, weight)
+
+
+@device
+def moved(start, end):
+    """How far a value has moved: nowhere also where it stays infinite."""
+    return tl.where(start == end, 0.0, end - start)
 
 
 @device
@@ -49,7 +83,7 @@ def ema_delta(delta, change, weight, BEFORE: tl.constexpr):
     Of averages that take the parameter from before, ``(1-w)*d - change``.
     """
     rest = delta if BEFORE else delta - change
-    kept = rest - weight * rest
+    kept = lerp(rest, 0.0, weight)
     return kept - change if BEFORE else kept
 
 
@@ -80,14 +114,14 @@ def sgd(param, grad, states, scalars):
 
 @device
 def adam(param, grad, states, scalars):
-    """``m <- lerp(m, g, 1-beta1)``; ``v <- lerp(v, g*g, 1-beta2)``.
+    """``m <- lerp(m, g, 1-beta1)``; ``v <- lerp_square(v, g, 1-beta2)``.
 
     ``p <- p - (decay*p + step_size*m/(sqrt(v) + eps))``, with v's running maximum for amsgrad.
     """
     grad_factor, weight_decay, decay, weight1, weight2, step_size, eps = scalars
     grad = directed(grad, param, grad_factor, weight_decay)
     exp_avg = lerp(states[0], grad, weight1)
-    exp_avg_sq = lerp(states[1], grad * grad, weight2)
+    exp_avg_sq = lerp_square(states[1], grad, weight2)
     second = exp_avg_sq
     if len(states) == 3:
         second = tl.where(second <= states[2], states[2], second)  # a NaN wins
@@ -95,7 +129,8 @@ def adam(param, grad, states, scalars):
     else:
         states = (exp_avg, exp_avg_sq)
     change = div(step_size * exp_avg, sqrt(second) + eps)
-    change = tl.where(decay != 0, change + decay * param, change)
+    decayed = tl.where(is_finite(param), change + decay * param, change)  # an infinity stays one
+    change = tl.where(decay != 0, decayed, change)
     return param - change, states
 
 

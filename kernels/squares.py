@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .interpreter import device, float_errors_ignored
+from .rules import is_finite
 from .step import CHUNK, TYPES, block_size, launch_options, pointer
 
 
@@ -58,7 +59,11 @@ def squares_kernel(
         b_sum = chunk_squares(grad, start, end, STORED, COMPUTE, BLOCK, CHUNK, True)
     else:
         b_sum = chunk_squares(grad, start, end, STORED, COMPUTE, BLOCK, CHUNK, False)
-    tl.store(p_sums + tl.program_id(0), tl.sum(b_sum.to(tl.float64), axis=0))
+    total = tl.sum(b_sum.to(tl.float64), axis=0)
+    if not is_finite(total):  # of what is too large for float32 to square
+        b_wide = chunk_squares(grad, start, end, STORED, tl.float64, BLOCK, CHUNK, False)
+        total = tl.sum(b_wide, axis=0)
+    tl.store(p_sums + tl.program_id(0), total)
 
 
 def squares(
@@ -74,8 +79,8 @@ def squares(
         chunks: int32 pairs, slot and which CHUNK elements of it; every element is in one chunk.
 
     Returns:
-        float64, one sum a chunk: in the arithmetic's dtype within a chunk, in the same order on
-        every device.
+        float64, one sum a chunk: in the arithmetic's dtype within a chunk (in float64 where that
+        overflows), in the same order on every device.
     """
     sums = torch.empty(chunks.shape[0], dtype=torch.float64, device=chunks.device)
     if not len(sums):

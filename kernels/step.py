@@ -26,7 +26,7 @@ from .rounding import (
     round_float16,
     taught,
 )
-from .rules import RULES, ema, ema_delta, frozen
+from .rules import RULES, ema, ema_delta, frozen, moved
 
 # Programs are small, so that many share a multiprocessor: one computes while others wait for
 # memory, and no program needs to load ahead.
@@ -101,12 +101,12 @@ def follow(average, old, new, weight, key, o_block, K: tl.constexpr, BEFORE: tl.
     """Average K one step on, as it is kept: its dtype tells the format."""
     param = old if BEFORE else new
     if average.dtype == tl.bfloat16:
-        moved = ema(average.to(tl.float32), param, weight)
-        stored = round_bfloat16(moved, random_bits(key, K, o_block))
+        followed = ema(average.to(tl.float32), param, weight)
+        stored = round_bfloat16(followed, random_bits(key, K, o_block))
     elif average.dtype == tl.float16:
         delta = average.to(tl.float32) * (1.0 / DELTA_SCALE)
-        moved = ema_delta(delta, new - old, weight, BEFORE)
-        stored = round_float16(moved * DELTA_SCALE, random_bits(key, K, o_block))
+        followed = ema_delta(delta, moved(old, new), weight, BEFORE)
+        stored = round_float16(followed * DELTA_SCALE, random_bits(key, K, o_block))
     else:
         stored = ema(average, param, weight)
     return stored

@@ -96,7 +96,7 @@ template <bool before, class Weight>
 void delta_loop(Half* delta, const float* old, const Weight* param, int64_t count, float weight,
                 RandomBits bits) {
   average_loop(delta, param, count, [=](int64_t i) {
-    return rounded_ema_delta<before>(delta[i], load(param[i]) - old[i], weight, bits[i]);
+    return rounded_ema_delta<before>(delta[i], moved(old[i], load(param[i])), weight, bits[i]);
   });
 }
 
@@ -167,20 +167,27 @@ void step_piece(const Piece& piece) {
 }
 
 // Sums in lanes that no vector is wider than, so that every target adds in the same order.
-template <class Stored>
-double squares(const void* grad, int64_t begin, int64_t end) {
+template <class Value, class Stored>
+double sum_of_squares(const Stored* from, int64_t count) {
   constexpr int lanes = 16;
-  const Stored* from = static_cast<const Stored*>(grad) + begin;
-  const int64_t count = end - begin;
-  Compute<Stored> sums[lanes] = {};
+  Value sums[lanes] = {};
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes)
     for (int lane = 0; lane < lanes; ++lane)
-      sums[lane] += load(from[i + lane]) * load(from[i + lane]);
-  for (int lane = 0; i < count; ++i, ++lane) sums[lane] += load(from[i]) * load(from[i]);
+      sums[lane] += Value(load(from[i + lane])) * Value(load(from[i + lane]));
+  for (int lane = 0; i < count; ++i, ++lane)
+    sums[lane] += Value(load(from[i])) * Value(load(from[i]));
   double total = 0;
-  for (const Compute<Stored> sum : sums) total += sum;
+  for (const Value sum : sums) total += sum;
   return total;
+}
+
+// In the arithmetic's type, and in double where that one overflows.
+template <class Stored>
+double squares(const void* grad, int64_t begin, int64_t end) {
+  const Stored* from = static_cast<const Stored*>(grad) + begin;
+  const double total = sum_of_squares<Compute<Stored>>(from, end - begin);
+  return is_finite(total) ? total : sum_of_squares<double>(from, end - begin);
 }
 
 Squares find_squares(StoredType stored) {

@@ -24,21 +24,22 @@ struct GradParameters {
   int64_t grads[num_words];
 };
 
-template <class Stored>
-__device__ Compute<Stored> chunk_squares(const Stored* grad, int count, bool aligned) {
-  Compute<Stored> sum = 0;
+template <class Value, class Stored>
+__device__ Value chunk_squares(const Stored* grad, int count, bool aligned) {
+  Value sum = 0;
   for_each_pack<access / int{sizeof(Stored)}>(count, aligned, [&](auto size, int at) {
     constexpr int n = decltype(size)::value;
     Pack<Stored, n> pack;
     pack.read(grad + at);
 #pragma unroll
-    for (int i = 0; i < n; ++i) sum += load(pack.get(i)) * load(pack.get(i));
+    for (int i = 0; i < n; ++i) sum += Value(load(pack.get(i))) * Value(load(pack.get(i)));
   });
   return sum;
 }
 
-// Each thread adds up what it meets, in float within a chunk and in double over its chunks, and no
-// thread waits for another: the rest of the sum is left to who launches this.
+// Each thread adds up what it meets, in float within a chunk (in double where that overflows) and
+// in double over its chunks, and no thread waits for another: the rest of the sum is left to who
+// launches this.
 template <class Stored, int num_words>
 __global__ void __launch_bounds__(threads, min_blocks)
     squares(const __grid_constant__ GradParameters<num_words> parameters) {
@@ -53,9 +54,11 @@ __global__ void __launch_bounds__(threads, min_blocks)
     const int64_t left = task.slots[slot * task.slot_size] - begin;
     const int64_t address = grads[slot];
     if (address == 0) continue;
-    total +=
-        chunk_squares(reinterpret_cast<const Stored*>(address) + begin,
-                      static_cast<int>(left < elements ? left : elements), address % access == 0);
+    const Stored* grad = reinterpret_cast<const Stored*>(address) + begin;
+    const int count = static_cast<int>(left < elements ? left : elements);
+    const bool aligned = address % access == 0;
+    const auto sum = chunk_squares<Compute<Stored>>(grad, count, aligned);
+    total += is_finite(sum) ? sum : chunk_squares<double>(grad, count, aligned);
   }
   task.sums[int64_t{blockIdx.x} * threads + threadIdx.x] = total;
 }

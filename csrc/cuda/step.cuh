@@ -209,7 +209,7 @@ struct Target {
   __device__ Target(const Pack<typename Chunk::Weight, n>& param,
                     const Pack<typename Chunk::Weight, n>& old) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) values[i] = load(param.get(i)) - load(old.get(i));
+    for (int i = 0; i < n; ++i) values[i] = moved(load(old.get(i)), load(param.get(i)));
   }
 };
 

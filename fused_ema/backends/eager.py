@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import formats
+from ..blending import moved
 from ..buckets import Bucket, Slot
 from ..gradients import taken
 from ..rules import ema_update
@@ -175,7 +176,7 @@ class EagerPlan:
         for k, (key, weight) in enumerate(zip(self.bucket.key.emas, row.weights, strict=True)):
             for slot, param, was in zip(row.slots, self._weights(row), old, strict=True):
                 bits = formats.element_bits(row.seed, slot.place, k, real(slot.param))
-                change = param.float() - was.float()
+                change = moved(was.float(), param.float())
                 formats.follow_delta(real(slot.state[key]), change, weight, bits, before)
         if self.bucket.key.teacher:
             for slot, param in zip(row.slots, self._weights(row), strict=True):
