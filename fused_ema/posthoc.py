@@ -83,7 +83,9 @@ def reconstruct(snapshots: Iterable[Mapping[str, Any]], weights: Sequence[float]
     """``sum(weight * snapshot)`` over state dicts: the average fitted (section 3.2).
 
     Floating and complex tensors are summed in float64 and rounded to their dtype once; buffers
-    too, so BatchNorm's statistics are better computed anew. All else is the last snapshot's.
+    too, so BatchNorm's statistics are better computed anew. All else is the last snapshot's. What
+    is the same in all snapshots stays so, bit for bit where the weights add up to 1; an infinity
+    counts by the sum of its weights, and both infinities have no average (NaN).
 
     Args:
         snapshots: state dicts of the same keys, shapes and dtypes, such as copies of
@@ -96,7 +98,7 @@ def reconstruct(snapshots: Iterable[Mapping[str, Any]], weights: Sequence[float]
     Raises:
         ValueError: snapshots differ in a key, shape or dtype, or are not as many as ``weights``.
     """
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, _Sum] = {}
     last: Mapping[str, Any] | None = None
     for index, (snapshot, weight) in enumerate(zip_longest(snapshots, weights)):
         if snapshot is None or weight is None:
@@ -106,13 +108,72 @@ def reconstruct(snapshots: Iterable[Mapping[str, Any]], weights: Sequence[float]
         for key, value in snapshot.items():
             if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
                 if key not in sums:
-                    wide = torch.promote_types(value.dtype, torch.float64)
-                    sums[key] = torch.zeros_like(value, dtype=wide)
-                sums[key].add_(value, alpha=weight)
+                    sums[key] = _Sum(value)
+                sums[key].add(value, weight)
         last = snapshot
     if last is None:
         raise ValueError("snapshots is empty; allowed: at least one state dict")
-    return {key: sums[key].to(value.dtype) if key in sums else value for key, value in last.items()}
+    total = math.fsum(weights)
+    rounding = 2.0**-52 * math.fsum(map(abs, weights))
+    total = 1.0 if abs(total - 1.0) <= rounding else total
+    return {
+        key: sums[key].rounded(total, value) if key in sums else value
+        for key, value in last.items()
+    }
+
+
+class _Sum:
+    """``sum(weight * value)`` as ``first * sum(weight) + sum(weight * (value - first))``.
+
+    What is the same in all values thus stays so. Infinities are taken as 0, and their weights are
+    added up apart.
+
+    Args:
+        first: a tensor like the values; the first of them if they shall stay the same.
+    """
+
+    def __init__(self, first: Tensor) -> None:
+        self._first = _without_infinities(_real(first)).clone()
+        # values as wide as the sums are made smaller, so that differences cannot overflow
+        self._unit = 2.0**-8 if self._first.dtype == torch.float64 else 1.0
+        self._sum = torch.zeros_like(self._first, dtype=torch.float64)
+        self._infinite: dict[float, Tensor] = {}
+
+    def add(self, value: Tensor, weight: float) -> None:
+        """Add ``weight * value``; nothing where the weight is 0."""
+        if weight == 0.0:
+            return
+        value = _real(value)
+        for infinity in (math.inf, -math.inf):
+            found = value == infinity
+            if found.any():
+                counted = self._infinite.setdefault(infinity, torch.zeros_like(self._sum))
+                counted.add_(found, alpha=weight)
+        finite = _without_infinities(value)
+        change = finite.double() * self._unit - self._first.double() * self._unit
+        self._sum.add_(torch.where(finite == self._first, 0.0, change), alpha=weight)
+
+    def rounded(self, total: float, like: Tensor) -> Tensor:
+        """The sum, of weights that add up to ``total``, in the dtype and shape of ``like``."""
+        first = self._first.double()
+        summed = (first * (self._unit * total) + self._sum) / self._unit
+        summed = torch.where(self._sum == 0.0, first * total, summed)
+        for infinity, weight in self._infinite.items():
+            summed = summed + torch.where(weight != 0.0, infinity * weight, 0.0)
+        return (
+            torch.view_as_complex(summed).to(like.dtype)
+            if like.is_complex()
+            else summed.to(like.dtype)
+        )
+
+
+def _without_infinities(value: Tensor) -> Tensor:
+    return torch.where(value.isinf(), 0.0, value)
+
+
+def _real(value: Tensor) -> Tensor:
+    """A tensor itself, a complex one as pairs of reals."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 def _check_alike(snapshot: Mapping[str, Any], other: Mapping[str, Any], index: int) -> None:

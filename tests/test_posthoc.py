@@ -221,3 +221,42 @@ def test_snapshots_that_do_not_fit(snapshots, message):
     weights = [0.5, 0.5] if snapshots else []
     with pytest.raises(ValueError, match=message):
         posthoc.reconstruct(snapshots, weights)
+
+
+INF = math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.complex64])
+def test_what_is_the_same_in_all_snapshots_stays_so(dtype):
+    generator = torch.Generator().manual_seed(0)
+    info = torch.finfo(dtype)
+    special = torch.tensor([INF, -INF, 0.0, info.max, info.min, info.tiny, info.tiny / 4])
+    value = torch.cat([special.to(dtype), torch.randn(50, generator=generator).to(dtype)])
+    for weights in ([1.5, -0.5], [0.1, 0.2, 0.3, 0.4], [2.7, -1.9, 0.2], [0.0, 1.0]):
+        found = posthoc.reconstruct([{"x": value.clone()} for _ in weights], weights)["x"]
+        assert torch.equal(found, value), weights
+
+
+def test_infinities_count_by_the_sum_of_their_weights():
+    rows = [
+        ((INF, 1.0), (0.5, 0.5), INF),
+        ((INF, 1.0), (-0.5, 1.5), -INF),
+        ((1.0, INF), (1.0, 0.0), 1.0),
+        ((-INF, -INF), (-0.5, 1.5), -INF),
+        ((INF, -INF), (1.5, -0.5), INF),  # the second takes away minus infinity
+        ((INF, -INF), (0.5, 0.5), math.nan),
+        ((math.nan, 1.0), (0.5, 0.5), math.nan),
+        ((2.0, 2.0), (1.0, 1.0), 4.0),  # weights may add up to anything
+    ]
+    for values, weights, right in rows:
+        found = posthoc.reconstruct([{"x": torch.tensor([v])} for v in values], weights)
+        np.testing.assert_equal(found["x"].item(), right)
+
+
+def test_sums_of_the_largest_numbers_do_not_overflow_on_the_way():
+    values = torch.tensor([[1.7e308, -1.7e308], [-1.7e308, -1.7e308]], dtype=torch.float64)
+    snapshots = [{"x": value} for value in values]
+    found = posthoc.reconstruct(snapshots, [0.1, 0.9])["x"]
+    expected = torch.tensor([-0.8 * 1.7e308, -1.7e308], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-15, atol=0)
+    assert found[1] == -1.7e308
