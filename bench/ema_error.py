@@ -1,11 +1,14 @@
 """How far 16-bit averages are from exact ones; prints tables in Markdown.
 
 ``python -m bench.ema_error``: on weights that travel to an independent target, and in training a
-small network on scikit-learn's digits. Takes about two minutes.
+small network on scikit-learn's digits; then how the error of long averages adds up on weights that
+are never at rest. Takes about two and a half minutes. ``--long``: the last of these alone.
 """
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -13,9 +16,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fused_ema import FusedScaledAdamW, FusedScaledSGD, formats
+from fused_ema.ema import ema_keys
 
 RHOS = (0.99, 0.999, 0.9999)
 STEPS = 10_000
+LONG_RHOS = (0.9999, 0.99999, 0.999999)
+LONG_STEPS = 100_000
 KINDS = ("full", "nearest", "bf16", "delta")
 NAMES = {
     "full": "float32",
@@ -54,9 +60,20 @@ def training(form: str) -> Run:
         yield params, averages(opt, params)
 
 
+def unresting(form: str) -> Run:
+    """SGD on a parabola whose gradients are noisy: weights around 1 that move by 1 % a step."""
+    generator = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.ones(256))
+    opt = FusedScaledSGD([p], lr=0.01, ema_decay=LONG_RHOS, ema_format=form)
+    for step in range(LONG_STEPS):
+        p.grad = p.detach() - 2.0 * step / LONG_STEPS + torch.randn(256, generator=generator)
+        opt.step()
+        yield [p], averages(opt, [p])
+
+
 def averages(opt: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[list[Tensor]]:
     """What the optimizer's averages stand for, by decay."""
-    keys = ["ema", "ema_1", "ema_2"]
+    keys = ema_keys(len(opt.param_groups[0]["ema_decay"]))
     return [[formats.average(opt.state[p][key], p.detach()) for p in params] for key in keys]
 
 
@@ -64,7 +81,9 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().double().ravel() for tensor in tensors])
 
 
-def errors(run: Callable[[str], Run], kind: str) -> list[tuple[float, float]]:
+def errors(
+    run: Callable[[str], Run], kind: str, rhos: Sequence[float] = RHOS
+) -> list[tuple[float, float]]:
     """Of each decay: the error relative to the weights, and to the average's distance from them."""
     exact: list[Tensor] = []
     nearest: list[Tensor] = []
@@ -76,10 +95,10 @@ def errors(run: Callable[[str], Run], kind: str) -> list[tuple[float, float]]:
             exact = [flat(average) for average in held]
             nearest = [average.float().bfloat16() for average in exact]
             continue
-        exact = [rho * old + (1.0 - rho) * weights for rho, old in zip(RHOS, exact, strict=True)]
+        exact = [rho * old + (1.0 - rho) * weights for rho, old in zip(rhos, exact, strict=True)]
         nearest = [
             old.float().lerp(weights.float(), 1.0 - rho).bfloat16()
-            for rho, old in zip(RHOS, nearest, strict=True)
+            for rho, old in zip(rhos, nearest, strict=True)
         ]
     found = [n.double() for n in nearest] if kind == "nearest" else [flat(h) for h in held]
     return [
@@ -93,11 +112,17 @@ def percent(value: float) -> str:
 
 
 def main() -> None:
-    for title, run in (("travelling weights", travelling), ("digits, AdamW", training)):
-        print(f"| {title} | " + " | ".join(f"ρ = {rho}" for rho in RHOS) + " |")
-        print("|---|" + "---|" * len(RHOS))
+    warnings.simplefilter("ignore")  # that long averages are what is measured
+    tables = (
+        ("travelling weights", travelling, RHOS),
+        ("digits, AdamW", training, RHOS),
+        ("weights that never rest, 100,000 steps", unresting, LONG_RHOS),
+    )
+    for title, run, rhos in tables[2 if "--long" in sys.argv else 0 :]:
+        print(f"| {title} | " + " | ".join(f"ρ = {rho}" for rho in rhos) + " |")
+        print("|---|" + "---|" * len(rhos))
         for kind in KINDS:
-            cells = [f"{percent(a)}, {percent(b)}" for a, b in errors(run, kind)]
+            cells = [f"{percent(a)}, {percent(b)}" for a, b in errors(run, kind, rhos)]
             print(f"| {NAMES[kind]} | " + " | ".join(cells) + " |", flush=True)
         print()
 

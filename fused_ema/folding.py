@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backends.plan import Scalars
 from .ema import EmaDecay, decays, ema_weights
-from .formats import step_seed
+from .formats import is_too_slow, step_seed, warn_of_rounding
 from .rules import Rule
 from .values import PLAIN, as_given, field
 
@@ -64,8 +64,10 @@ class _Held:
 class Folder:
     """Scalars of every param group, at the step at hand.
 
-    ``refresh`` reads the groups once a step; calling the folder then gives a group's scalars after
-    ``step`` base steps. A group whose fields have not changed keeps its scaled hyper-parameters.
+    ``refresh`` reads the groups once a step, and warns once of averages that a format of 16 bits
+    cannot follow where their decay is a number; calling the folder then gives a group's scalars
+    after ``step`` base steps. A group whose fields have not changed keeps its scaled
+    hyper-parameters.
 
     Args:
         rule: the optimizer's rule.
@@ -88,6 +90,7 @@ class Folder:
         self._asked: list[int] = []  # groups with schedules
         self._rows: dict[tuple[int, float | None], Scalars] = {}
         self._scheduled: dict[int, tuple[float, ...]] = {}
+        self._warned: set[str] = set()
 
     def refresh(self, groups: Sequence[dict[str, Any]], check: Check) -> bool:
         """Take in the groups' current fields; True if a parameter may belong to another bucket.
@@ -112,6 +115,7 @@ class Folder:
             else self._scale(group, given, old, check)
             for group, given, old in zip(groups, fields, known, strict=True)
         ]
+        self._warn(known, scaled)
         moved = any(
             old is not new and (old is None or old.place != new.place)
             for old, new in zip(known, scaled, strict=True)
@@ -125,6 +129,18 @@ class Folder:
             if any(map(callable, decays(group["ema_decay"]))) and not group["capturable"]
         ]
         return moved
+
+    def _warn(self, known: Sequence[_Scaled | None], scaled: Sequence[_Scaled]) -> None:
+        """Once a format, of averages that move too slowly for it."""
+        if not self._averaged:
+            return
+        for group, old, new in zip(self.groups, known, scaled, strict=True):
+            if old is not None and old.weights is new.weights:
+                continue
+            form = group["ema_format"]
+            if form not in self._warned and is_too_slow(form, new.weights):
+                self._warned.add(form)
+                warn_of_rounding(form, new.weights or ())
 
     def _fields(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What is compared from step to step, without looking at a device."""

@@ -264,3 +264,48 @@ def test_what_the_formats_cannot_hold_is_refused():
             FusedScaledSGD(parameters(), ema_decay=0.9, ema_format="bf16", ema_seed=seed)
     with pytest.raises(ValueError, match="ema_format='delta': another optimizer moves the weights"):
         FusedEMA(torch.optim.SGD(parameters(), lr=0.1), 0.9, ema_format="delta")
+
+
+def test_no_finite_number_rounds_to_infinity():
+    largest = torch.finfo(torch.bfloat16).max
+    values = torch.tensor([largest, -largest, 3.4e38, -3.4e38, torch.finfo(torch.float32).max])
+    for mask in (0, formats.MASK):
+        rounded = formats.round_bfloat16(values, torch.full((5,), mask)).float()
+        assert torch.equal(rounded, values.sign() * largest)
+
+
+# what a format cannot follow, and what it can
+SLOW = [("delta", 0.99995), ("delta", (0.9, 0.99999)), ("bf16", 0.999995)]
+FAST = [("delta", 0.9999), ("delta", 1.0), ("bf16", 0.99999), ("full", 0.9999999), ("bf16", None)]
+
+
+@pytest.mark.parametrize(("form", "decay"), SLOW)
+def test_an_average_too_slow_for_its_format_warns_once(form, decay, recwarn):
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    opt = FusedScaledSGD(
+        [{"params": [p]} for p in params], lr=0.1, ema_decay=decay, ema_format=form
+    )
+    for step in range(4):
+        for group in opt.param_groups:
+            group["lr"] = 0.1 / (step + 1)
+        opt.kappa = 1.0 + step / 4
+        opt.step()
+    (warning,) = recwarn
+    smallest = 1.0 - max(decay if isinstance(decay, tuple) else (decay,))
+    expected = f"ema_format='{form}' with 1 - ema_decay**kappa = {smallest:.3g}: below"
+    assert str(warning.message).startswith(expected)
+
+
+@pytest.mark.parametrize(("form", "decay"), FAST)
+def test_averages_that_a_format_can_follow_do_not_warn(form, decay):
+    params = [nn.Parameter(torch.ones(2))]
+    FusedScaledSGD(params, lr=0.1, ema_decay=decay, ema_format=form).step()
+
+
+def test_kappa_makes_a_slow_average_fast_enough():
+    params = [nn.Parameter(torch.ones(2))]
+    opt = FusedScaledSGD(params, lr=0.1, ema_decay=0.99999, ema_format="delta", kappa=16.0)
+    opt.step()
+    opt.kappa = 2.0
+    with pytest.warns(UserWarning, match="= 2e-05: below 0.0001"):
+        opt.step()
