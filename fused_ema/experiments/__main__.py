@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in names:
                 out = options.out or OUT / options.preset / options.name
                 run(name, options, out / name if options.name == "all" else out, group)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
-        print(stop or "Stopped.", file=sys.stderr)
+        print(str(stop) or "Stopped.", file=sys.stderr)
         return 130
     return 0
 
@@ -46,8 +46,8 @@ def run(name: str, options: argparse.Namespace, out: Path, group: distributed.Gr
     """Run one experiment and show what it found."""
     module = experiment(name)
     config = chosen(module.PRESETS, options.preset, vars(options))
-    folder = Folder(out, name, config, writes=group.is_first)
-    module.run(config, folder, group)
+    with Folder(out, name, config, writes=group.is_first) as folder:
+        module.run(config, folder, group)
     if group.is_first:
         print(f"{name}: {out}/summary.json, {out}/figure.png")
 
@@ -59,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
         description='Experiments of "How to Scale Your EMA" with the fused optimizers. Results go '
         "to a folder: config.json, metrics.jsonl while running, checkpoint.pt, summary.json, "
         "figure.json and figure.png. Ctrl-C stops after the step at hand; the same command goes "
-        "on from there. Under torchrun all processes share the batch.",
+        "on from there. One run at a time uses a folder. Under torchrun all processes share the "
+        "batch.",
     )
     commands = top.add_subparsers(dest="name", required=True, metavar="NAME")
     for name in NAMES:

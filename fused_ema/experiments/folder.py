@@ -2,29 +2,29 @@
 
 ``config.json``, ``metrics.jsonl``, ``checkpoint.pt``, ``summary.json``, ``figure.json`` and
 ``figure.png``, directly in one folder. The same command with the same folder goes on where it
-stopped. Of several processes the first one writes.
+stopped. Of several processes the first one writes, and only one run at a time does.
+
+What a run goes on from has a checksum: ``checkpoint.pt`` at its end, ``metrics.jsonl`` beside it in
+``metrics.sha256``, for the rows that are whole. Rows after those are of a process that was killed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
-from . import plots
+from . import files, plots
 from .config import identity
 
 T = TypeVar("T")
 
 
 class Folder:
-    """A run's folder, new or gone on with.
+    """A run's folder, new or gone on with; a context that gives it back to other processes.
 
     Args:
         path: the folder; it is made where it is not there.
@@ -40,10 +40,37 @@ class Folder:
     def __init__(self, path: Path, experiment: str, config: Any, writes: bool = True) -> None:
         self.path, self.experiment, self.writes = path, experiment, writes
         self.config = {"experiment": experiment, **identity(config)}
-        if (path / "config.json").exists():
-            _check_same(path, self.config)
-        elif path.is_dir() and any(path.iterdir()):
-            raise ValueError(f"--out {path}: it is not empty and holds no config.json of a run")
+        self._check()
+
+    def _check(self) -> None:
+        if (self.path / "config.json").exists():
+            _check_same(self.path, self.config)
+        elif self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--out {self.path}: it is no folder; give another")
+        elif self.path.is_dir() and not all(map(files.is_own, self.path.iterdir())):
+            raise ValueError(
+                f"--out {self.path}: it is not empty and holds no config.json of a run"
+            )
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writes:
+            files.unlock(self.path)
+
+    def take(self) -> None:
+        """Make the folder where there is none, and keep other processes from writing to it.
+
+        Until the context is left, or this process ends. What it holds is not touched.
+
+        Raises:
+            ValueError: another process is writing to it, or has begun another run there.
+        """
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            files.lock(self.path)
+            self._check()
 
     def progress(self, items: Iterable[T], title: str) -> Iterable[T]:
         """The items, with a progress bar on standard error."""
@@ -53,28 +80,53 @@ class Folder:
         return bar
 
     def rows(self) -> list[dict[str, Any]]:
-        """The metrics so far; a line that a killed process did not end is left out."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
+        """The metrics so far; a line that a killed process did not end is left out.
+
+        Raises:
+            ValueError: they are not what was written.
+        """
+        return [json.loads(line) for line in self._whole_lines()]
+
+    def _whole_lines(self) -> list[bytes]:
+        """The lines of the metrics that were on disk, with their ends."""
+        path, seal = self.path / "metrics.jsonl", self.path / "metrics.sha256"
+        if not path.exists() and not seal.exists():
             return []
-        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        content = path.read_bytes() if path.exists() else b""
+        try:
+            sealed = seal.read_bytes()
+            whole = content[: int(sealed.split()[0])]
+        except (FileNotFoundError, IndexError, ValueError) as error:
+            raise _unreadable(path, f"its checksum, {seal.name}, is missing or damaged") from error
+        if sealed != _seal_of(whole):
+            raise _unreadable(path, f"its checksum, {seal.name}, differs")
+        return whole.splitlines(keepends=True)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add a row to the metrics, on disk when this returns."""
         if self.writes:
-            with open(self.path / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
+            line = json.dumps(finite(row), ensure_ascii=False) + "\n"
+            self._put([*self._whole_lines(), line.encode()])
 
     def begin(self, count: int = 0) -> None:
-        """Make the folder where there is none, and forget all rows but the first ``count``.
+        """Take the folder, and forget all rows but the first ``count``.
 
         The others are of steps that will be taken again. Nothing is written before this.
         """
+        self.take()
         if self.writes:
-            self.path.mkdir(parents=True, exist_ok=True)
+            files.remove_parts(self.path)
             self.write("config.json", self.config)
-            kept = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows()[:count]]
-            self._replace("metrics.jsonl", "".join(kept).encode())
+            kept = self._whole_lines()[:count]
+            self._seal(kept)  # first: what it holds for must be there at all times
+            self._put(kept)
+
+    def _put(self, kept: list[bytes]) -> None:
+        self._replace("metrics.jsonl", b"".join(kept))
+        self._seal(kept)
+
+    def _seal(self, kept: list[bytes]) -> None:
+        self._replace("metrics.sha256", _seal_of(b"".join(kept)))
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file, at once or not at all."""
@@ -89,49 +141,60 @@ class Folder:
         """Write ``figure.json`` and draw it."""
         if self.writes:
             self.write("figure.json", {"experiment": self.experiment, **data})
-            plots.draw(self.read("figure.json"), self.path / "figure.png")
+            with files.replacing(self.path / "figure.png") as part:
+                plots.draw(self.read("figure.json"), part)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint, at once or not at all; it remembers how many rows there are."""
         if self.writes:
-            path = self.path / "checkpoint.part"
-            torch.save({**state, "rows": len(self.rows())}, path)
-            os.replace(path, self.path / "checkpoint.pt")
+            rows = len(self._whole_lines())
+            files.save({**state, "rows": rows}, self.path / "checkpoint.pt")
 
     def checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint, on the CPU; None where there is none.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: it cannot be read, or a bit of it differs from what was written.
         """
         path = self.path / "checkpoint.pt"
-        if not path.exists():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} cannot be read; delete it to start that run anew") from error
-        return state
+        return files.load(path) if path.exists() else None
 
     def drop_checkpoint(self) -> None:
         """Remove the checkpoint of a run that is finished."""
         if self.writes:
             (self.path / "checkpoint.pt").unlink(missing_ok=True)
+            files.sync(self.path)
 
     def _replace(self, name: str, content: bytes) -> None:
-        part = self.path / f"{name}.part"
-        part.write_bytes(content)
-        os.replace(part, self.path / name)
+        with files.replacing(self.path / name) as part:
+            part.write_bytes(content)
 
 
 def _check_same(path: Path, mine: dict[str, Any]) -> None:
-    theirs = json.loads((path / "config.json").read_text())
+    try:
+        theirs = json.loads((path / "config.json").read_bytes())
+    except ValueError as error:
+        raise _unreadable(path / "config.json", str(error)) from error
+    if not isinstance(theirs, dict):
+        raise _unreadable(path / "config.json", "it holds no options")
     for name in (*mine, *theirs):
         if mine.get(name) != theirs.get(name):
             raise ValueError(
                 f"--out {path}: it holds a run with {name}={theirs.get(name)!r}, not "
                 f"{mine.get(name)!r}; give another folder, or the same options to go on"
             )
+
+
+def _seal_of(whole: bytes) -> bytes:
+    """How many bytes of the metrics are whole, and their digest."""
+    return f"{len(whole)} {hashlib.sha256(whole).hexdigest()}\n".encode()
+
+
+def _unreadable(path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"{path} cannot be read; delete {path.parent} to start anew, or give another folder as "
+        f"--out ({why})"
+    )
 
 
 def finite(value: Any) -> Any:

@@ -207,7 +207,9 @@ def run(config: Config, folder: Folder, group: Group) -> None:
     """Measure every ``kappa``; write the metrics, the summary and the figure."""
     weight = ema_weight(config.rho)
     base = {order: list(moments(config, 1, weight, order)) for order in ORDERS}
+    folder.take()
     rows = folder.rows()
+    group.any(False)  # all have read, before the first one writes
     folder.begin(len(rows))
     for kappa in folder.progress(config.kappas[len(rows) :], "noisy_parabola"):
         rows.append(measure(config, base, kappa))

@@ -78,6 +78,7 @@ class Session:
 
     def _take_up(self) -> set[str]:
         """Names of the finished runs; rows of steps that are taken again are forgotten."""
+        self.folder.take()
         self.checkpoint = self.folder.checkpoint()
         rows = self.folder.rows()
         if self.checkpoint is not None:
@@ -85,6 +86,7 @@ class Session:
         else:
             ends = [i for i, row in enumerate(rows) if row.get("finished")]
             rows = rows[: ends[-1] + 1] if ends else []
+        self.group.any(False)  # all have read, before the first one writes
         self.folder.begin(len(rows))
         return {row["run"] for row in rows if row.get("finished")}
 
@@ -126,7 +128,13 @@ class Session:
         """A training at its start, or where its checkpoint is."""
         training = Training(self, run, model, optimizer, scaling, evaluate)
         if self.checkpoint is not None and self.checkpoint["run"] == run.name:
-            training.load(self.checkpoint)
+            try:
+                training.load(self.checkpoint)
+            except (KeyError, RuntimeError, ValueError) as error:
+                path = self.folder.path / "checkpoint.pt"
+                raise ValueError(
+                    f"{path} does not fit the run; delete it to start that run anew ({error})"
+                ) from error
         self.checkpoint = None
         return training
 
@@ -262,7 +270,15 @@ class Training:
         )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`save` was called."""
+        """Go on where :meth:`save` was called.
+
+        Raises:
+            ValueError: it is of another number of processes, or does not fit.
+        """
+        if len(state["generators"]) != self.session.group.world:
+            raise ValueError(
+                f"it is of {len(state['generators'])} processes, not {self.session.group.world}"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaling.load_state_dict(state["scaling"])
