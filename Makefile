@@ -90,6 +90,12 @@ test: lint docs ## lint, build the docs, then run the tests
 	@$(BIN)/pytest --numprocesses auto $(ARGS)
 	@$(MAKE) --no-print-directory test-shim
 
+SECONDS ?= 600
+
+.PHONY: fuzz
+fuzz: setup ## random layouts, loads and interrupts with fresh seeds, for SECONDS=600
+	@cd tests && PYTHONPATH=$(CURDIR) $(BIN)/python -m fuzz --seconds $(SECONDS) $(ARGS)
+
 .PHONY: lint
 lint: setup ## check style and types, change nothing
 	@$(BIN)/ruff check
