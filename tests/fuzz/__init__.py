@@ -1,8 +1,8 @@
 """Random problems with an own oracle: what holds for every seed.
 
 A check takes a seed and raises AssertionError. ``python -m fuzz`` in ``tests`` runs them, for a
-time with fresh seeds or for one seed; ``test_fuzz.py`` runs a fixed number of fixed seeds. The oracle is
-``tests/oracles.py``, in float64 numpy, with the bounds of ``tests/tolerances.py``.
+time with fresh seeds or for one seed; ``test_fuzz.py`` runs a fixed number of fixed seeds. The
+oracle is ``oracles.py``, in float64 numpy, with the bounds of ``tolerances.py``.
 """
 
 from __future__ import annotations

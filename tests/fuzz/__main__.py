@@ -37,9 +37,8 @@ def main() -> int:
             failed[name] += 1
             if options.seed is not None:
                 raise
-            print(
-                f"{name}, seed {seed}: {type(error).__name__}: {error}\n  again: {again(name, seed)}"
-            )
+            print(f"{name}, seed {seed}: {type(error).__name__}: {error}")
+            print(f"  again: {again(name, seed)}", flush=True)
     for name in names:
         print(f"{name}: {failed[name]} of {ran[name]} failed")
     return 1 if failed else 0
