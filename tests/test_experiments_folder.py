@@ -165,16 +165,17 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
     record(os, "fsync", lambda number: ("fsync", Path(os.readlink(f"/proc/self/fd/{number}"))))
     record(os, "replace", lambda a, b: ("replace", Path(a), Path(b)))
-    folder.save_checkpoint({"run": "b"})
-    folder.write("summary.json", {})
-    names = [tmp_path / name for name in ("checkpoint.pt", "summary.json")]
+    for _ in range(2):
+        folder.save_checkpoint({"run": "b"})
+        folder.write("summary.json", {})
+    names = 2 * [tmp_path / name for name in ("checkpoint.pt", "summary.json")]
     parts = [call[1] for call in calls[::3]]
     assert calls == [
         call
         for part, name in zip(parts, names, strict=True)
         for call in (("fsync", part), ("replace", part, name), ("fsync", tmp_path))
     ]
-    assert len({*parts, *names}) == 4
+    assert len({*parts, *names}) == 4 + 2  # no two parts have one name
     assert all(part.parent == tmp_path for part in parts)
 
 
@@ -202,6 +203,18 @@ def test_parts_of_killed_processes_are_removed_and_no_other_files(tmp_path):
         folder.begin()
     names = {"config.json", "metrics.jsonl", "metrics.sha256", "notes.part"}
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_run_that_is_interrupted_without_a_word_says_that_it_stopped(
+    tmp_path, monkeypatch, capsys
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Folder, "rows", stop)
+    assert command.main(["noisy_parabola", "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "Stopped.\n"
+    assert not (tmp_path / "out" / files.LOCK).exists()
 
 
 def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
