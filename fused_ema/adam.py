@@ -131,6 +131,6 @@ class FusedScaledAdamW(FusedScaledAdam):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
+        for group in state["param_groups"]:
             group["decoupled_weight_decay"] = True
+        super().__setstate__(state)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import StateDict
 from torch.utils.hooks import RemovableHandle
 
+from .checking import KAPPA
 from .ema import EmaDecay
 from .optimizer import FusedScaledOptimizer
 from .rules import FROZEN, check_choice
@@ -73,7 +74,7 @@ class FusedEMA(FusedScaledOptimizer):
         ema_seed: int = 0,
         half_life_samples: float | None = None,
         base_batch_size: float | None = None,
-        kappa: float = 1.0,
+        kappa: float = KAPPA,
         model: nn.Module | None = None,
         ema_buffers: str | None = None,
         capturable: bool = False,

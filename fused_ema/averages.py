@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import formats, sharding
 from .names import renamed
-from .state import check_shape, weights
+from .state import check_shape, differences, weights
 from .teacher import pair
 
 
@@ -140,10 +140,8 @@ class Rewrite:
         self._state = state
         held = weights(param, state)
         self._averages = {
-            key: formats.average(stored, held)
-            for key, stored in state.items()
-            if key.split("_")[0] == "ema" and isinstance(stored, Tensor)
-            if stored.dtype == formats.DTYPES["delta"]
+            key: formats.average(state[key], held)
+            for key in differences(state)
         }
         for average in self._averages.values():
             formats.check_distance("copy_ema_to(): an average", average, value)

@@ -26,6 +26,8 @@ COMPUTE_DTYPE = {
     torch.complex64: torch.complex64,
     torch.complex128: torch.complex128,
 }
+# What a state holds of a teacher that is the rounded copy of an average.
+TEACHER = "ema_teacher"
 
 # Turns of averages that move apart from their parameters, before and behind all steps.
 BEFORE_ALL, AFTER_ALL = -1, sys.maxsize
@@ -120,13 +122,13 @@ def _state_keys(states: tuple[str, ...] | None, master: bool) -> tuple[str, ...]
 
 
 def _average_keys(emas: tuple[str, ...], teacher: bool) -> tuple[str, ...]:
-    return (*emas, *(("teacher",) if teacher else ()))
+    return (*emas, *((TEACHER,) if teacher else ()))
 
 
-def has_master(rule: Rule, group: Mapping[str, Any], param: Tensor) -> bool:
-    """Whether the optimizer holds the parameter's weights, in the dtype of the arithmetic."""
+def wants_master(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether the optimizer holds the parameter's weights, once it has been trained."""
     rounded = COMPUTE_DTYPE.get(param.dtype, param.dtype) != param.dtype
-    return bool(group["master_weights"]) and rounded and is_active(rule, param)
+    return bool(group["master_weights"]) and rounded
 
 
 def make_buckets(
@@ -203,17 +205,22 @@ def _apart(key: Key, turn: int, slot: Slot) -> list[Key]:
     return [*([] if key.states is None else [stepped]), *([alone] if key.emas else [])]
 
 
-def is_active(rule: Rule, param: Tensor) -> bool:
-    """Whether the rule itself moves the parameter; a frozen one has averages only."""
-    return rule is not FROZEN and (param.requires_grad or param.grad is not None)
+def is_active(rule: Rule, param: Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether the rule itself moves the parameter; a frozen one has averages only.
+
+    One that has a master was trained before, and follows it while it is frozen.
+    """
+    trained = param.requires_grad or param.grad is not None or "master" in state
+    return rule is not FROZEN and trained
 
 
 def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, averaged: bool) -> Key:
     # to a rule that moves nothing gradients are nothing
-    states = rule.states(group) if rule is FROZEN or is_active(rule, slot.param) else None
+    active = rule is FROZEN or is_active(rule, slot.param, slot.state)
+    states = rule.states(group) if active else None
     emas = ema_keys(len(decays(group["ema_decay"])) if averaged else 0)
-    master = has_master(rule, group, slot.param)
-    teacher = bool(emas) and "teacher" in slot.state
+    master = "master" in slot.state
+    teacher = bool(emas) and TEACHER in slot.state
     keys = (*_state_keys(states, master), *_average_keys(emas, teacher))
     held = [slot.state[key] for key in keys]
     tensors = [local(tensor) for tensor in (slot.param, *held)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,22 +13,22 @@ from .ema import check_ema_decay
 from .folding import Checked, Group, plain_fields
 from .formats import FORMATS, STATE_FORMATS
 from .rules import Rule, check_choice
+from .scaling import check_range
+
+# The default of ``kappa``, told by identity from a 1.0 that a user gives.
+KAPPA = float("1")
 
 # Flags of every rule; a rule's own are bools, too, but for the names of its scaling rules.
 SWITCHES = ("master_weights", "capturable", "differentiable")
 
 
-def check_group(
-    rule: Rule, group: Group, backend: str, ema_every: int, max_grad_norm: float | None
-) -> Checked:
+def check_group(rule: Rule, group: Group, backend: str) -> Checked:
     """The group's numbers, checked and scaled.
 
     Args:
         rule: the optimizer's rule.
         group: a param group, or what one would be.
         backend: the optimizer's, ``"auto"`` or a name.
-        ema_every: the averages move at every ``ema_every``-th step.
-        max_grad_norm: what gradients are clipped to, or None.
 
     Raises:
         ValueError: a bad value, also one that the scaling rules cannot follow, or values that
@@ -44,6 +46,11 @@ def check_group(
     check_choice("state_format", group["state_format"], STATE_FORMATS)
     _check_seed(group["ema_seed"])
     requested_backend(group, backend)
+    ema_every, max_grad_norm = group["ema_every"], group["max_grad_norm"]
+    if not isinstance(ema_every, int) or ema_every < 1:
+        raise ValueError(f"ema_every={ema_every!r} is out of range; allowed: an int >= 1")
+    if max_grad_norm is not None:
+        check_range("max_grad_norm", max_grad_norm, 0.0, math.inf)
     if ema_every > 1 and group["ema_format"] == "delta":
         raise ValueError(
             f"ema_every={ema_every} with ema_format='delta'; allowed: 1, for a difference moves "
@@ -61,6 +68,26 @@ def _check_switch(name: str, value: Any) -> None:
     # 0 and 1, as torch
     if not isinstance(value, int) or value not in (0, 1):
         raise ValueError(f"{name}={value!r} is not known; allowed: True or False")
+
+
+def check_groups(groups: Sequence[Group]) -> None:
+    """Raise ValueError where groups differ in what belongs to all of them."""
+    agreed(groups, "ema_every")
+    agreed(groups, "max_grad_norm")
+
+
+def agreed(groups: Sequence[Group], field: str) -> Any:
+    """The value of a field that all param groups have in common.
+
+    Raises:
+        ValueError: they differ.
+    """
+    value = groups[0][field] if groups else None
+    for group in groups:
+        if group[field] is not value and group[field] != value:
+            values = [group[field] for group in groups]
+            raise ValueError(f"{field} differs between param groups: {values}")
+    return value
 
 
 def _check_seed(seed: Any) -> None:

@@ -2,45 +2,86 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .buckets import COMPUTE_DTYPE
+from . import clock, formats, sharding
+from .buckets import COMPUTE_DTYPE, TEACHER, is_fixed, is_there, wants_master
 from .ema import decays, ema_keys, is_constant
-from .ema_buffers import EmaBuffers
-from .formats import DTYPES, average
+from .ema_buffers import BUFFERS, EmaBuffers
+from .names import bare
 from .rules import Rule
-from .state import check_teacher, loaded, state_dtype, weights
+from .state import differences, drop_master, state_dtype, weights
 from .values import as_given
 
 # What stands for a schedule in a state dict: a callable does not pass torch's safe unpickler.
 SCHEDULE = "schedule"
 
-# Fields that choose an implementation: the loading optimizer's own stay.
-IMPLEMENTATION = ("foreach", "fused", "capturable")
+# Fields that choose an implementation or what is stored: the loading optimizer's own stay.
+CHOICES = (
+    *("foreach", "fused", "capturable", "differentiable"),
+    *("master_weights", "ema_format", "state_format"),
+)
+
+# Fields that load, and of which a user must hear that another value than the given one does.
+ASKED = ("kappa", "ema_decay", "ema_order")
+
+Groups = Sequence[Mapping[str, Any]]
 
 
-def to_save(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict of torch's without its unpickler or optimizers would trip over."""
-    groups = [
-        {
-            **{name: _kept(value) for name, value in as_given(group).items()},
-            "base_steps": float(group["base_steps"]),
-            **({} if is_constant(group["ema_decay"]) else {"ema_decay": SCHEDULE}),
-        }
-        for group in state_dict["param_groups"]
-    ]
-    entries = {key: _without_copies(value) for key, value in state_dict["state"].items()}
-    # a frozen parameter without averages has no state in torch
-    state = {key: value for key, value in entries.items() if set(value) - {"step"}}
-    return {**state_dict, "param_groups": groups, "state": state}
+def to_save(
+    state_dict: Mapping[str, Any],
+    groups: Groups,
+    buffers: EmaBuffers | None,
+    entry: Callable[[dict[str, Any]], dict[str, Any]],
+) -> dict[str, Any]:
+    """A state dict of torch's without what its unpickler or other optimizers would trip over.
+
+    Args:
+        state_dict: as torch has packed it.
+        groups: the param groups that it was packed from.
+        buffers: the optimizer's, if it holds any.
+        entry: what is saved of one parameter's state.
+    """
+    saved_groups = state_dict["param_groups"]
+    state = dict(state_dict["state"])
+    owner, held = home(groups), {} if buffers is None else buffers.entry()
+    for group, saved in zip(groups, saved_groups, strict=True):
+        for param, key in zip(group["params"], saved["params"], strict=True):
+            if isinstance(state.get(key), Mapping):
+                kept = entry(_entry_to_save(state[key], group, param))
+                if param is owner and held:
+                    kept[BUFFERS] = held
+                # a frozen parameter without averages has no state in torch
+                if set(kept) == {"step"} or (state[key] and not kept):
+                    del state[key]
+                else:
+                    state[key] = kept
+    return {**state_dict, "param_groups": [_group_to_save(g) for g in saved_groups], "state": state}
 
 
-def _without_copies(state: Mapping[str, Any]) -> dict[str, Any]:
+def _group_to_save(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **{name: _kept(value) for name, value in as_given(group).items()},
+        "base_steps": float(group["base_steps"]),
+        **({} if is_constant(group["ema_decay"]) else {"ema_decay": SCHEDULE}),
+    }
+
+
+def _entry_to_save(
+    state: Mapping[str, Any], group: Mapping[str, Any], param: Tensor
+) -> dict[str, Any]:
     """One parameter's state without what a step makes of the rest of it."""
-    return {key: value for key, value in state.items() if key != "teacher"}
+    kept = {key: value for key, value in state.items() if key != TEACHER}
+    if group["ema_format"] != "delta":  # loaded ones that no step has converted yet
+        for key in differences(kept):
+            kept[key] = formats.average(kept[key], weights(param, kept))
+    return kept
 
 
 def _kept(value: Any) -> Any:
@@ -52,98 +93,287 @@ def _kept(value: Any) -> Any:
 
 def merged(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """A saved param group with what it lacks, or does not decide, from the present one."""
-    saved = as_given(saved)
-    kept = {k: v for k, v in group.items() if k not in saved or k in IMPLEMENTATION}
-    kept.pop("params", None)
-    if saved.get("ema_decay") in (None, SCHEDULE):
-        kept["ema_decay"] = group["ema_decay"]
-    return {**saved, **kept}
+    taken = {k: copy.deepcopy(v) for k, v in saved.items() if k not in ("params", "param_names")}
+    taken = as_given(taken)
+    if isinstance(taken.get("ema_decay"), str) or not decays(taken.get("ema_decay")):
+        taken.pop("ema_decay", None)
+    if "param_names" in saved and "param_names" not in group:
+        taken["param_names"] = list(saved["param_names"])
+    return {**group, **taken, **{k: group[k] for k in CHOICES if k in group}}
 
 
-class Loading:
-    """A state dict on its way into an optimizer: read before torch takes it in, installed after.
+class Loaded(NamedTuple):
+    """A state dict as it will be in the optimizer.
+
+    Attributes:
+        groups: param groups.
+        state: the optimizer's state.
+        write: gives a teacher its values, in place; doing it again changes nothing.
+    """
+
+    groups: list[dict[str, Any]]
+    state: dict[Any, Any]
+    write: Callable[[], None]
+
+
+def load(
+    rule: Rule,
+    present: Groups,
+    asked: Groups,
+    given: Mapping[str, Any],
+    check: Callable[[Sequence[Mapping[str, Any]]], Any],
+    buffers: EmaBuffers | None,
+    teachers: Mapping[Tensor, Tensor],
+) -> Loaded:
+    """Check and copy all of a state dict; nothing of the optimizer's is changed.
 
     Args:
         rule: the optimizer's rule.
-        check: raises ValueError for a param group that holds a bad value.
+        present: its param groups.
+        asked: of each group, the :data:`ASKED` fields that its constructor was given.
+        given: the state dict.
+        check: raises ValueError for param groups that hold a bad value.
         buffers: the optimizer's, if it holds any.
         teachers: the teacher's tensor of every parameter that has one.
-    """
-
-    def __init__(
-        self,
-        rule: Rule,
-        check: Callable[[Mapping[str, Any]], Any],
-        buffers: EmaBuffers | None,
-        teachers: Mapping[Tensor, Tensor],
-    ) -> None:
-        self._rule = rule
-        self._check = check
-        self._buffers = buffers
-        self._teachers = teachers
-        self._state: dict[Any, Any] = {}
-        self._copies: list[tuple[Tensor, Tensor]] = []
-
-    def read(
-        self, present: Sequence[Mapping[str, Any]], given: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Check and copy what is given; what is left of it is for torch to load.
-
-        Raises:
-            ValueError: groups, states or buffers do not match, a teacher does not fit the saved
-                averages' format, or a bad value.
-        """
-        groups = list(map(merged, present, given["param_groups"]))
-        for group, own in zip(groups, present, strict=False):
-            self._check(group)
-            self._check_teachers(group, own["params"])
-        self._state = to_load(self._rule, present, groups, given["state"])
-        if self._buffers is not None and "ema_buffers" in given:
-            self._copies += self._buffers.matching(given["ema_buffers"])
-        # groups that have no counterpart are left for torch to refuse
-        groups += given["param_groups"][len(groups) :]
-        return {**given, "param_groups": groups, "state": {}}
-
-    def _check_teachers(self, group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
-        for param in params if decays(group["ema_decay"]) else ():
-            if param in self._teachers:
-                form = group["ema_format"]
-                check_teacher(self._teachers[param], param, "the teacher's tensor", form)
-
-    def install(self, state: dict[Any, Any]) -> None:
-        """Put the copies into ``state``; a teacher's tensors take their values and stay."""
-        state.update(self._state)
-        for param, teacher in self._teachers.items():
-            saved = self._state.get(param, {}).get("ema")
-            if saved is None:
-                continue
-            self._copies.append((teacher, average(saved, weights(param, state[param]))))
-            if saved.dtype != DTYPES["delta"]:
-                state[param]["ema"] = teacher
-        for held, saved in self._copies:
-            held.detach().copy_(saved)
-
-
-def to_load(
-    rule: Rule,
-    groups: Sequence[Mapping[str, Any]],
-    saved_groups: Sequence[Mapping[str, Any]],
-    saved_state: Mapping[Any, Any],
-) -> dict[Any, Any]:
-    """The saved state in copies, under the present parameters.
 
     Raises:
-        ValueError: a state does not fit its parameter.
+        ValueError: groups, names, states or buffers do not match, or a bad value.
     """
-    rest = dict(saved_state)
+    saved_groups = _matching(present, given["param_groups"])
+    groups = [merged(*pair) for pair in zip(present, saved_groups, strict=True)]
+    for group in groups:
+        clock.check(group)
+    check(groups)
+    rest = dict(given["state"])
     state: dict[Any, Any] = {}
-    for group, saved in zip(groups, saved_groups, strict=False):
-        states, emas = rule.states(saved), ema_keys(len(decays(saved["ema_decay"])))
-        for param, key in zip(group["params"], saved["params"], strict=False):
-            if key in rest:
-                compute = COMPUTE_DTYPE.get(param.dtype, param.dtype)
-                dtypes = dict.fromkeys(emas, DTYPES.get(saved["ema_format"], compute))
-                dtypes["master"] = compute
-                dtypes |= dict.fromkeys(states, state_dtype(rule, saved, param))
-                state[param] = loaded(rest.pop(key), param, dtypes)
-    return {**rest, **state}
+    saved_buffers = None
+    for group, saved in zip(groups, saved_groups, strict=True):
+        for param, key in zip(group["params"], saved["params"], strict=True):
+            if key not in rest:
+                continue
+            entry = dict(_mapping(rest.pop(key)))
+            saved_buffers = entry.pop(BUFFERS, None) or saved_buffers
+            state[param] = _entry(rule, group, param, entry, saved.get("ema_format", "full"))
+    _warn_about_asked(groups, asked)
+    _warn_about_teacher(groups, saved_groups, state, teachers)
+    writes = _Writes(*_teachers_values(groups, state, teachers))
+    if saved_buffers is not None:
+        held, writes.places = ({}, []) if buffers is None else buffers.loaded(saved_buffers)
+        if not held and not writes.places:
+            warnings.warn(
+                "state_dict: it holds averaged buffers, and they are not loaded; to keep such pass "
+                "model= and ema_buffers='average' to the optimizer",
+                stacklevel=5,
+            )
+        if held and (owner := home(groups)) is not None:
+            state.setdefault(owner, {})[BUFFERS] = held
+    return Loaded(groups, {**rest, **state}, writes)
+
+
+def home(groups: Groups) -> Tensor | None:
+    """The parameter whose state holds averaged buffers: the first with an average.
+
+    torch.distributed.checkpoint carries states of parameters that are trained, and no others.
+    """
+    averaged = [
+        param
+        for group in groups
+        if decays(group["ema_decay"])
+        for param in group["params"]
+        if is_there(param) and not is_fixed(param)
+    ]
+    return next((p for p in averaged if p.requires_grad), averaged[0] if averaged else None)
+
+
+class _Writes:
+    """Tensors that belong to a teacher, and the values they take."""
+
+    def __init__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        self.targets = targets
+        self.sources = sources
+        self.places: list[Any] = []
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        if self.targets:
+            # one call, which no signal of Python's interrupts
+            torch._foreach_copy_(self.targets, self.sources)
+        for place in self.places:
+            place.apply(None)
+
+
+def _teachers_values(
+    groups: Groups, state: Mapping[Any, Any], teachers: Mapping[Tensor, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The teacher's local tensors and what they become; states hold the teacher from here on."""
+    targets, sources = [], []
+    for group in groups:
+        for param in group["params"]:
+            entry = state.get(param, {})
+            if param not in teachers or "ema" not in entry:
+                continue
+            teacher = teachers[param]
+            value = formats.average(entry["ema"], weights(param, entry)).to(teacher.dtype)
+            targets.append(sharding.local(teacher).detach())
+            sources.append(sharding.local(value))
+            if group["ema_format"] != "delta":
+                entry["ema"] = teacher
+    return targets, sources
+
+
+def _matching(present: Groups, saved: Groups) -> list[Mapping[str, Any]]:
+    """The saved groups in the order of the present ones' parameters, which names tell.
+
+    Raises:
+        ValueError: another number of groups or parameters, or other names.
+    """
+    if len(present) != len(saved):
+        raise ValueError(
+            "state_dict: loaded state dict has a different number of parameter groups: "
+            f"{len(saved)}; allowed: {len(present)}"
+        )
+    return list(map(_in_order, range(len(saved)), present, saved))
+
+
+def _in_order(index: int, group: Mapping[str, Any], saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    if len(group["params"]) != len(saved["params"]):
+        raise ValueError(
+            "state_dict: loaded state dict contains a parameter group that doesn't match the size "
+            f"of optimizer's group {index}: {len(saved['params'])} parameters; allowed: "
+            f"{len(group['params'])}"
+        )
+    own, theirs = (list(bare(g.get("param_names") or ()).values()) for g in (group, saved))
+    if not own or not theirs or own == theirs:
+        return saved
+    for mine, other in ((own, theirs), (theirs, own)):
+        odd = next((name for name in mine if name not in other), None)
+        if odd is not None:
+            where = "missing" if mine is own else "not the optimizer's"
+            raise ValueError(
+                f"state_dict: param_names of group {index}: {odd!r} is {where}; allowed: the names "
+                "that the optimizer was given, in any order"
+            )
+    ids = dict(zip(theirs, saved["params"], strict=True))
+    return {**saved, "params": [ids[name] for name in own]}
+
+
+def _mapping(entry: Any) -> Mapping[str, Any]:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"state_dict: a state is a {type(entry).__name__}; allowed: a dict")
+    return entry
+
+
+def _entry(
+    rule: Rule, group: Mapping[str, Any], param: Tensor, saved: Mapping[str, Any], form: str
+) -> dict[str, Any]:
+    """A copy of one parameter's saved state, as the optimizer keeps such.
+
+    Args:
+        rule: the optimizer's rule.
+        group: the parameter's, as it will be.
+        param: the parameter that it is for.
+        saved: the state as ``state_dict`` holds it; None and empty values count as missing.
+        form: the ``ema_format`` it was saved with.
+
+    Raises:
+        ValueError: a state does not fit the parameter.
+    """
+    compute = COMPUTE_DTYPE.get(param.dtype, param.dtype)
+    emas = ema_keys(len(decays(group["ema_decay"])))
+    average = formats.DTYPES["bf16"] if group["ema_format"] == "bf16" else compute
+    dtypes = {
+        "step": torch.float64,
+        "master": compute,
+        **dict.fromkeys(emas, average),
+        **dict.fromkeys(rule.states(group), state_dtype(group, param)),
+    }
+    entry: dict[str, Any] = {}
+    for key, value in saved.items():
+        if key == TEACHER or (key in dtypes and (value is None or _is_empty(value))):
+            continue
+        if key == "step":
+            count = clock.number("state_dict: 'step'", value)
+            entry[key] = torch.tensor(count, dtype=torch.float64, device="cpu")
+        elif key in dtypes:
+            value = sharding.check_plain(f"state_dict: {key!r}", value)
+            difference = key in emas and form == "delta" and value.dtype == formats.DTYPES["delta"]
+            dtype = value.dtype if difference else dtypes[key]
+            entry[key] = _laid_out(key, value, param, dtype)
+        else:
+            entry[key] = _own(f"state_dict: {key!r}", value, param)
+    if not wants_master(group, param):
+        drop_master(entry)
+    return entry
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether torch.distributed.checkpoint has put a dict where it found nothing."""
+    return isinstance(value, Mapping) and not value
+
+
+def _laid_out(key: str, value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
+    if value.shape != param.shape:
+        raise ValueError(
+            f"state_dict: {key!r} has shape {tuple(value.shape)}, its parameter "
+            f"{tuple(param.shape)}"
+        )
+    if not torch.can_cast(value.dtype, dtype):
+        raise ValueError(
+            f"state_dict: {key!r} has dtype {value.dtype}; allowed: what casts to {dtype}"
+        )
+    return sharding.copy(torch.empty_like(param, dtype=dtype).detach(), value.detach())
+
+
+def _own(name: str, value: Any, param: Tensor) -> Any:
+    """A copy of what the user keeps beside a parameter; its tensors lie where that lies."""
+    if isinstance(value, Tensor):
+        if value.is_meta and not param.is_meta:
+            raise ValueError(f"{name} is a meta tensor; allowed: a tensor with values")
+        return value.detach().to(param.device, copy=True)
+    if isinstance(value, dict):
+        return {key: _own(name, entry, param) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_own(name, entry, param) for entry in value)
+    return copy.deepcopy(value)
+
+
+def _warn_about_asked(groups: Groups, asked: Groups) -> None:
+    """Tell of fields that were given to the constructor and have been loaded otherwise."""
+    for field in ASKED:
+        for group, wanted in zip(groups, asked, strict=False):
+            if field in wanted and _plain(wanted[field]) != _plain(group[field]):
+                warnings.warn(
+                    f"{field}={wanted[field]!r} was given to the optimizer, and the state dict's "
+                    f"{group[field]!r} is loaded in its place; set it in param_groups after "
+                    "loading to have another",
+                    stacklevel=6,
+                )
+                break
+
+
+def _plain(value: Any) -> Any:
+    """A field's value to be compared: numbers, in a tuple where there may be several."""
+    if isinstance(value, str):
+        return value
+    return tuple(d if callable(d) else float(d) for d in decays(value))
+
+
+def _warn_about_teacher(
+    groups: Groups,
+    saved_groups: Groups,
+    state: Mapping[Any, Any],
+    teachers: Mapping[Tensor, Tensor],
+) -> None:
+    """Tell of a teacher whose average the state dict of a trained optimizer does not hold."""
+    for group, saved in zip(groups, saved_groups, strict=True):
+        foreign = "base_steps" not in saved
+        for param in group["params"]:
+            lacks = "ema" not in state[param] if param in state else foreign
+            if param in teachers and lacks:
+                warnings.warn(
+                    "state_dict: there is no average for the teacher (ema=), which stays as it is; "
+                    "copy the weights into it, teacher.load_state_dict(model.state_dict()), or "
+                    "its average, fused_ema.load_ema(optimizer, model, ...)",
+                    stacklevel=6,
+                )
+                return

@@ -6,6 +6,7 @@ Where averages do not move at every step, a group also counts the steps that the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,25 @@ from torch import Tensor
 
 from .gradients import Control
 from .state import counter, counter_device
+
+
+def check(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for counts that no step could go on from."""
+    for field in ("base_steps", "ema_waited"):
+        number(field, group.get(field, 0.0))
+    skips = group.get("ema_skips", 0)
+    if not isinstance(skips, int) or skips < 0:
+        raise ValueError(f"ema_skips={skips!r} is out of range; allowed: an int >= 0")
+
+
+def number(name: str, value: Any) -> float:
+    """A count of steps, finite and ``>= 0``, as a float; else ValueError."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+        value = value.item()
+    if not isinstance(value, int | float) or not 0.0 <= value < math.inf:
+        shown = f"a tensor of {value.numel()}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{name} is {shown}; allowed: {name} >= 0, one finite number")
+    return float(value)
 
 
 def complete(group: dict[str, Any]) -> None:

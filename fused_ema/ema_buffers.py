@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 from .buckets import COMPUTE_DTYPE
 from .claims import claim
 from .gradients import Control
-from .names import renamed
+from .names import bare
 from .realmath import surely
 from .rules import check_choice, ema_update
+from .sharding import check_plain
 from .swap import is_shown
 
 MODES = ("copy", "average", "leave")
+# Where a parameter's state holds averaged buffers: a dict by average, "0", "1", ..., and name.
+BUFFERS = "ema_buffers"
 
 
 class Move(NamedTuple):
@@ -26,85 +30,175 @@ class Move(NamedTuple):
     source: Tensor
     weight: Any
 
+    def apply(self, control: Control | None) -> None:
+        """Carry it out, in place."""
+        held, source, weight = self
+        taken = None if control is None else control.taken(held.device)
+        source = source.to(held.device, held.dtype)
+        if not surely(weight == 1.0):
+            if taken is not None:
+                weight = taken * weight
+            if isinstance(weight, Tensor):
+                weight = weight.to(held.device, held.dtype)
+            ema_update(held, source, weight)
+        elif taken is None:
+            held.copy_(source)
+        else:
+            if held.itemsize == 1:  # bytes are chosen from whatever float8 they are
+                held, source = held.view(torch.uint8), source.view(torch.uint8)
+            held.copy_(source.where(taken != 0.0, held))
+
+
+class Placement(NamedTuple):
+    """``into[key] = value``: a buffer that is new, of another shape, or cannot be written to."""
+
+    into: dict[str, Any]
+    key: str
+    value: Tensor
+
+    def apply(self, control: Control | None) -> None:
+        """Carry it out, unless the step is skipped, which the host waits to know."""
+        taken = None if control is None else control.taken(torch.device("cpu"))
+        if taken is None or taken != 0.0:
+            self.into[self.key] = self.value
+
+
+Moves: TypeAlias = "list[Move | Placement]"
+
+
+class _Place(NamedTuple):
+    """Where a module has a buffer: ``owner._buffers[key]``; a cache is not ``persistent``."""
+
+    owner: nn.Module
+    key: str
+    persistent: bool
+
+    @property
+    def value(self) -> Tensor | None:
+        found: Tensor | None = self.owner._buffers[self.key]
+        return found
+
 
 class EmaBuffers:
-    """Keeps averaged buffers beside ``num_emas`` averages of a model's parameters.
+    """Keeps averaged buffers beside the averages of a model's parameters.
 
     ``"copy"``: the averaged model has the model's buffers as they are; ``"average"``: floating
     buffers move like the parameters, others are copied; ``"leave"``: untouched. Buffers are looked
-    up in the model by name at every step, so replaced ones are seen; wrappers in names do not
-    matter. Where several optimizers keep the buffers of one teacher, one of them moves those, see
+    up in the model by name at every step, and followed as ``state_dict()`` has them: new or
+    resized ones begin as they are, and caches (``persistent=False``) are the model's own, and are
+    copied to a teacher where they fit. Wrappers in names do not matter. Where several optimizers
+    keep the buffers of one teacher, one of them moves those, see
     :class:`~fused_ema.claims.Claim`; averages of their own each of them has in full.
 
     Args:
         model: the student.
         mode: one of the above.
-        num_emas: how many averages the parameters have.
         teacher: a module that holds the first average; its buffers are modified in place.
+
+    Attributes:
+        held: the optimizer's averaged buffers by name, one dict an average; empty until they begin.
 
     Raises:
         ValueError: unknown mode, or the teacher's buffers do not match the model's.
     """
 
-    def __init__(
-        self, model: nn.Module, mode: str, num_emas: int, teacher: nn.Module | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, mode: str, teacher: nn.Module | None = None) -> None:
         check_choice("ema_buffers", mode, MODES)
         self.model = model
         self.mode = mode
-        self.teacher = teacher
-        source = dict(model.named_buffers())
-        self.held: list[dict[str, Tensor]] = [
-            {name: _held(value) for name, value in source.items()} if mode == "average" else {}
-            for _ in range(num_emas)
-        ]
+        self.held: list[dict[str, Tensor]] = []
+        self._teacher = teacher
         if teacher is not None:
-            theirs = renamed(dict(teacher.named_buffers()), source)
-            self.held[0] = _paired(theirs, source, mode)
+            _check_teacher(_places(teacher), _places(model), mode)
 
-    def moves(self, weights: Sequence[float]) -> list[Move]:
-        """What a step does to the held buffers, checked: ``weights`` are ``1 - rho**kappa``.
+    def begin(self, num_emas: int) -> None:
+        """Let what is not held yet start as the model's buffers are.
 
         Raises:
-            ValueError: there are not as many averages as at construction, or a buffer has another
-                shape.
             RuntimeError: another optimizer's ``ema_weights()`` has put averaged buffers into the
                 model.
         """
+        self._check_not_shown()
+        while len(self.held) < num_emas:
+            self.held.append({})
+        for held in self.held[self._first_own :]:
+            for move in self._following(held, 1.0):
+                if isinstance(move, Placement) and move.key not in held:
+                    move.apply(None)
+
+    def moves(self, weights: Sequence[float]) -> Moves:
+        """What a step does to the held buffers, checked: ``weights`` are ``1 - rho**kappa``.
+
+        Raises:
+            RuntimeError: as for :meth:`begin`.
+        """
         if self.mode == "leave":
             return []
-        if len(weights) != len(self.held):
-            raise ValueError(
-                f"ema_decay gives {len(weights)} averages, but buffers are held for "
-                f"{len(self.held)}; make a new optimizer to change their number"
-            )
-        moves: list[Move] = []
-        if not any(self.held):
-            return moves
-        present = dict(self.model.named_buffers())
-        for i, (average, weight) in enumerate(zip(self.held, weights, strict=True)):
-            source = renamed(present, average)
-            found = [
-                Move(held, _matching(name, source, held), self._weight(held, weight))
-                for name, held in average.items()
-            ]
-            if any(is_shown(move.source) for move in found):
-                raise RuntimeError(
-                    "step() inside another optimizer's ema_weights(): the model's buffers hold the "
-                    "average; leave that context first"
-                )
-            if i > 0 or self.teacher is None or claim(self.teacher).moves(self):
-                moves += found
+        self._check_not_shown()
+        moves: Moves = []
+        if self._teacher is not None and weights and claim(self._teacher).moves(self):
+            moves += self._teaching(_places(self._teacher), weights[0])
+        own = slice(self._first_own, None)  # averages that have been turned off rest
+        for held, weight in zip(self.held[own], weights[own], strict=False):
+            moves += self._following(held, weight)
         return moves
 
-    def _weight(self, held: Tensor, weight: float) -> float:
-        return weight if self.mode == "average" and held.is_floating_point() else 1.0
+    def _check_not_shown(self) -> None:
+        if any(map(is_shown, self.model.buffers())):
+            raise RuntimeError(
+                "step() inside another optimizer's ema_weights(): the model's buffers hold the "
+                "average; leave that context first"
+            )
+
+    @property
+    def _first_own(self) -> int:
+        """The first average that is the optimizer's own."""
+        return 0 if self._teacher is None else 1
+
+    def _following(self, held: dict[str, Tensor], weight: float) -> Moves:
+        moves: Moves = []
+        if self.mode != "average":
+            return moves
+        for name, source in _persistent(_places(self.model)):
+            mine = held.get(name)
+            if not _is_plain(source):
+                continue  # the model's own stands for it
+            if mine is None or not _fits(mine, source):
+                moves.append(Placement(held, name, _begun(source)))
+            else:
+                moves.append(Move(mine, source, weight if _averages(source) else 1.0))
+        return moves
+
+    def _teaching(self, teacher: Mapping[str, _Place], weight: float) -> Moves:
+        moves: Moves = []
+        for name, place in _places(self.model).items():
+            source, target = place.value, teacher.get(name)
+            if source is None or target is None or source.is_meta:
+                continue
+            mine = target.value
+            if mine is not None and _is_plain(mine) and _is_plain(source) and _fits(mine, source):
+                averages = self.mode == "average" and place.persistent and _averages(source)
+                moves.append(Move(mine, source, weight if averages else 1.0))
+            elif place.persistent:
+                moves.append(Placement(target.owner._buffers, target.key, _copied(source, mine)))
+        return moves
+
+    def _by_name(self, index: int) -> dict[str, Tensor]:
+        """What the average has of the buffers that a state dict holds."""
+        if index == 0 and self._teacher is not None:
+            return dict(_persistent(_places(self._teacher)))
+        return self.held[index] if index < len(self.held) else {}
 
     def values(self, index: int) -> dict[Tensor, Tensor]:
         """What the average has in the place of each of the model's buffers, by that buffer."""
-        held = self.held[index] if index < len(self.held) else {}
-        source = renamed(dict(self.model.named_buffers()), held)
-        return {buffer: held.get(name, buffer) for name, buffer in source.items()}
+        held = self._by_name(index)
+        found = {}
+        for name, place in _places(self.model).items():
+            buffer = place.value
+            if buffer is not None:
+                mine = held.get(name, buffer)
+                found[buffer] = mine if _is_plain(buffer) and mine.shape == buffer.shape else buffer
+        return found
 
     def pairs(self, index: int) -> dict[Tensor, Tensor]:
         """The held buffer of one average that belongs in the place of each of the model's.
@@ -119,31 +213,65 @@ class EmaBuffers:
         held = self.values(index)
         return {name: (buffer, held[buffer]) for name, buffer in self.model.named_buffers()}
 
-    def state_dict(self) -> list[dict[str, Tensor]]:
-        """Held buffers, one dict an average."""
-        return [dict(held) for held in self.held]
+    def entry(self) -> dict[str, dict[str, Tensor]]:
+        """What a state dict holds: the held buffers themselves, by average and name."""
+        count = max(len(self.held), self._first_own)
+        found = {str(index): self._by_name(index) for index in range(count)}
+        return found if any(found.values()) else {}
 
-    def matching(self, saved: Sequence[Mapping[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """(held, saved) pairs of every buffer.
+    def loaded(self, saved: Any) -> tuple[dict[str, dict[str, Tensor]], Moves]:
+        """Copies of saved buffers, and what gives a teacher its own; nothing is changed.
+
+        Args:
+            saved: an :meth:`entry`; names may be nested dicts, as torch.distributed.checkpoint
+                makes them.
+
+        Returns:
+            What :meth:`holding` takes, and the teacher's moves.
 
         Raises:
-            ValueError: the saved ones are of another model, mode or number of averages.
+            ValueError: a name that the model has no buffer for, or what is no tensor with values.
         """
-        own = [*self.held, *({} for _ in saved[len(self.held) :])]
-        saved = [renamed(values, held) for values, held in zip(saved, own, strict=False)]
-        names, found = ([sorted(held) for held in both] for both in (self.held, saved))
-        if names != found:
-            raise ValueError(f"state_dict: ema_buffers holds {found}, allowed: {names}")
-        return [
-            (tensor, _matching(name, values, tensor))
-            for held, values in zip(self.held, saved, strict=True)
-            for name, tensor in held.items()
-        ]
+        places = _places(self.model)
+        moves: Moves = []
+        held: dict[str, dict[str, Tensor]] = {}
+        for path, value in _leaves(saved):
+            index, _, name = path.partition(".")
+            value = check_plain(f"state_dict: ema_buffers {path!r}", value)
+            if not index.isdecimal() or name not in places:
+                raise ValueError(
+                    f"state_dict: ema_buffers holds {path!r}; allowed: the number of an average, "
+                    f"and one of the model's {sorted(places)}"
+                )
+            if index == "0" and self._teacher is not None:
+                moves += self._taught(name, value)
+            elif self.mode == "average" and places[name].persistent:
+                mine = places[name].value
+                device = value.device if mine is None or mine.is_meta else mine.device
+                held.setdefault(index, {})[name] = _begun(value.to(device))
+        return held, moves
+
+    def _taught(self, name: str, value: Tensor) -> Moves:
+        target = _places(self._teacher).get(name) if self._teacher is not None else None
+        if target is None:
+            return []
+        mine = target.value
+        value = _copied(value, mine)
+        if mine is not None and mine.shape == value.shape and _is_plain(mine):
+            return [Move(mine, value, 1.0)]
+        return [Placement(target.owner._buffers, target.key, value)]
+
+    def holding(self, entry: Mapping[str, dict[str, Tensor]]) -> EmaBuffers:
+        """The same, with other held buffers: an :meth:`entry` of one, or nothing."""
+        other = copy.copy(self)
+        count = max((int(index) + 1 for index in entry), default=0)
+        other.held = [dict(entry.get(str(index), {})) for index in range(count)]
+        if other.held and self._teacher is not None:
+            other.held[0] = {}
+        return other
 
 
-def resolve(
-    model: nn.Module | None, mode: str | None, num_emas: int, teacher: Any
-) -> EmaBuffers | None:
+def resolve(model: nn.Module | None, mode: str | None, teacher: Any) -> EmaBuffers | None:
     """The buffers to keep for an optimizer's arguments, None where there are none.
 
     Raises:
@@ -151,7 +279,7 @@ def resolve(
     """
     teacher = teacher if isinstance(teacher, nn.Module) else None
     if model is not None:
-        return EmaBuffers(model, mode or "copy", num_emas, teacher) if num_emas else None
+        return EmaBuffers(model, mode or "copy", teacher)
     if mode not in (None, "leave"):
         raise ValueError(f"ema_buffers={mode!r} needs model=<the student module>")
     name = next((name for name, _ in teacher.named_buffers()), None) if teacher else None
@@ -164,26 +292,82 @@ def resolve(
 
 
 @torch.no_grad()
-def apply(moves: Sequence[Move], control: Control | None) -> None:
+def apply(moves: Moves, control: Control | None) -> None:
     """Carry out the moves, in place."""
-    for held, source, weight in moves:
-        taken = None if control is None else control.taken(held.device)
-        source = source.to(held.device, held.dtype)
-        if not surely(weight == 1.0):
-            if taken is not None:
-                weight = taken * weight
-            if isinstance(weight, Tensor):
-                weight = weight.to(held.device, held.dtype)
-            ema_update(held, source, weight)
-        else:
-            held.copy_(source if taken is None else source.where(taken != 0.0, held))
+    for move in moves:
+        move.apply(control)
 
 
-def _paired(
-    teacher: dict[str, Tensor], source: Mapping[str, Tensor], mode: str
-) -> dict[str, Tensor]:
-    for name, value in teacher.items():
-        _matching(name, source, value)
+def _places(module: nn.Module) -> dict[str, _Place]:
+    """Where a module has its buffers, by name; one that several names share is at the first."""
+    found: dict[str, _Place] = {}
+    seen = set()
+    for prefix, owner in module.named_modules():
+        caches = getattr(owner, "_non_persistent_buffers_set", ())
+        for key, value in owner._buffers.items():
+            if value is None or value not in seen:
+                seen.add(value)
+                name = f"{prefix}.{key}" if prefix else key
+                found[name] = _Place(owner, key, key not in caches)
+    short = bare([*found, *(name for name, _ in module.named_parameters())])
+    return {short[name]: place for name, place in found.items()}
+
+
+def _persistent(places: Mapping[str, _Place]) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that a state dict holds."""
+    for name, place in places.items():
+        if place.persistent and place.value is not None:
+            yield name, place.value
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    """Whether it can be written to, element by element."""
+    return buffer.layout == torch.strided and not (buffer.is_quantized or buffer.is_meta)
+
+
+def _averages(buffer: Tensor) -> bool:
+    return buffer.dtype in COMPUTE_DTYPE
+
+
+def _fits(held: Tensor, source: Tensor) -> bool:
+    """Whether the one can go on following the other."""
+    alike = held.dtype == source.dtype or (_averages(held) and _averages(source))
+    return alike and held.shape == source.shape
+
+
+def _begun(buffer: Tensor) -> Tensor:
+    return buffer.detach().to(COMPUTE_DTYPE.get(buffer.dtype, buffer.dtype), copy=True)
+
+
+def _copied(source: Tensor, target: Tensor | None) -> Tensor:
+    """A copy for a teacher: beside what it replaces, in its dtype where both are floating."""
+    if target is None:
+        return source.detach().clone()
+    value = source.detach().clone().to(target.device)
+    return value.to(target.dtype) if _averages(source) and _averages(target) else value
+
+
+def _leaves(saved: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Entries of nested dicts, under names that join their keys."""
+    if not isinstance(saved, Mapping):
+        yield prefix, saved
+        return
+    for key, value in saved.items():
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _check_teacher(teacher: Mapping[str, _Place], source: Mapping[str, _Place], mode: str) -> None:
+    for name, value in _persistent(teacher):
+        if name not in source:
+            raise ValueError(
+                f"ema_buffers: {name!r} is missing; allowed: every buffer of the average"
+            )
+        own = source[name].value
+        if own is not None and own.shape != value.shape:
+            raise ValueError(
+                f"ema_buffers: {name!r} has shape {tuple(own.shape)}, allowed: the average's "
+                f"{tuple(value.shape)}"
+            )
         wanted = COMPUTE_DTYPE.get(value.dtype, value.dtype)
         if mode == "average" and value.dtype != wanted:
             raise ValueError(
@@ -191,19 +375,3 @@ def _paired(
                 f"{wanted} (rounded to nearest in fewer bits an average stops moving), or "
                 "ema_buffers='copy'"
             )
-    return teacher
-
-
-def _matching(name: str, tensors: Mapping[str, Tensor], held: Tensor) -> Tensor:
-    if name not in tensors:
-        raise ValueError(f"ema_buffers: {name!r} is missing; allowed: every buffer of the average")
-    if tensors[name].shape != held.shape:
-        raise ValueError(
-            f"ema_buffers: {name!r} has shape {tuple(tensors[name].shape)}, allowed: the "
-            f"average's {tuple(held.shape)}"
-        )
-    return tensors[name]
-
-
-def _held(buffer: Tensor) -> Tensor:
-    return buffer.detach().to(COMPUTE_DTYPE.get(buffer.dtype, buffer.dtype), copy=True)

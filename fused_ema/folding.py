@@ -17,7 +17,7 @@ from .values import PLAIN, as_given, field
 
 # Fields besides the rule's own that decide in which bucket a group's parameters are.
 PLACING = (
-    *("ema_order", "ema_format", "state_format", "master_weights"),
+    *("ema_order", "ema_format", "state_format", "master_weights", "ema_every"),
     *("foreach", "fused", "differentiable", "capturable"),
 )
 # Values that can be compared with others of them, and need no conversion.
@@ -81,8 +81,8 @@ class Folder:
     def __init__(self, rule: Rule, averaged: bool = True) -> None:
         self._rule = rule
         self._averaged = averaged
-        self._given = itemgetter(*rule.hyper, "ema_decay", *PLACING)
-        self._numbers = itemgetter(*rule.numbers, "ema_decay")
+        self._given = itemgetter(*rule.hyper, "ema_decay", "max_grad_norm", *PLACING)
+        self._numbers = itemgetter(*rule.numbers, "ema_decay", "max_grad_norm", "ema_every")
         self.groups: Sequence[Group] = ()
         self._seen: list[tuple[Any, ...]] = []
         self._scaled: list[_Scaled] = []
@@ -166,7 +166,7 @@ class Folder:
         ema_decay, kappa = values["ema_decay"], values["kappa"]
         place = others[-len(PLACING) :]
         return _Scaled(
-            fields=_remembered((*values.values(), *place)),
+            fields=_remembered((*values.values(), group["max_grad_norm"], *place)),
             place=(self._rule.states(group), len(decays(ema_decay)), *place),
             kappa=math.nan if isinstance(kappa, Tensor) else kappa,
             hyper=hyper,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .buckets import COMPUTE_DTYPE
+from .buckets import COMPUTE_DTYPE, TEACHER
 from .ema import ema_keys
 from .formats import DTYPES, average, check_distance, stored, write
 from .names import renamed
@@ -76,9 +76,15 @@ def load_ema(
         raise ValueError(f"state: received a {type(state).__name__}; allowed: a state dict")
     layout = next(known for known in LAYOUTS if known.marks <= state.keys())
     begun = _begun(optimizer, index)
+    buffers = optimizer._buffers
+    held = [] if buffers is None else list(map(dict, buffers.held))
     try:
+        if buffers is not None:
+            buffers.begin(optimizer._num_emas())
         return _load(optimizer, model, state, index, layout)
     except BaseException:
+        if buffers is not None:
+            buffers.held = held
         for param, before in begun:
             if before:
                 optimizer.state[param].pop(ema_keys(index + 1)[-1])
@@ -214,7 +220,7 @@ def _differences(
     for name, param in _named_parameters(model):
         state = optimizer.state.get(param, {})
         if key in state and state[key].dtype == DTYPES["delta"]:
-            teacher = state.get("teacher") if index == 0 else None
+            teacher = state.get(TEACHER) if index == 0 else None
             found[name] = _Difference(state[key], weights(param, state), teacher)
     return found
 

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from . import checkpoint, clock
+from . import checkpoint, clock, replaced
 from ._native import Slots
 from .access import EmaAccess
 from .backends import NAMES
 from .buckets import is_fixed, is_there
-from .checking import check_group
+from .checking import KAPPA, agreed, check_group, check_groups
+from .checkpoint import ASKED
 from .ema import EmaDecay, decays, only_half_life
-from .ema_buffers import EmaBuffers, apply, resolve
+from .ema_buffers import BUFFERS, EmaBuffers, Moves, apply, resolve
 from .folding import Checked
 from .gradients import Verdict, clipped, summed, unscaling
 from .rules import FROZEN, Rule, check_choice
 from .scaling import check_range
 from .sharding import reshard
-from .state import complete, reset
+from .state import check_param, complete, reset
 from .stepper import Stepper
 from .swap import Flag
 from .teacher import (
@@ -84,7 +87,8 @@ class FusedScaledOptimizer(EmaAccess):
         ema_order: ``"after"``: the average takes in the new weights (the paper's Algorithm 1);
             ``"before"``: the old ones (its theory).
         ema_every: the averages move at every ``ema_every``-th step, ``>= 1``, by
-            ``rho**(kappa*ema_every)``; steps between save their traffic. Not with ``"delta"``.
+            ``rho**(kappa*ema_every)``; steps between save their traffic. Not with ``"delta"``. A
+            field of the param groups, the same in all, as is ``max_grad_norm``.
         ema_format: ``"full"``: in float32 (float64 for float64 parameters); ``"bf16"``: half the
             memory, rounded stochastically, for a bfloat16 teacher; ``"delta"``: half the memory,
             as ``ema - p`` in float16, many times closer; a teacher is bfloat16, its rounded copy.
@@ -132,7 +136,7 @@ class FusedScaledOptimizer(EmaAccess):
         ema_seed: int = 0,
         half_life_samples: float | None = None,
         base_batch_size: float | None = None,
-        kappa: float = 1.0,
+        kappa: float = KAPPA,
         model: nn.Module | None = None,
         ema_buffers: str | None = None,
         max_grad_norm: float | None = None,
@@ -141,20 +145,13 @@ class FusedScaledOptimizer(EmaAccess):
         backend: str = "auto",
     ) -> None:
         check_choice("backend", backend, ("auto", *NAMES))
-        ema_every, max_grad_norm = number(ema_every), number(max_grad_norm)
         base_batch_size = number(base_batch_size)
-        if not isinstance(ema_every, int) or ema_every < 1:
-            raise ValueError(f"ema_every={ema_every!r} is out of range; allowed: an int >= 1")
         if base_batch_size is not None:
             check_range("base_batch_size", base_batch_size, 0, math.inf, ends=("<", "<"))
         if half_life_samples is not None:
             ema_decay = only_half_life(half_life_samples, base_batch_size, ema_decay)
-        if max_grad_norm is not None:
-            check_range("max_grad_norm", max_grad_norm, 0.0, math.inf)
         self.backend = backend
-        self.ema_every = ema_every
         self.base_batch_size = base_batch_size
-        self.max_grad_norm = max_grad_norm
         self._grad_norm: Tensor | None = None
         self._teachers: dict[Tensor, Tensor] = {}
         self._whole_teacher: nn.Module | dict[str, Tensor] | None = None
@@ -167,7 +164,11 @@ class FusedScaledOptimizer(EmaAccess):
         self._make_stepper()
         shared = {"ema_decay": ema_decay, "ema_order": ema_order, "kappa": kappa, "base_steps": 0.0}
         shared |= {"master_weights": master_weights, "ema_format": ema_format, "ema_seed": ema_seed}
-        shared |= {"state_format": state_format}
+        shared |= {"state_format": state_format, "max_grad_norm": max_grad_norm}
+        shared |= {"ema_every": ema_every, "ema_skips": 0, "ema_waited": 0.0}
+        self._given = _given(ema_decay=ema_decay, ema_order=ema_order, kappa=kappa)
+        self._asked: list[dict[str, Any]] = []
+        self._placed: list[list[Tensor]] = []
         defaults = as_given({**defaults, **shared})
         self._check_group(defaults)
         if model is not None:
@@ -180,7 +181,7 @@ class FusedScaledOptimizer(EmaAccess):
             self._whole_teacher = by_name(ema)
         self._check_disjoint({})
         del self._made
-        self._buffers = resolve(model, ema_buffers, self._num_emas(), ema)
+        self._buffers = resolve(model, ema_buffers, ema)
 
     @property
     def kappa(self) -> float:
@@ -206,6 +207,38 @@ class FusedScaledOptimizer(EmaAccess):
                 given.fill_(value)  # what a captured graph reads
             else:
                 fields["kappa"] = float(value)
+
+    @property
+    def ema_every(self) -> int:
+        """At which steps the averages of all param groups move; set it to change them all.
+
+        Raises:
+            ValueError: the groups differ, or it is out of its range. No group has changed then.
+        """
+        return int(agreed(self.param_groups, "ema_every"))
+
+    @ema_every.setter
+    def ema_every(self, value: int) -> None:
+        self._set_all("ema_every", value)
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """What the gradients of all param groups together are clipped to; set it for them all.
+
+        Raises:
+            ValueError: the groups differ, or it is out of its range. No group has changed then.
+        """
+        value: float | None = agreed(self.param_groups, "max_grad_norm")
+        return value
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._set_all("max_grad_norm", value)
+
+    def _set_all(self, field: str, value: Any) -> None:
+        self._check_groups([{**group, field: value} for group in self.param_groups])
+        for fields in (self.defaults, *self.param_groups):
+            fields[field] = value
 
     def set_batch_size(self, batch_size: float) -> None:
         """Set :attr:`kappa` to ``batch_size / base_batch_size``.
@@ -296,7 +329,7 @@ class FusedScaledOptimizer(EmaAccess):
         """What takes the step at hand, ready to."""
         if self._doubt is not None:  # dynamo's guard around it takes longer than to look
             self._settle()
-        averaged = clock.is_due(self.param_groups, self.ema_every)
+        averaged = clock.is_due(self.param_groups, agreed(self.param_groups, "ema_every"))
         stepper = self._stepper if averaged else self._between
         stepper.prepare(self.param_groups, self.state, self._check_group, self._complete_state)
         return stepper
@@ -313,16 +346,17 @@ class FusedScaledOptimizer(EmaAccess):
                 self._release()
                 return
             found_inf = None
-        moves = []
+        max_grad_norm = agreed(self.param_groups, "max_grad_norm")
+        moves: Moves = []
         if self._buffers is not None and averaged:
             moves = self._buffers.moves(self._buffer_weights())
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         control = None
         if grad_scale is not None or found_inf is not None:
             control = unscaling(grad_scale, found_inf)
-        if self.max_grad_norm is not None:
+        if max_grad_norm is not None:
             squares = stepper.sums_of_squares() if squares is None else squares
-            control, self._grad_norm = clipped(control, squares, self.max_grad_norm)
+            control, self._grad_norm = clipped(control, squares, max_grad_norm)
         doubt = None
         if found_inf is not None and stepper.host_counted:
             put_back = clock.counts(self.param_groups)
@@ -333,7 +367,7 @@ class FusedScaledOptimizer(EmaAccess):
         if moves:
             apply(moves, control)
         clock.advance(self.param_groups, stepper.folder.kappas, control)
-        if self.ema_every > 1:
+        if self.param_groups[0]["ema_every"] > 1:
             clock.wait(self.param_groups, stepper.folder.kappas, averaged)
         self._doubt = doubt
 
@@ -362,18 +396,25 @@ class FusedScaledOptimizer(EmaAccess):
                 has no tensor known to be a parameter's; the group is not added.
         """
         self._settle()
-        teacher = None
+        teacher, asked = None, dict(self._given)
         if isinstance(param_group, dict):
+            asked |= {field: param_group[field] for field in ASKED if field in param_group}
             param_group = as_given(param_group)  # a copy: the caller's may be used again
             teacher = param_group.pop("ema", None)
             if self.param_groups:
                 param_group.setdefault("base_steps", float(self.param_groups[0]["base_steps"]))
-            self._check_group({**self.defaults, **param_group})
+            checked = {"params": [], **self.defaults, **param_group}
+            self._check_group(checked)
+            agreed([*self.param_groups, checked], "ema_every")
+            agreed([*self.param_groups, checked], "max_grad_norm")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             if len(set(group["params"])) != len(group["params"]):
                 raise ValueError("params: a parameter appears twice in a param group")
+            for param in group["params"]:
+                if param.requires_grad and not is_lazy(param):
+                    check_param(param, self.rule is not FROZEN)
             self._learn_names(group)
             if teacher is not None:
                 check_buffers_given(teacher)
@@ -383,6 +424,8 @@ class FusedScaledOptimizer(EmaAccess):
         except Exception:
             self.param_groups.pop()
             raise
+        self._asked.append(asked)
+        self._placed.append(list(group["params"]))
         self._forget_plans()
 
     @torch.no_grad()
@@ -419,19 +462,20 @@ class FusedScaledOptimizer(EmaAccess):
         """The state as torch lays it out, the averages under ``ema``, ``ema_1``, ...
 
         A schedule is configuration: ``"schedule"`` stands in its place, and its position,
-        ``base_steps``, is saved. Held buffers are under the key ``ema_buffers``.
+        ``base_steps``, is saved. Averaged buffers are in the state of the first parameter that has
+        an average, under ``"ema_buffers"``: a dict by average, ``"0"``, ``"1"``, ..., and name.
 
         Raises:
             RuntimeError: inside :meth:`ema_weights`.
         """
         self._check_not_swapped("state_dict()")
         self._settle()
+        self._follow_replaced()
 
         def write(_: Optimizer, state_dict: StateDict) -> StateDict:
-            saved = checkpoint.to_save(state_dict)
-            if self._buffers is not None:
-                saved["ema_buffers"] = self._buffers.state_dict()
-            return saved
+            return checkpoint.to_save(
+                state_dict, self.param_groups, self._buffers, self._entry_to_save
+            )
 
         # first, so that hooks of the user's see what is saved
         hook = self.register_state_dict_post_hook(write, prepend=True)
@@ -440,48 +484,71 @@ class FusedScaledOptimizer(EmaAccess):
         finally:
             hook.remove()
 
+    def _entry_to_save(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """What a state dict holds of one parameter's state."""
+        return entry
+
+    @_disable_dynamo
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state of this class or of its torch namesake, in copies.
 
-        Averages keep their dtype; a teacher's tensors take the saved values in place, beside
-        differences their sum with the present weights: load those first. What the state
-        lacks (torch's has no averages, no ``kappa``) stays as it is here, and ``foreach``,
-        ``fused`` and ``capturable``, which choose an implementation, stay too.
+        Hyper-parameters load as torch's do; a ``kappa``, ``ema_decay`` or ``ema_order`` that
+        differs from one that the constructor was given is warned of. What chooses storage or an
+        implementation stays as it is here: ``foreach``, ``fused``, ``capturable``,
+        ``differentiable``, ``backend``, ``master_weights``, ``ema_format``, ``state_format``. The
+        state is converted: moments and averages at once, differences and masters that the state
+        lacks at the next step, from the weights as they are then. So do averages begin that it
+        lacks (torch's has none); beside a teacher that is warned of. A teacher's tensors take the
+        saved values in place, beside differences their sum with the present weights: load those
+        first. Where both sides have ``param_names``, these say which state is whose.
 
         Raises:
-            ValueError: groups or shapes do not match, or a bad value. Nothing has changed then.
+            ValueError: groups, names or shapes do not match, or a bad value. Nothing has changed
+                then.
             RuntimeError: inside :meth:`ema_weights`.
         """
         self._check_not_swapped("load_state_dict()")
         self._settle()
-        loading = checkpoint.Loading(self.rule, self._check_group, self._buffers, self._teachers)
-
-        def read(_: Optimizer, given: StateDict) -> StateDict:
-            return loading.read(self.param_groups, given)
-
-        def install(_: Optimizer) -> None:
-            loading.install(self.state)
-
-        # last to read and first to act, so that hooks of the user's see what they expect
-        hooks = [
-            self.register_load_state_dict_pre_hook(read),
-            self.register_load_state_dict_post_hook(install, prepend=True),
-        ]
+        self._follow_replaced()
+        given = state_dict.copy()
+        for read in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            changed = read(self, given)
+            given = given if changed is None else changed
+        new = checkpoint.load(
+            self.rule,
+            self.param_groups,
+            self._asked,
+            given,
+            self._check_groups,
+            self._buffers,
+            self._teachers,
+        )
+        state: defaultdict[Any, Any] = defaultdict(dict, new.state)
         try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
+            self.__setstate__({"state": state, "param_groups": new.groups})
+            new.write()
+        except BaseException:
+            if self.state is state:  # an interrupt: what has begun is ended
+                new.write()
+            raise
         reshard(self._teacher_modules)
+        for seen in list(self._optimizer_load_state_dict_post_hooks.values()):
+            seen(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_swapped("copying or pickling the optimizer")
         self._settle()
-        options = ("backend", "ema_every", "base_batch_size", "max_grad_norm")
+        options = ("backend", "base_batch_size", "_given", "_asked", "_placed")
         own = (*options, "_teachers", "_whole_teacher", "_teacher_modules", "_names", "_buffers")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        buffers: EmaBuffers | None = getattr(self, "_buffers", None)
+        if buffers is not None and "_buffers" not in state:
+            # taken in with the rest in one assignment, which an interrupt cannot divide
+            entries = (entry for entry in state["state"].values() if isinstance(entry, dict))
+            held: Any = next((entry[BUFFERS] for entry in entries if BUFFERS in entry), {})
+            state = {**state, "_buffers": buffers.holding(held)}
         super().__setstate__(state)
         self._grad_norm = None
         self._doubt = None
@@ -508,11 +575,32 @@ class FusedScaledOptimizer(EmaAccess):
 
     def _complete_state(self) -> None:
         # an average made under the user's inference_mode could never be stepped
+        self._follow_replaced()
         with torch.inference_mode(False), torch.no_grad():
             for group in self.param_groups:
                 clock.complete(group)
                 for param in filter(is_there, group["params"]):
                     complete(self.rule, group, param, self.state[param], self._teachers.get(param))
+            if self._buffers is not None:
+                self._begin_buffers(self._buffers)
+
+    def _follow_replaced(self) -> None:
+        """Hand on what is held of parameters that others have been put in the place of."""
+        if self._buffers is not None:
+            self._names.update(named(self._buffers.model))
+        for group in self.param_groups:
+            self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+        replaced.follow(self._placed, self.param_groups, self._names, self.state, self._teachers)
+        self._placed = [list(group["params"]) for group in self.param_groups]
+
+    def _begin_buffers(self, buffers: EmaBuffers) -> None:
+        """Hold averaged buffers, and let the state show them where checkpoints look."""
+        buffers.begin(self._num_emas())
+        entry, home = buffers.entry(), checkpoint.home(self.param_groups)
+        for param in (param for group in self.param_groups for param in group["params"]):
+            self.state.get(param, {}).pop(BUFFERS, None)
+        if entry and home is not None:
+            self.state[home][BUFFERS] = entry
 
     def _buffer_weights(self) -> tuple[float, ...]:
         """The weights of the group with the most averages: buffers belong to no group."""
@@ -560,4 +648,16 @@ class FusedScaledOptimizer(EmaAccess):
             check_disjoint(teachers, every)
 
     def _check_group(self, group: Mapping[str, Any]) -> Checked:
-        return check_group(self.rule, group, self.backend, self.ema_every, self.max_grad_norm)
+        return check_group(self.rule, group, self.backend)
+
+    def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for param groups that hold a bad value, or do not go together."""
+        for group in groups:
+            self._check_group(group)
+        check_groups(groups)
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """The arguments that a user has given, as far as their defaults tell."""
+    absent = {"ema_decay": None, "ema_order": "after", "kappa": KAPPA}
+    return {field: value for field, value in fields.items() if value is not absent[field]}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, StateDict
+from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .optimizer import FusedScaledOptimizer
@@ -71,13 +73,11 @@ class FusedScaledSGD(FusedScaledOptimizer):
         }
         super().__init__(params, defaults, **options)
 
-    def state_dict(self) -> StateDict:
-        """The state as torch lays it out: a buffer that has seen no gradient yet is None.
+    def _entry_to_save(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """A buffer that has seen no gradient yet is None.
 
         torch starts such a buffer as the gradient itself; a buffer of zeros would be dampened.
         """
-        state_dict = super().state_dict()
-        for key, entry in state_dict["state"].items():
-            if entry.get("momentum_buffer") is not None and entry["step"] == 0:
-                state_dict["state"][key] = {**entry, "momentum_buffer": None}
-        return state_dict
+        if entry.get("momentum_buffer") is not None and entry["step"] == 0:
+            return {**entry, "momentum_buffer": None}
+        return entry

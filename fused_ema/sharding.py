@@ -72,6 +72,18 @@ def place(tensor: Tensor) -> str:
     return f"placed {placements} on {mesh}"
 
 
+def check_plain(name: str, value: Any) -> Tensor:
+    """``value``, a tensor whose values can be copied into another; else ValueError."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}; allowed: a tensor")
+    kinds = {"meta": value.is_meta, "quantized": value.is_quantized}
+    kinds[str(value.layout)] = value.layout != torch.strided
+    for kind, it_is in kinds.items():
+        if it_is:
+            raise ValueError(f"{name} is a {kind} tensor; allowed: a plain one, with values")
+    return value
+
+
 def copy(target: Tensor, source: Tensor) -> Tensor:
     """Copy ``source`` of the same shape into ``target``, which it returns, wherever both lie."""
     if is_sharded(target) and not is_sharded(source):

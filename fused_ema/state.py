@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import formats, sharding
-from .buckets import COMPUTE_DTYPE, dense_order, has_master, is_active, is_fixed
+from .buckets import COMPUTE_DTYPE, TEACHER, dense_order, is_active, is_fixed, wants_master
 from .ema import decays, ema_keys
 from .rules import Rule
 
@@ -28,37 +27,30 @@ def complete(
     rounded, in bfloat16; a master and
     averages start as a copy of the weights in the compute dtype, the first average is ``teacher``
     where there is one or, kept as a difference, starts there and is copied to it, the state's
-    ``"teacher"``; ``step`` counts base steps (``kappa`` a step) in float64, on the parameter's
+    ``"ema_teacher"``; ``step`` counts base steps (``kappa`` a step) in float64, on the parameter's
     device if the group is capturable, else on the CPU. Tensors left behind by ``model.to(...)``
-    follow their parameter, a teacher never does.
+    follow their parameter, a teacher never does. A master and what belongs to it stay while the
+    parameter is frozen.
 
     Raises:
-        TypeError: the parameter requires grad and its dtype is none of :data:`COMPUTE_DTYPE`.
+        TypeError: see :func:`check_param`.
         RuntimeError: a state has another shape than its parameter.
         ValueError: the teacher does not fit the parameter.
     """
     emas = ema_keys(len(decays(group["ema_decay"])))
     if is_fixed(param):
         return
-    if param.dtype not in COMPUTE_DTYPE:
-        if not is_active(rule, param) and not emas:
-            return  # another optimizer's, and nothing of it is averaged
-        allowed = ", ".join(map(str, COMPUTE_DTYPE))
-        raise TypeError(
-            f"params: a parameter that requires grad has dtype {param.dtype}; allowed: {allowed}, "
-            "or requires_grad=False, which keeps it and its average as they are"
-        )
-    if param.is_conj() or param.is_neg():
-        raise TypeError("params: a parameter is a lazily conjugated or negated view; resolve it")
-    if is_active(rule, param):
-        _check_rounded_states(rule, group, param)
-        _complete_rule_states(rule.states(group), param, state, state_dtype(rule, group, param))
-    if not has_master(rule, group, param):
-        state.pop("master", None)  # it would be left behind
-    elif state.get("master") is None:
-        state["master"] = param.detach().to(COMPUTE_DTYPE[param.dtype], copy=True)
-    else:
-        state["master"] = _beside(state["master"], param, COMPUTE_DTYPE[param.dtype], "master")
+    if not wants_master(group, param):
+        drop_master(state)
+    active = is_active(rule, param, state)
+    if param.dtype not in COMPUTE_DTYPE and not active and not emas:
+        return  # another optimizer's, and nothing of it is averaged
+    check_param(param, active)
+    if active:
+        _check_rounded_states(group, param)
+        _complete_rule_states(rule.states(group), param, state, state_dtype(group, param))
+        if wants_master(group, param):
+            state["master"] = _master(state.get("master"), param)
     state["step"] = counter(state.get("step", 0.0), counter_device(group, param), "state 'step'")
     form = group["ema_format"]
     if emas and form != "full" and COMPUTE_DTYPE[param.dtype] != torch.float32:
@@ -67,7 +59,7 @@ def complete(
             "or float16 parameters"
         )
     if teacher is None or not emas or form != "delta":
-        state.pop("teacher", None)
+        state.pop(TEACHER, None)
     if teacher is not None and emas:
         _bind(teacher, param, state, form)
     weight = weights(param, state)
@@ -75,6 +67,62 @@ def complete(
     for key in emas:
         if teacher is None or state.get(key) is not teacher:
             state[key] = _average(state.get(key), weight, param, form, key)
+
+
+def check_param(param: Tensor, written: bool) -> None:
+    """Raise unless a parameter's memory can be averaged and, if it is ``written``, stepped.
+
+    Raises:
+        TypeError: its dtype is not a floating one, or it is a view that is not resolved.
+        RuntimeError: it would be written, and elements of it share memory.
+    """
+    if param.dtype not in COMPUTE_DTYPE:
+        allowed = ", ".join(map(str, COMPUTE_DTYPE))
+        raise TypeError(
+            f"params: a parameter that requires grad has dtype {param.dtype}; allowed: {allowed}, "
+            "or requires_grad=False, which keeps it and its average as they are"
+        )
+    if param.is_conj() or param.is_neg():
+        raise TypeError("params: a parameter is a lazily conjugated or negated view; resolve it")
+    if written and _repeats(sharding.local(param)):
+        raise RuntimeError(
+            f"params: elements of a parameter of shape {tuple(param.shape)} share memory (strides "
+            f"{param.stride()}); allowed: memory of its own for each; clone() it"
+        )
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether elements share memory, as those of ``expand`` do."""
+    if tensor.layout != torch.strided or tensor.numel() == 0:
+        return False
+    return any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def drop_master(state: dict[str, Any]) -> None:
+    """Forget the weights that the optimizer held: the parameter's own go on."""
+    master = state.pop("master", None)
+    if master is None:
+        return
+    for key in differences(state):
+        state[key] = _full(state[key], master)
+
+
+def differences(state: Mapping[str, Any]) -> list[str]:
+    """Names of the averages that are kept as differences to the weights."""
+    return [
+        key
+        for key, value in state.items()
+        if (key == "ema" or key.startswith("ema_"))
+        and isinstance(value, Tensor)
+        and value.dtype == formats.DTYPES["delta"]
+    ]
+
+
+def _master(held: Tensor | None, param: Tensor) -> Tensor:
+    dtype = COMPUTE_DTYPE[param.dtype]
+    if held is None:
+        return param.detach().to(dtype, copy=True)
+    return _beside(held, param, dtype, "master")
 
 
 def weights(param: Tensor, state: Mapping[str, Any]) -> Tensor:
@@ -135,11 +183,9 @@ def begin_average(
 
 def _rest(state: dict[str, Any], weight: Tensor, emas: tuple[str, ...]) -> None:
     """Keep averages that do not move as they are: the weights go on without them."""
-    for key, value in state.items():
-        resting = (key == "ema" or key.startswith("ema_")) and key not in emas
-        if resting and isinstance(value, Tensor) and value.dtype == formats.DTYPES["delta"]:
-            full = torch.empty_like(weight, dtype=torch.float32)
-            state[key] = formats.write(full, formats.average, value, weight)
+    for key in differences(state):
+        if key not in emas:
+            state[key] = _full(state[key], weight)
 
 
 def _bind(teacher: Tensor, param: Tensor, state: dict[str, Any], form: str) -> None:
@@ -152,7 +198,7 @@ def _bind(teacher: Tensor, param: Tensor, state: dict[str, Any], form: str) -> N
         weight = weights(param, state)
         formats.check_distance("ema: the teacher's tensor", teacher, weight, formats.begun)
         state["ema"] = _converted(formats.begun, teacher, weight, form)
-    state["teacher"] = teacher
+    state[TEACHER] = teacher
 
 
 def _average(value: Tensor | None, weight: Tensor, param: Tensor, form: str, key: str) -> Tensor:
@@ -169,25 +215,30 @@ def _average(value: Tensor | None, weight: Tensor, param: Tensor, form: str, key
     return _beside(value, param, dtype, key)
 
 
+def _full(value: Tensor, weight: Tensor) -> Tensor:
+    """The average that a difference to ``weight`` stands for, in float32."""
+    return _converted(formats.average, value, weight, "full")
+
+
 def _converted(read: formats.Compute, value: Tensor, weight: Tensor, form: str) -> Tensor:
     """The average ``read(value, weight)`` as the format keeps it, in memory of its own."""
     ema = torch.empty_like(weight, dtype=formats.DTYPES.get(form, torch.float32))
     return formats.write(ema, lambda held, w: formats.stored(read(held, w), w, form), value, weight)
 
 
-def weight_dtype(rule: Rule, group: Mapping[str, Any], param: Tensor) -> torch.dtype:
+def weight_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
     """Dtype of what the rule steps."""
-    return COMPUTE_DTYPE[param.dtype] if has_master(rule, group, param) else param.dtype
+    return COMPUTE_DTYPE[param.dtype] if wants_master(group, param) else param.dtype
 
 
-def state_dtype(rule: Rule, group: Mapping[str, Any], param: Tensor) -> torch.dtype:
+def state_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
     """Dtype of the rule's states."""
     form = group["state_format"]
-    return weight_dtype(rule, group, param) if form == "full" else formats.DTYPES[form]
+    return weight_dtype(group, param) if form == "full" else formats.DTYPES[form]
 
 
-def _check_rounded_states(rule: Rule, group: Mapping[str, Any], param: Tensor) -> None:
-    dtype = weight_dtype(rule, group, param)
+def _check_rounded_states(group: Mapping[str, Any], param: Tensor) -> None:
+    dtype = weight_dtype(group, param)
     if group["state_format"] != "full" and dtype != torch.float32:
         raise TypeError(
             f"state_format={group['state_format']!r}: a parameter has dtype {dtype}; allowed: "
@@ -271,38 +322,3 @@ def check_teacher(teacher: Tensor, param: Tensor, name: str, form: str = "full")
             f"ema_format={form!r}: {dtype} (rounded to nearest in fewer bits an average stops "
             "moving; a bfloat16 teacher takes ema_format='bf16' or 'delta')"
         )
-
-
-def loaded(
-    saved: Mapping[str, Any], param: Tensor, keys: Mapping[str, torch.dtype]
-) -> dict[str, Any]:
-    """A copy of one parameter's saved state, laid out like the parameter.
-
-    Args:
-        saved: the state as ``state_dict`` holds it; None values count as missing.
-        param: the parameter that it is for.
-        keys: names of states that must have the parameter's shape, and their dtypes.
-
-    Raises:
-        ValueError: a state has another shape than the parameter.
-    """
-    state: dict[str, Any] = {}
-    for key, value in saved.items():
-        if value is None:
-            continue
-        if key == "step":
-            if not float(value) >= 0.0:
-                raise ValueError(f"state_dict: 'step' is {float(value)}; allowed: 'step' >= 0")
-            state[key] = torch.tensor(float(value), dtype=torch.float64, device="cpu")
-        elif key not in keys:
-            state[key] = copy.deepcopy(value)
-        elif not isinstance(value, Tensor):
-            raise ValueError(f"state_dict: {key!r} is a {type(value).__name__}; allowed: a tensor")
-        elif value.shape != param.shape:
-            raise ValueError(
-                f"state_dict: {key!r} has shape {tuple(value.shape)}, its parameter "
-                f"{tuple(param.shape)}"
-            )
-        else:
-            state[key] = sharding.copy(torch.empty_like(param, dtype=keys[key]).detach(), value)
-    return state

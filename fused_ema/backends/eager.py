@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import formats
 from ..blending import moved
-from ..buckets import Bucket, Slot
+from ..buckets import TEACHER, Bucket, Slot
 from ..gradients import taken
 from ..rules import ema_update
 from ..sharding import local
@@ -180,7 +180,7 @@ class EagerPlan:
                 formats.follow_delta(real(slot.state[key]), change, weight, bits, before)
         if self.bucket.key.teacher:
             for slot, param in zip(row.slots, self._weights(row), strict=True):
-                held, teacher = (real(slot.state[key]) for key in ("ema", "teacher"))
+                held, teacher = (real(slot.state[key]) for key in ("ema", TEACHER))
                 formats.write(teacher, formats.average, held, param)
 
 

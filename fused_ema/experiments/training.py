@@ -239,9 +239,11 @@ class Training:
 
     def _share_buffers(self) -> None:
         """BatchNorm's statistics are each process's own in a step; the first one's are kept."""
-        held = self.optimizer.state_dict().get("ema_buffers", ())
+        held = (entry.get("ema_buffers", {}) for entry in self.optimizer.state.values())
         self.session.group.as_the_first(self.model.buffers())
-        self.session.group.as_the_first(value for average in held for value in average.values())
+        self.session.group.as_the_first(
+            value for entry in held for average in entry.values() for value in average.values()
+        )
 
     def stop_if_asked(self) -> None:
         """Save and stop, in all processes, where one was asked to."""
