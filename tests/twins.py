@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import pytest
@@ -15,6 +16,13 @@ def parameters(
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randn(shape, dtype=dtype, generator=generator) for shape in shapes]
     return [Parameter(tensor.to(device)) for tensor in drawn]
+
+
+def quantized(value: torch.Tensor) -> torch.Tensor:
+    """Eight bits of ``value``, in units of 0.1."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates them, and models still have them
+        return torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8)
 
 
 def set_gradients(step: int, *lists: list[Parameter]) -> None:
