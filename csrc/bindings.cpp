@@ -65,8 +65,7 @@ PYBIND11_MODULE(_native, module) {
       .def("prepare", &Slots::prepare)
       .def("begin", &Slots::begin)
       .def("begin_gradients", &Slots::begin_gradients)
-      .def("hold",
-           [](py::object slots) { return std::make_unique<Slots::Hold>(std::move(slots)); })
+      .def("hold", [](py::object slots) { return std::make_unique<Slots::Hold>(std::move(slots)); })
       .def("advance", &Slots::advance)
       .def("release", &Slots::release)
       .def("uncount", &Slots::uncount)

@@ -139,10 +139,7 @@ class Rewrite:
         self._value = value
         self._state = state
         held = weights(param, state)
-        self._averages = {
-            key: formats.average(state[key], held)
-            for key in differences(state)
-        }
+        self._averages = {key: formats.average(state[key], held) for key in differences(state)}
         for average in self._averages.values():
             formats.check_distance("copy_ema_to(): an average", average, value)
 

@@ -49,7 +49,8 @@ def ema_state_dict(
     if not having:
         raise IndexError(f"index={index}: no optimizer has that average; see ema_decay")
     for optimizer in having:
-        part = optimizer._averages(index, "ema_state_dict()")
+        optimizer._check_not_swapped("ema_state_dict()")
+        part = optimizer._averages(index)
         twice = next((param for param in part if param in averaged), None)
         if twice is not None:
             name = named(model).get(twice)
