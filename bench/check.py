@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import Self
+
+from fused_ema import stepper
 
 from .data import Data, Running
 from .device import Device, Launches
@@ -30,11 +33,23 @@ SIGMAS = 7.0
 
 
 class OperatorCount(TorchDispatchMode):
-    """Counts the torch operators called inside; two are the profiler's marks of any optimizer."""
+    """Counts the torch operators called inside; two are the profiler's marks of any optimizer.
+
+    Our optimizers would step by torch's operators to be seen by it: it hides from them.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
+        self._seen = stepper.dispatch_modes
+
+    def __enter__(self) -> Self:
+        stepper.dispatch_modes = lambda: 0
+        return super().__enter__()  # type: ignore[no-any-return,no-untyped-call]
+
+    def __exit__(self, *exception: object) -> None:
+        stepper.dispatch_modes = self._seen
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1

@@ -49,6 +49,20 @@ inline void* address(const c10::TensorImpl& tensor, int64_t itemsize) {
   return static_cast<char*>(data) + first * itemsize;
 }
 
+// Whether so many elements of a tensor's are still where they were read from. Nothing else of it
+// need be looked at again: whatever it has become, that memory is its own and may be written.
+inline bool lies_at(const c10::TensorImpl& tensor, int64_t itemsize, int64_t numel,
+                    const void* where) {
+  const c10::Storage& storage = tensor.unsafe_storage();
+  const int64_t first = tensor.storage_offset() * itemsize;
+  return static_cast<char*>(storage.mutable_data()) + first == where &&
+         static_cast<int64_t>(storage.nbytes()) >= first + numel * itemsize;
+}
+
+inline bool lies_at(const c10::TensorImpl& tensor, int64_t itemsize, int64_t numel, int64_t word) {
+  return lies_at(tensor, itemsize, numel, reinterpret_cast<const void*>(word));
+}
+
 // Sets a word and tells whether it was another one.
 inline bool put(int64_t& word, int64_t value) { return std::exchange(word, value) != value; }
 
@@ -222,18 +236,26 @@ bool Slots::prepare(const py::object& fold) {
 }
 
 void Slots::begin() {
-  for (size_t i = 0; i < size(); ++i)
-    if (!read_pointers(i)) refuse_moved();
+  for (size_t i = 0; i < size(); ++i) {
+    const py::object* tensor = tensors(i);
+    const int64_t* words = &slots_[i * slot_size()];
+    const int64_t numel = words[0];
+    bool same = lies_at(impl(tensor[0]), stored_.itemsize, numel, words[2]) &&
+                lies_at(impl(tensor[1]), sizeof(double), 1, counters_[i]);
+    for (size_t k = 2; k < num_tensors(); ++k)
+      same = same && lies_at(impl(tensor[k]), kinds_[k].itemsize, numel, words[1 + k]);
+    if (!same) refuse_moved();
+  }
   begin_gradients();
 }
 
-void Slots::begin_gradients() {
+void Slots::begin_gradients() const {
   if (grads_held_.size() != size())
     throw std::runtime_error("what step() has prepared was dropped by another thread's step()");
-  for (size_t i = 0; i < size(); ++i) {
-    if (grads_held_[i].defined() && !fits(grads_held_[i], unpack(tensors(i)[0]))) refuse_moved();
-    read_gradient(i);
-  }
+  for (size_t i = 0; i < size(); ++i)
+    if (grads_held_[i].defined() &&
+        !lies_at(*grads_held_[i].unsafeGetTensorImpl(), stored_.itemsize, numel(i), grads_[i]))
+      refuse_moved();
 }
 
 // Asks for the memory that the next slots are read from, a link of each chain at a time: objects,

@@ -180,6 +180,7 @@ def stored(value: Tensor, param: Tensor, form: str) -> Tensor:
     dtype = DTYPES.get(form, value.dtype)
     if dtype == value.dtype:
         return value
+    value = value.float()
     largest = torch.finfo(dtype).max
     return torch.where(value.isinf(), value, value.clamp(-largest, largest)).to(dtype)
 

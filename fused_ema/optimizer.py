@@ -579,7 +579,9 @@ class FusedScaledOptimizer(EmaAccess):
         with torch.inference_mode(False), torch.no_grad():
             for group in self.param_groups:
                 clock.complete(group)
-                for param in filter(is_there, group["params"]):
+                for param in group["params"]:
+                    if not is_there(param) or is_fixed(param):
+                        continue
                     complete(self.rule, group, param, self.state[param], self._teachers.get(param))
             if self._buffers is not None:
                 self._begin_buffers(self._buffers)

@@ -28,9 +28,10 @@ FEW, MANY = (Case(f"{n} tensors", ((16,),) * n, num_groups=2) for n in (6, 60))
 HEADER = Path("/usr/include/valgrind/callgrind.h")
 
 # Of the host's part of a step with new gradients, as callgrind counts them: for every step, and
-# for every tensor in it. Lower them when the path gets shorter.
+# for every tensor in it: 260 of those see before the kernels run that nothing has been replaced
+# since it was read. Lower them when the path gets shorter.
 MOST_INSTRUCTIONS_PER_STEP = 230_000
-MOST_INSTRUCTIONS_PER_TENSOR = 900
+MOST_INSTRUCTIONS_PER_TENSOR = 1060
 
 # Calls of Python functions in a step, and more of them for every group whose lr has changed.
 MOST_PYTHON_CALLS = 65
@@ -94,14 +95,14 @@ def calls(num_tensors: int, lr_factor: float = 1.0) -> tuple[Counter[str], int]:
 
 def test_native_and_python_calls_of_a_step():
     native, python = calls(6)
-    assert native == {"unchanged": 1, "prepare": 1, "run": 1}
+    assert native == {"unchanged": 2, "prepare": 1, "run": 1}
     assert calls(60) == (native, python)
     assert python <= MOST_PYTHON_CALLS
 
 
 def test_a_new_learning_rate_costs_no_look_at_the_whole_group():
     (_, same), (native, changed) = calls(6), calls(6, lr_factor=0.9)
-    assert native == {"unchanged": 1, "prepare": 1, "run": 1}
+    assert native == {"unchanged": 2, "prepare": 1, "run": 1}
     assert 0 < changed - same <= 2 * MOST_PYTHON_CALLS_PER_NEW_LR
 
 

@@ -27,7 +27,7 @@ def empty(**options) -> FusedScaledAdamW:
         {"capturable": True, "kappa": torch.tensor(2.0)},
         {"ema_decay": lambda t: 0.9},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options) or "plain",
 )
 def test_an_empty_optimizer_steps(options, backend):
     opt = FusedScaledAdamW([{"params": []}], **{"ema_decay": 0.9, "backend": backend, **options})

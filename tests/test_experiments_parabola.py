@@ -93,7 +93,8 @@ def test_summary_is_as_documented(found):
     assert all(len(values) == 3 for values in summary.values())
     assert summary["kappa"] == [1, 2, 256]
     names = {path.name for path in out.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "summary.json", "figure.json", "figure.png"}
+    results = {"config.json", "metrics.jsonl", "summary.json", "figure.json", "figure.png"}
+    assert names == {*results, "metrics.sha256", "run.lock"}
 
 
 def test_the_rule_holds_where_rho_left_alone_does_not(found):
@@ -122,10 +123,13 @@ def test_the_rule_is_not_the_unique_best_choice(found):
 
 def test_goes_on_after_the_kappas_that_are_done(found, tmp_path):
     out, summary, config = found
-    (tmp_path / "config.json").write_text((out / "config.json").read_text())
     first, second, third = (out / "metrics.jsonl").read_text().splitlines()
-    marked = json.dumps({**json.loads(first), "error_none": 7.0})
-    (tmp_path / "metrics.jsonl").write_text(f"{marked}\n{second}\n{third[:50]}")
+    with Folder(tmp_path, "noisy_parabola", config) as stopped:
+        stopped.begin()
+        stopped.log({**json.loads(first), "error_none": 7.0})
+        stopped.log(json.loads(second))
+    with (tmp_path / "metrics.jsonl").open("a") as rows:
+        rows.write(third[:50])  # when it was killed
     noisy_parabola.run(config, Folder(tmp_path, "noisy_parabola", config), Group())
     again = json.loads((tmp_path / "summary.json").read_text())
     assert again["error_none"] == [7.0, *summary["error_none"][1:]]

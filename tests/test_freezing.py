@@ -182,7 +182,7 @@ def test_groups_may_go_and_come():
 
 def test_what_cannot_be_averaged_fails_in_the_constructor():
     float8 = nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn))
-    with pytest.raises(TypeError, match=r"a parameter has dtype torch\.float8"):
+    with pytest.raises(TypeError, match=r"a parameter that requires grad has dtype torch\.float8"):
         FusedScaledSGD([float8], ema_decay=0.9)
 
 

@@ -310,12 +310,12 @@ def test_what_a_step_uses_cannot_be_resized_meanwhile():
     assert slots
     param, opt = with_schedule(lambda param: None, "triton")
     (plan,) = opt._stepper.plans
-    opt._stepper.prepare(opt.param_groups, opt.state)
+    opt._prepared()
     with plan.skipping.hold():
         with pytest.raises(RuntimeError, match="not resizable"):
             param.untyped_storage().resize_(0)
         with pytest.raises(RuntimeError, match="under way"):
-            opt._stepper.prepare(opt.param_groups, opt.state)
+            opt._prepared()
     param.untyped_storage().resize_(4 * param.numel())
     opt.step()
 
