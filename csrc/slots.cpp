@@ -49,8 +49,8 @@ inline void* address(const c10::TensorImpl& tensor, int64_t itemsize) {
   return static_cast<char*>(data) + first * itemsize;
 }
 
-// Whether so many elements of a tensor's are still where they were read from. Nothing else of it
-// need be looked at again: whatever it has become, that memory is its own and may be written.
+// Whether so many elements of a tensor's are still where they were read from. Then nothing else of
+// it need be looked at again: whatever it has become, that memory is its own and may be written.
 inline bool lies_at(const c10::TensorImpl& tensor, int64_t itemsize, int64_t numel,
                     const void* where) {
   const c10::Storage& storage = tensor.unsafe_storage();
@@ -244,18 +244,22 @@ void Slots::begin() {
                 lies_at(impl(tensor[1]), sizeof(double), 1, counters_[i]);
     for (size_t k = 2; k < num_tensors(); ++k)
       same = same && lies_at(impl(tensor[k]), kinds_[k].itemsize, numel, words[1 + k]);
-    if (!same) refuse_moved();
+    if (!same && !read_pointers(i)) refuse_moved();
   }
   begin_gradients();
 }
 
-void Slots::begin_gradients() const {
+void Slots::begin_gradients() {
   if (grads_held_.size() != size())
     throw std::runtime_error("what step() has prepared was dropped by another thread's step()");
-  for (size_t i = 0; i < size(); ++i)
-    if (grads_held_[i].defined() &&
-        !lies_at(*grads_held_[i].unsafeGetTensorImpl(), stored_.itemsize, numel(i), grads_[i]))
-      refuse_moved();
+  for (size_t i = 0; i < size(); ++i) {
+    const at::Tensor& grad = grads_held_[i];
+    if (!grad.defined() ||
+        lies_at(*grad.unsafeGetTensorImpl(), stored_.itemsize, numel(i), grads_[i]))
+      continue;
+    if (!fits(grad, unpack(tensors(i)[0]))) refuse_moved();
+    read_gradient(i);
+  }
 }
 
 // Asks for the memory that the next slots are read from, a link of each chain at a time: objects,

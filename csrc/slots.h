@@ -53,7 +53,7 @@ class Slots {
   void begin();
 
   // As begin(), of the gradients alone.
-  void begin_gradients() const;
+  void begin_gradients();
 
   // What keeps all memory of the step where it is, as long as it lives: storages, which nobody can
   // resize meanwhile. Nothing can be prepared then.

@@ -321,7 +321,11 @@ def test_what_a_step_uses_cannot_be_resized_meanwhile():
 
 
 def test_threads_that_drop_gradients_change_no_step():
-    """Without the GIL held, memory is freed and filled while kernels read it."""
+    """Without the GIL held, memory is freed and filled while kernels read it.
+
+    The thread lets go of a gradient after ``.grad`` does: torch releases the GIL while it destroys
+    one, and until that is done ``.grad`` names what is being destroyed, to every reader.
+    """
     size, steps = 200_000, 30
     param = nn.Parameter(torch.zeros(size))
     opt = FusedScaledSGD([param], lr=1.0, backend="native")
@@ -329,7 +333,8 @@ def test_threads_that_drop_gradients_change_no_step():
 
     def drop():
         while not done.is_set():
-            param.grad = None
+            dropped, param.grad = param.grad, None
+            del dropped
             torch.full((size,), float("nan"))
 
     thread = threading.Thread(target=drop)
