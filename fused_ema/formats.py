@@ -31,7 +31,7 @@ TEACHER_DTYPES = {"bf16": torch.bfloat16, "delta": torch.bfloat16}
 # Differences from 6e-8 to 64 have all bits of a float16, smaller ones lose some down to 6e-11.
 SCALE = 1024.0
 LARGEST = 65504.0  # of float16; larger differences are cut off
-# Of 1 - rho**kappa, down to where an average's error was measured to stay within 3 %.
+# Of 1 - rho**kappa: below it, errors of several percent of the way to the weights were measured.
 SMALLEST_WEIGHT = {"bf16": 1e-5, "delta": 1e-4}
 LARGEST_BFLOAT16 = 0x7F7F0000  # as float32's bits
 MASK = 0xFFFFFFFF
@@ -147,8 +147,9 @@ def warn_of_rounding(form: str, weights: Sequence[float]) -> None:
     smallest = min(filter(None, weights))
     warnings.warn(
         f"ema_format={form!r} with 1 - ema_decay**kappa = {smallest:.3g}: below "
-        f"{SMALLEST_WEIGHT[form]:g} rounding adds up to an error of more than 3 % of the average "
-        "(docs/numerics.md); use ema_format='full', a smaller ema_decay or a larger kappa",
+        f"{SMALLEST_WEIGHT[form]:g} rounding builds up errors of several percent of the average's "
+        "distance to the weights (docs/numerics.md); use ema_format='full', a smaller ema_decay "
+        "or a larger kappa",
         stacklevel=2,
     )
 
