@@ -25,6 +25,11 @@ FUSED_EMA_INLINE bool is_finite(T value) {
 // `to` is, and weight 1 gives `to`.
 template <class T>
 FUSED_EMA_INLINE T blend(T from, T to, T part, T weight) {
+#if defined(__CUDA_ARCH__)
+  // What else follows from the weight is made anew for each element: kept, it would take the
+  // registers of a pack. So the compiler is told that this may be another weight each time.
+  if constexpr (sizeof(T) == sizeof(float)) asm volatile("" : "+f"(weight));
+#endif
   const T change = to - from, rest = T(1) - weight;
   const bool low = weight < T(0.5);
   const T near = select(low, from, to) + (low ? weight : -rest) * change;

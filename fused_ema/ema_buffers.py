@@ -118,9 +118,11 @@ class EmaBuffers:
             RuntimeError: another optimizer's ``ema_weights()`` has put averaged buffers into the
                 model.
         """
-        self._check_not_shown()
         while len(self.held) < num_emas:
             self.held.append({})
+        if self.mode != "average":
+            return
+        self._check_not_shown()
         for held in self.held[self._first_own :]:
             for move in self._following(held, 1.0):
                 if isinstance(move, Placement) and move.key not in held:
@@ -132,7 +134,7 @@ class EmaBuffers:
         Raises:
             RuntimeError: as for :meth:`begin`.
         """
-        if self.mode == "leave":
+        if self.mode == "leave" or (self.mode == "copy" and self._teacher is None):
             return []
         self._check_not_shown()
         moves: Moves = []

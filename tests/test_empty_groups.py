@@ -49,8 +49,8 @@ def test_an_empty_optimizer_steps(options, backend):
 def test_a_scaled_step(scaler, inf, capturable):
     """Beside an optimizer with gradients, whose check tells both."""
     param = nn.Parameter(torch.ones(2))
-    full = FusedScaledSGD([param], lr=1.0, ema_decay=0.0)
-    opt = empty(max_grad_norm=1.0, capturable=capturable)
+    full = FusedScaledSGD([param], lr=1.0, ema_decay=0.0, fused=True)
+    opt = empty(max_grad_norm=1.0, capturable=capturable, fused=True)
     scaler = scaler("cpu", init_scale=4.0)
     for _ in range(2):
         scaler.scale(torch.zeros(()))
@@ -64,7 +64,7 @@ def test_a_scaled_step(scaler, inf, capturable):
 
 def test_torchs_scaler_that_has_seen_no_gradient():
     param = nn.Parameter(torch.ones(2))
-    opt = FusedScaledSGD([param], lr=1.0, ema_decay=0.0, max_grad_norm=1.0)
+    opt = FusedScaledSGD([param], lr=1.0, ema_decay=0.0, max_grad_norm=1.0, fused=True)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.zeros(()))
     scaler.step(opt)
