@@ -134,11 +134,13 @@ FROZEN = Rule(
 
 
 class SgdScaled(NamedTuple):
-    """SGD's hyper-parameters at ``kappa``."""
+    """SGD's hyper-parameters at ``kappa``; ``entry`` is the weight of a buffer's first gradient."""
 
     grad_factor: float
     weight_decay: float
     momentum: float
+    carry: float
+    entry: float
     grad_weight: float
     nesterov: bool
     lr: float
@@ -146,7 +148,10 @@ class SgdScaled(NamedTuple):
 
 
 class SgdScalars(NamedTuple):
-    """``carry`` is the momentum, or 0 at the first step, where the buffer becomes the gradient."""
+    """``carry`` is what a step keeps of the buffer, 0 at the first one, where a gradient enters.
+
+    ``momentum`` is the weight of the buffer beside the gradient in a step of Nesterov's.
+    """
 
     grad_factor: float
     weight_decay: float
@@ -173,14 +178,23 @@ def sgd_states(group: Group) -> tuple[str, ...]:
 
 
 def scale_sgd(group: Group) -> SgdScaled:
+    """The buffer is kept in units of the base batch: ``entry`` times that of a run at ``kappa``.
+
+    Under a constant gradient it tends to ``g/(1 - mu)`` at every ``kappa``, so that it means the
+    same before and after a change.
+    """
     kappa, mu, rule = group["kappa"], group["momentum"], group["momentum_scaling"]
+    carry, entry = scaling.momentum(mu, kappa, rule), scaling.momentum_entry(mu, kappa, rule)
+    lr, nesterov = scaling.sgd_lr(group["lr"], kappa), group["nesterov"]
     return SgdScaled(
         grad_factor=sign(group["maximize"]),
         weight_decay=group["weight_decay"],
-        momentum=scaling.momentum(mu, kappa, rule),
-        grad_weight=1.0 - group["dampening"],
-        nesterov=group["nesterov"],
-        lr=scaling.momentum_sgd_lr(group["lr"], mu, kappa, rule),
+        momentum=carry / entry if nesterov else carry,
+        carry=carry,
+        entry=entry,
+        grad_weight=entry * (1.0 - group["dampening"]),
+        nesterov=nesterov,
+        lr=lr * entry if nesterov else lr,
         kappa=kappa,
     )
 
@@ -191,8 +205,8 @@ def fold_sgd(hyper: SgdScaled, step: Any) -> SgdScalars:
         hyper.grad_factor,
         hyper.weight_decay,
         hyper.momentum,
-        where(first, 0.0, hyper.momentum),
-        where(first, 1.0, hyper.grad_weight),
+        where(first, 0.0, hyper.carry),
+        where(first, hyper.entry, hyper.grad_weight),
         hyper.nesterov,
         hyper.lr,
     )

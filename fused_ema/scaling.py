@@ -88,17 +88,18 @@ def momentum(momentum: Real, kappa: Real, rule: str = "none") -> Real:
     return power(momentum, kappa) if rule == "exact" else momentum
 
 
-def momentum_sgd_lr(lr: Real, mu: Real, kappa: Real, rule: str = "none") -> Real:
-    """Learning rate of SGD with momentum.
+def momentum_entry(mu: Real, kappa: Real, rule: str = "none") -> Real | float:
+    """What a gradient adds to SGD's momentum buffer, in units of the base batch.
 
-    ``"none"``: ``kappa*lr``. ``"exact"``: ``kappa*lr*(1 - mu**kappa)/(1 - mu)``, which keeps the
-    distance travelled under a constant gradient once the momentum itself is ``mu**kappa``.
+    ``"none"``: 1. ``"exact"``: ``(1 - mu**kappa)/(1 - mu)``, as much as ``kappa`` base steps with
+    this gradient add. With ``mu**kappa`` of the buffer kept and the learning rate ``kappa*lr`` a
+    constant gradient then moves the weights as ``kappa`` base steps do in the long run.
     """
     if rule == "none":
-        return sgd_lr(lr, kappa)
+        return 1.0
     at_limit = mu == 1.0
     ratio = (1.0 - power(mu, kappa)) / where(at_limit, 1.0, 1.0 - mu)
-    return sgd_lr(lr, kappa) * where(at_limit, kappa, ratio)
+    return where(at_limit, kappa, ratio)
 
 
 def decoupled_decay(lr: Real, scaled_lr: Real, weight_decay: Real, kappa: Real, rule: str) -> Real:

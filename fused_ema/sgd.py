@@ -31,7 +31,9 @@ class FusedScaledSGD(FusedScaledOptimizer):
         foreach, fused, differentiable: as in torch; see
             :func:`~fused_ema.backends.requested_backend`.
         momentum_scaling: ``"none"`` keeps the momentum (the paper's experiments); ``"exact"`` uses
-            ``mu**kappa`` and ``kappa*lr*(1 - mu**kappa)/(1 - mu)``.
+            ``mu**kappa``, and lets a gradient count ``(1 - mu**kappa)/(1 - mu)`` times, as it does
+            in ``kappa`` base steps. ``momentum_buffer`` is that of the base batch, so that it goes
+            on through changes of ``kappa``.
         options: ``ema_decay``, ``ema``, ``ema_order``, ``kappa``, ``model``, ``ema_buffers``,
             ``backend`` of :class:`~fused_ema.optimizer.FusedScaledOptimizer`.
 

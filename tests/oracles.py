@@ -71,6 +71,7 @@ class Scalars:
 
     lr: float
     momentum: float
+    buffer_units: float
     gradient_weight: float
     l2: float
     keep: float
@@ -126,13 +127,18 @@ def ema_weight(decay: Decay, clock: float, kappa: float) -> float:
     return -math.expm1(kappa * log_or_minus_infinity(rho))
 
 
-def scaled_sgd_rate(config: OracleConfig) -> tuple[float, float]:
-    """Learning rate and momentum of an SGD step."""
+def scaled_sgd_rate(config: OracleConfig) -> tuple[float, float, float]:
+    """Learning rate and momentum of an SGD step, and its stored buffer in units of the step's own.
+
+    A step's own buffer tends to g / (1 - mu^kappa) where that of the base batch, which is stored,
+    tends to g / (1 - mu).
+    """
     lr, momentum, kappa = config.lr, config.momentum, config.kappa
     if config.momentum_scaling == "none":
-        return kappa * lr, momentum
+        return kappa * lr, momentum, 1.0
     scaled = momentum**kappa
-    return kappa * lr * (1 - scaled) / (1 - momentum), scaled
+    units = (1 - momentum) / (1 - scaled)
+    return kappa * lr / units, scaled, units
 
 
 def scaled_keep(config: OracleConfig, lr: float) -> float:
@@ -148,14 +154,15 @@ def scale(config: OracleConfig, clock: float) -> Scalars:
     """The scaling rules: base hyper-parameters to those of one step."""
     kappa = config.kappa
     if config.rule == "sgd":
-        lr, momentum = scaled_sgd_rate(config)
+        lr, momentum, buffer_units = scaled_sgd_rate(config)
         log_beta1 = log_beta2 = 0.0
     else:
-        lr, momentum = math.sqrt(kappa) * config.lr, 0.0
+        lr, momentum, buffer_units = math.sqrt(kappa) * config.lr, 0.0, 1.0
         log_beta1, log_beta2 = (scaled_log_beta(config, beta) for beta in config.betas)
     return Scalars(
         lr=lr,
         momentum=momentum,
+        buffer_units=buffer_units,
         gradient_weight=1 - config.dampening,
         l2=0.0 if config.decoupled else config.weight_decay,
         keep=scaled_keep(config, lr),
@@ -180,12 +187,15 @@ def effective_gradient(
 def sgd_direction(
     config: OracleConfig, scalars: Scalars, state: OracleState, g: Array
 ) -> tuple[Array, Array | None]:
-    """The direction of an SGD step and the new momentum buffer (its first value is undamped)."""
+    """The direction of an SGD step and the buffer to store (its first gradient is undamped)."""
     if config.momentum == 0:
         return g, None
-    old = state.momentum_buffer
-    buffer = g if old is None else scalars.momentum * old + scalars.gradient_weight * g
-    return (g + scalars.momentum * buffer if config.nesterov else buffer), buffer
+    buffer = g
+    if state.momentum_buffer is not None:
+        old = scalars.buffer_units * state.momentum_buffer
+        buffer = scalars.momentum * old + scalars.gradient_weight * g
+    direction = g + scalars.momentum * buffer if config.nesterov else buffer
+    return direction, buffer / scalars.buffer_units
 
 
 def sgd_step(config: OracleConfig, scalars: Scalars, state: OracleState, g: Array) -> OracleState:

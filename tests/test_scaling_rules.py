@@ -295,9 +295,10 @@ def test_exact_momentum_forgets_by_samples(kappa):
     p = parameter(0.0)
     opt = make(FusedScaledSGD, p, lr=0.1, momentum=0.9, momentum_scaling="exact", kappa=kappa)
     step(opt, p, 1.0)
-    close(p.item(), -kappa * 0.1 * (1 - 0.9**kappa) / (1 - 0.9), 4, kappa)
+    entered = (1 - 0.9**kappa) / (1 - 0.9)
+    close(p.item(), -kappa * 0.1 * entered, 4, kappa)
     step(opt, p, 0.0)
-    close(opt.state[p]["momentum_buffer"].item(), 0.9**kappa, 1)
+    close(opt.state[p]["momentum_buffer"].item(), entered * 0.9**kappa, 4, entered)
 
 
 @pytest.mark.parametrize(("order", "missing"), [("after", 0.0), ("before", 1.0)])

@@ -12,13 +12,16 @@ for-loop and foreach optimizers, with or without fused multiply-add.
                                     b - (1-w)(b-a), w >= 1/2: (1 + 2(1-w)) |b-a| + 1 |result|;
                                     (1-w) a + w b: 2 (1-w) |a| + 3 w |b| + 1 |result|
     square    g g                   1 g^2
-    buffer    mu b + (1-damp) g     3 mu |b| + 2 (1-damp) |g| + 1 |result|
-    nesterov  g + mu b              3 mu |b| + 1 |result|
+    buffer    mu b + c (1-damp) g   3 mu |b| + 2 c (1-damp) |g| + 1 |result|
+    nesterov  g + (mu/c) b          3 (mu/c) |b| + 1 |result|
     Adam's denominator              4 D (root, division by root of bc2 or folding, eps, sum)
     Adam's update  s m / D          4 |update| (step size twice, product, division)
     SGD's update   lr d             2 |update| (scalar, product)
     weights  p - update             1 |p'| + 1 |update| for Adam (inner sum)
     decoupled decay                 3 |p| (scalar, product, difference)
+
+The buffer b is the stored one: c is 1, or (1 - mu^kappa)/(1 - mu) where momentum scales, and it
+is c times what a run at this kappa alone would hold.
 
 Folding in float64 leaves an *absolute* error of a few 2^-53 in 1-beta, in the bias corrections
 and in 1-mu (they may be computed as one minus a power). It matters for float64 only and is added
@@ -127,18 +130,24 @@ def sgd_bounds(
     config: OracleConfig, state: OracleState, after: OracleState, incoming: Bounds, unit: float, g
 ) -> Bounds:
     scalars = scale(config, state.clock)
-    mu, new = scalars.momentum, abs(scalars.gradient_weight)
+    mu, units = scalars.momentum, scalars.buffer_units
+    entry = 1 / units
+    fold = 0.0 if units == 1 else FOLD * (1 / (1 - mu) + 1 / (1 - config.momentum))
     g_error = gradient_bound(scalars, state, g, incoming, unit)
     direction, buffer = sgd_direction(config, scalars, state, g)
     error = buffer_error = g_error
-    if buffer is not None and state.momentum_buffer is not None:
-        old = mu * np.abs(state.momentum_buffer)
+    if buffer is not None and (state.momentum_buffer is not None or units != 1):
+        first = state.momentum_buffer is None
+        old = 0.0 if first else mu * np.abs(state.momentum_buffer)
+        new = entry if first else entry * abs(scalars.gradient_weight)
         rounding = BUFFER_OLD * old + BUFFER_NEW * new * np.abs(g) + BUFFER_SUM * np.abs(buffer)
         buffer_error = mu * incoming.momentum_buffer + new * g_error + unit * rounding
-        error = buffer_error
+        buffer_error = buffer_error + fold * new * np.abs(g)
+        error = units * buffer_error
     if config.nesterov:
-        rounding = BUFFER_OLD * mu * np.abs(buffer) + BUFFER_SUM * np.abs(direction)
-        error = g_error + mu * buffer_error + unit * rounding
+        own = mu * units * np.abs(buffer)
+        rounding = BUFFER_OLD * own + BUFFER_SUM * np.abs(direction)
+        error = g_error + mu * units * buffer_error + unit * rounding + fold * own
     update = scalars.lr * np.abs(direction)
     relative = SGD_UPDATE * unit + FOLD * (1 + 1 / (1 - mu))
     param = incoming.param + scalars.lr * error + relative * update
