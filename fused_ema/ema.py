@@ -2,8 +2,9 @@
 
 A schedule is a callable ``t -> rho`` of the samples seen so far in units of the base batch, so
 that it runs at the same speed at every batch size: at ``kappa`` one step advances ``t`` by
-``kappa`` and uses ``rho(t)**kappa``, read at the step's start. A schedule whose product over
-``kappa`` base steps is known may also have ``geometric_mean(t, kappa)``, see :func:`decay_at`.
+``kappa`` and uses ``rho**kappa``, with ``rho`` read in the middle of the base steps that it
+covers, see :func:`midpoint`. A schedule whose product over ``kappa`` base steps is known may also
+have ``geometric_mean(t, kappa)``, see :func:`decay_at`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from .realmath import Real, at_most, cos, power
+from .realmath import (
+    Real,
+    at_least,
+    at_most,
+    ceil,
+    cos,
+    exp,
+    log,
+    log1p,
+    power,
+    sqrt,
+    surely,
+    where,
+)
 from .scaling import check_range, decay_weight
 from .values import several
 
@@ -49,6 +63,8 @@ class CosineDecay:
 class WarmUpDecay:
     """``rho(t) = min(limit, (1 + t)/(10 + t))`` (TensorFlow's ``ExponentialMovingAverage``).
 
+    A step of ``kappa`` base steps takes their whole product, see :meth:`geometric_mean`.
+
     Args:
         limit: the decay that ``rho`` rises to from 0.1, in ``[0, 1]``.
     """
@@ -62,10 +78,28 @@ class WarmUpDecay:
         """The decay after ``t`` base steps: a float, or a tensor as ``t`` is one."""
         return at_most((1.0 + t) / (10.0 + t), self.limit)
 
+    def geometric_mean(self, t: Real, kappa: Any) -> Real:
+        """The decay whose power ``kappa`` is the product over ``kappa`` base steps from ``t``.
+
+        ``n`` factors below the limit cancel but for nine: the product of ``(t + i)/(t + n + i)``
+        over ``i = 1 .. 9``.
+        """
+        if surely(kappa == 1.0):
+            return self(t)
+        end = math.inf if self.limit == 1.0 else (10.0 * self.limit - 1.0) / (1.0 - self.limit)
+        n = at_least(at_most(ceil(at_most(end - t, kappa)), kappa), 0.0)
+        logarithm = -sum(log1p(n / (t + i)) for i in range(1, 10))
+        if self.limit < 1.0:
+            logarithm = logarithm + (kappa - n) * log(self.limit)
+        mean: Real = at_most(exp(logarithm / kappa), self.limit)
+        return where(kappa == 1.0, self(t), mean)
+
 
 @dataclass(frozen=True)
 class InverseGammaDecay:
     """``rho(t) = min(limit, 1 - (1 + t/inv_gamma)**-power)`` (Crowson's ``EMAWarmup``).
+
+    A step of ``kappa`` base steps takes about their product, see :meth:`geometric_mean`.
 
     Args:
         limit: the decay that ``rho`` rises to from 0, in ``[0, 1]``.
@@ -86,6 +120,20 @@ class InverseGammaDecay:
     def __call__(self, t: Real) -> Real:
         """The decay after ``t`` base steps: a float, or a tensor as ``t`` is one."""
         return at_most(1.0 - power(1.0 + t / self.inv_gamma, -self.power), self.limit)
+
+    def geometric_mean(self, t: Real, kappa: Any) -> Real:
+        """The decay whose power ``kappa`` is about the product over ``kappa`` base steps.
+
+        By the rule of two points, ``sqrt((kappa**2 - 1)/12)`` to both sides of the middle, which is
+        exact where ``log(rho)`` is a cubic, and at ``kappa`` 1 and 2. A product that begins at
+        ``rho(0) = 0`` is 0.
+        """
+        if surely(kappa == 1.0):
+            return self(t)
+        side = sqrt(at_least(kappa * kappa - 1.0, 0.0) / 12.0)
+        middle = midpoint(t, kappa)
+        mean: Real = sqrt(self(at_least(middle - side, 0.0)) * self(middle + side))
+        return where(t == 0.0, 0.0, mean)
 
 
 @dataclass(frozen=True)
@@ -198,7 +246,7 @@ def is_constant(ema_decay: EmaDecay) -> bool:
 
 
 def ema_weights(ema_decay: EmaDecay, t: Any, kappa: Any) -> tuple[Any, ...]:
-    """Weights ``1 - rho(t)**kappa``, one an average; tensors on a device where ``t`` is there.
+    """Weights ``1 - rho**kappa`` of a step from ``t``, one an average; tensors where ``t`` is one.
 
     Raises:
         ValueError: a decay, or the value a schedule returns, is outside ``[0, 1]``.
@@ -206,16 +254,24 @@ def ema_weights(ema_decay: EmaDecay, t: Any, kappa: Any) -> tuple[Any, ...]:
     return tuple(_weight(decay, t, kappa) for decay in decays(ema_decay))
 
 
+def midpoint(t: Real, kappa: Any) -> Real:
+    """The mean of ``t, t + 1, ..., t + kappa - 1``, where ``kappa`` base steps read a schedule.
+
+    ``t`` itself at ``kappa = 1``; before it below, but not before 0.
+    """
+    return t if surely(kappa == 1.0) else at_least(t + (kappa - 1.0) / 2.0, 0.0)
+
+
 def decay_at(decay: Decay, t: Any, kappa: Any) -> Any:
     """``rho`` of a step of ``kappa`` base steps from ``t``, which is to be raised to ``kappa``.
 
-    A schedule's ``geometric_mean(t, kappa)`` where it has one, else its value at ``t``.
+    A schedule's ``geometric_mean(t, kappa)`` where it has one, else its value in their middle.
     """
     if not callable(decay):
         return decay
     if hasattr(decay, "geometric_mean"):
         return decay.geometric_mean(t, kappa)
-    return decay(t)
+    return decay(midpoint(t, kappa))
 
 
 def _weight(decay: Decay, t: Any, kappa: Any) -> Any:

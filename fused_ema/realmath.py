@@ -59,9 +59,26 @@ def cos(x: Real) -> Real:
     return math.cos(x) if _is_number(x) else x.cos()
 
 
-def at_most(x: Real, limit: float) -> Real:
-    """The smaller of both."""
-    return min(x, limit) if _is_number(x) else x.clamp(max=limit)
+def exp(x: Real) -> Real:
+    """``e**x``."""
+    return math.exp(x) if _is_number(x) else x.exp()
+
+
+def ceil(x: Real) -> Real:
+    """The next whole number from ``x`` up."""
+    return float(math.ceil(x)) if _is_number(x) else x.ceil()
+
+
+def at_most(x: Real, limit: Any) -> Real:
+    """The smaller of both; ``limit`` may be a float beside a tensor."""
+    if _is_number(x):
+        return x if x <= limit else float(limit)
+    return x.clamp(max=limit)
+
+
+def at_least(x: Real, limit: float) -> Real:
+    """The larger of both."""
+    return max(x, limit) if _is_number(x) else x.clamp(min=limit)
 
 
 def where(condition: Any, yes: Any, no: Real) -> Real:

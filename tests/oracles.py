@@ -122,8 +122,8 @@ def scaled_log_beta(config: OracleConfig, beta: float) -> float:
 
 
 def ema_weight(decay: Decay, clock: float, kappa: float) -> float:
-    """1 - rho^kappa, with a scheduled rho read at the base step `clock`."""
-    rho = decay(clock) if callable(decay) else decay
+    """1 - rho^kappa, with a scheduled rho read in the middle of the base steps from `clock`."""
+    rho = decay(max(clock + (kappa - 1) / 2, 0)) if callable(decay) else decay
     return -math.expm1(kappa * log_or_minus_infinity(rho))
 
 

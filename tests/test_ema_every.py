@@ -32,7 +32,7 @@ def expected_averages(trajectory, rho, every: int):
 cosine, profile = CosineDecay(0.5, total=20.0), PowerDecay(3.0)
 DECAYS = {
     "constant": (0.9, lambda t, kappa: 0.9),
-    "schedule": (cosine, lambda t, kappa: cosine(t)),
+    "schedule": (cosine, lambda t, kappa: cosine(max(t + (kappa - 1) / 2, 0))),
     "power": (profile, profile.geometric_mean),
 }
 
