@@ -38,7 +38,8 @@ class FusedScaledAdam(FusedScaledOptimizer):
         decoupled_weight_decay: AdamW's decay instead of the L2 penalty.
         beta_scaling: ``"exponential"``, ``beta**kappa``, or ``"linear"``, ``1 - kappa*(1 - beta)``.
             With ``"linear"``, bias correction after a change of ``kappa`` is that of the same
-            number of base steps at the new ``kappa``; with ``"exponential"`` it is exact.
+            number of base steps at the new ``kappa``, and the step warns where that changes its
+            length by more than 0.2 %; with ``"exponential"`` it is exact.
         weight_decay_scaling: decoupled decay alone: ``"exact"`` keeps
             ``(1 - lr*weight_decay)**kappa``, ``"none"`` the coefficient.
         options: ``ema_decay``, ``ema``, ``ema_order``, ``kappa``, ``model``, ``ema_buffers``,

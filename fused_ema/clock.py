@@ -19,7 +19,7 @@ from .state import counter, counter_device
 
 def check(group: Mapping[str, Any]) -> None:
     """Raise ValueError for counts that no step could go on from."""
-    for field in ("base_steps", "ema_waited"):
+    for field in ("base_steps", "ema_waited", "stepped_kappa"):
         number(field, group.get(field, 0.0))
     skips = group.get("ema_skips", 0)
     if not isinstance(skips, int) or skips < 0:

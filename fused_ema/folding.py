@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from .backends.plan import Scalars
+from .bias import follow_kappa
 from .ema import EmaDecay, decays, ema_weights
 from .formats import is_too_slow, step_seed, warn_of_rounding
 from .rules import Rule
@@ -116,6 +117,9 @@ class Folder:
             for group, given, old in zip(groups, fields, known, strict=True)
         ]
         self._warn(known, scaled)
+        for group, new in zip(groups, scaled, strict=True):
+            if group.get("beta_scaling") == "linear":
+                follow_kappa(group, new.kappa)
         moved = any(
             old is not new and (old is None or old.place != new.place)
             for old, new in zip(known, scaled, strict=True)
