@@ -101,7 +101,8 @@ def test_counters_on_the_device_are_zeroed_where_they_are():
 
 def test_a_step_that_a_scaler_skipped_is_taken_back_first():
     params = [nn.Parameter(torch.ones(2))]
-    opt = FusedScaledAdamW(params, ema_decay=0.75, backend="triton")  # whose kernels skip
+    # whose kernels skip
+    opt = FusedScaledAdamW(params, ema_decay=0.75, backend="triton", fused=True)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.zeros(()))
     params[0].grad = torch.full((2,), torch.inf)

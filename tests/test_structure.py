@@ -11,7 +11,7 @@ PACKAGE = Path(fused_ema.__file__).parent
 # Each may import from itself and from what stands before it.
 LAYERS = (
     ("realmath", "values", "_native", "kernels", "names", "claims"),
-    ("scaling", "tensorlist", "sharding", "blending", "bias"),
+    ("scaling", "tensorlist", "sharding", "blending", "overlap", "bias"),
     ("ema", "posthoc", "progressive", "formats"),
     ("rules",),
     ("buckets", "device_folding", "build", "gradients", "swap"),

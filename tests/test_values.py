@@ -95,6 +95,7 @@ def test_any_number_enters_as_a_float(number):
     assert_plain(opt)
 
 
+@pytest.mark.filterwarnings("ignore:ema_decay=")  # of values that differ from the given
 @pytest.mark.parametrize("field", ["betas", "ema_decay"])
 @pytest.mark.parametrize("how", ["constructor", "group", "added", "loaded", "written", "read"])
 @pytest.mark.parametrize("pair", PAIRS[:-1], ids=lambda pair: type(pair).__name__)
@@ -141,6 +142,7 @@ def test_several_averages_of_any_sequence():
     assert {"ema", "ema_1", "ema_2"} <= set(ema.state[p])
 
 
+@pytest.mark.filterwarnings("ignore:ema_decay=")  # of values that differ from the given
 def test_a_number_written_into_a_group_is_taken_at_the_next_step():
     opt = FusedScaledSGD([parameter()], lr=0.5, ema_decay=0.5)
     opt.step()
