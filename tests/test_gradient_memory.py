@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
@@ -115,6 +116,24 @@ def test_a_gradient_without_values_is_refused(engine):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = mode.from_tensor(VALUES)
     refused(fake, engine, RuntimeError, "fake")
+
+
+@pytest.fixture
+def alone(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("engine", BACKENDS)
+def test_a_gradient_that_may_lie_elsewhere_in_part_is_refused(engine, alone):
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1,))
+    for placement in (Replicate(), Shard(0), Partial()):
+        grad = DTensor.from_local(VALUES.clone(), mesh, [placement])
+        refused(grad, engine, RuntimeError, "received a DTensor")
 
 
 @pytest.mark.parametrize("engine", BACKENDS)

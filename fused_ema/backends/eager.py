@@ -69,7 +69,9 @@ class EagerPlan:
             if grad is not None:
                 if key.states is None:
                     return False
-                grad = taken(local(grad), local(slot.param), key.differentiable)
+                if key.spread is not None:  # else it has to be whole, which is looked at
+                    grad = local(grad)
+                grad = taken(grad, local(slot.param), key.differentiable)
                 step = slot.state["step"].item() + fold.kappas[slot.group]
             slots, grads = members.setdefault((slot.group, step), ([], []))
             slots.append(slot)
