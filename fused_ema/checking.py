@@ -14,6 +14,7 @@ from .folding import Checked, Group, plain_fields
 from .formats import FORMATS, STATE_FORMATS
 from .rules import Rule, check_choice
 from .scaling import check_range
+from .values import as_given
 
 # The default of ``kappa``, told by identity from a 1.0 that a user gives.
 KAPPA = float("1")
@@ -34,6 +35,7 @@ def check_group(rule: Rule, group: Group, backend: str) -> Checked:
         ValueError: a bad value, also one that the scaling rules cannot follow, or values that
             exclude each other.
     """
+    group = as_given(group)
     for flag in (*SWITCHES, *(flag for flag in rule.flags if not flag.endswith("_scaling"))):
         _check_switch(flag, group[flag])
     # in a graph of its own where gradients are to reach what is scaled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from operator import index, itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from .bias import follow_kappa
 from .ema import EmaDecay, decays, ema_weights
 from .formats import is_too_slow, step_seed, warn_of_rounding
 from .rules import Rule
-from .values import PLAIN, as_given, field
+from .values import PLAIN, as_given
 
 # Fields besides the rule's own that decide in which bucket a group's parameters are.
 PLACING = (
@@ -154,7 +154,7 @@ class Folder:
         return _remembered(plain(given, group)) if group["capturable"] else given
 
     def _scale(
-        self, group: Group, given: tuple[Any, ...], old: _Scaled | None, check: Check
+        self, group: dict[str, Any], given: tuple[Any, ...], old: _Scaled | None, check: Check
     ) -> _Scaled:
         count = len(self._rule.numbers)
         numbers, others = given[:count], given[count:]
@@ -166,6 +166,7 @@ class Folder:
             and all(map(_is_plain, numbers))
         ):
             return self._rescale(group, numbers, old)
+        group.update(as_given(group))  # flags, too
         values, hyper = check(group)
         ema_decay, kappa = values["ema_decay"], values["kappa"]
         place = others[-len(PLACING) :]
@@ -211,7 +212,7 @@ class Folder:
     def seed(self, group: int) -> int:
         """Of the random bits that round a group's averages at this step."""
         fields = self.groups[group]
-        return int(step_seed(fields["ema_seed"], fields["base_steps"]))
+        return int(step_seed(index(fields["ema_seed"]), fields["base_steps"]))
 
     def weights(self, group: int) -> tuple[float, ...]:
         """The EMA weights of a group at this step; a schedule is asked once."""
@@ -245,7 +246,7 @@ def plain_fields(rule: Rule, group: Group) -> dict[str, Any]:
         ValueError: a tensor requires grad where gradients do not reach it, or holds more than one
             element.
     """
-    given = {name: field(name, group[name]) for name in (*rule.hyper, "ema_decay")}
+    given = {name: group[name] for name in (*rule.hyper, "ema_decay")}
     for name, value in given.items():
         reached = group["differentiable"] and name not in ("kappa", "ema_decay")
         _check_tensors(name, value, reached)

@@ -236,6 +236,7 @@ class FusedScaledOptimizer(EmaAccess):
         self._set_all("max_grad_norm", value)
 
     def _set_all(self, field: str, value: Any) -> None:
+        value = number(value)
         self._check_groups([{**group, field: value} for group in self.param_groups])
         for fields in (self.defaults, *self.param_groups):
             fields[field] = value

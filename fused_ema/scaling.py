@@ -146,7 +146,7 @@ def check_range(
         at_end = (value == low and ends[0] == "<") or (value == high and ends[1] == "<")
         if low <= value <= high and not at_end:
             return
-    except (TypeError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError):
         what = "not a number"
     allowed = f"{low} {ends[0]} {name} {ends[1]} {high}"
     raise ValueError(f"{name}={value!r} is {what}; allowed: {allowed}")

@@ -158,6 +158,52 @@ def test_a_number_written_into_a_group_is_taken_at_the_next_step():
     assert_plain(opt)
 
 
+@pytest.mark.parametrize(
+    "flag", ["amsgrad", "maximize", "master_weights", "decoupled_weight_decay"]
+)
+def test_a_flag_of_numpys_is_one_wherever_it_is_written(flag):
+    opt, twin = (FusedScaledAdam([parameter()], weight_decay=0.5, ema_decay=0.5) for _ in range(2))
+    opt.step()
+    twin.step()
+    opt.param_groups[0][flag] = np.bool_(True)
+    twin.param_groups[0][flag] = True
+    opt.kappa = twin.kappa = 2.0  # checks all of a group
+    for each in (opt, twin):
+        each.step()
+        each.step()
+    (p,), (q,) = (each.param_groups[0]["params"] for each in (opt, twin))
+    assert torch.equal(p, q)
+    assert_plain(opt)
+
+
+def test_a_seed_of_numpys_gives_the_bits_of_pythons():
+    options = {"ema_decay": 0.9, "ema_format": "bf16", "backend": "reference"}
+    opt, twin = (FusedScaledSGD([parameter()], lr=0.1, **options) for _ in range(2))
+    opt.param_groups[0]["ema_seed"] = np.int32(7)
+    twin.param_groups[0]["ema_seed"] = 7
+    for each in (opt, twin, opt, twin):
+        each.step()
+    (p,), (q,) = (each.param_groups[0]["params"] for each in (opt, twin))
+    assert torch.equal(opt.state[p]["ema"], twin.state[q]["ema"])
+    opt.param_groups[0]["lr"] = 0.2
+    opt.param_groups[0]["ema_decay"] = (0.9,)
+    opt.step()
+    assert_plain(opt)
+
+
+@pytest.mark.parametrize("value", [np.int64(2), np.array(2)])
+def test_what_is_set_for_all_groups_becomes_a_number(value):
+    opt = FusedScaledSGD([parameter()], lr=0.1, ema_decay=0.5)
+    opt.ema_every = opt.max_grad_norm = value
+    assert_plain(opt)
+    assert opt.ema_every == opt.max_grad_norm == 2
+
+
+def test_an_array_of_several_numbers_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"lr=array\(\[0.1, 0.2\]\) is not a number"):
+        FusedScaledSGD([parameter()], lr=np.array([0.1, 0.2]))
+
+
 def test_a_group_that_was_given_is_not_written():
     given = {"params": [parameter()], "betas": [0.5, 0.75], "note": [1]}
     opt = FusedScaledAdam([given])
