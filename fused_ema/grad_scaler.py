@@ -20,9 +20,8 @@ class GradScaler(torch.amp.GradScaler):
 
     torch's own reads and writes every gradient to see whether it is finite. Here the sum of squares
     tells, which ``max_grad_norm`` needs anyway: a step reads the gradients twice and writes none,
-    also of an optimizer without ``fused=True``. Squares are added in float32 at least, so that an
-    element beyond about 1e19 counts as not finite. After ``unscale_`` gradients are taken as they
-    are. Arguments, methods and other optimizers: as torch's.
+    also of an optimizer without ``fused=True``. After ``unscale_`` gradients are taken as they are.
+    Arguments, methods and other optimizers: as torch's.
     """
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
