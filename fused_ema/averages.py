@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import formats, sharding
 from .names import renamed
@@ -30,7 +31,7 @@ def state_dict(
     result: dict[str, Tensor] = {}
     found = False
     for key, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or is_lazy(value):
             result[key] = value
             continue
         found = found or value in averages

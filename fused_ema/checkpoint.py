@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import clock, formats, sharding
 from .buckets import COMPUTE_DTYPE, TEACHER, is_fixed, is_there, wants_master
@@ -312,7 +313,8 @@ def _is_empty(value: Any) -> bool:
 
 
 def _laid_out(key: str, value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
-    if value.shape != param.shape:
+    lazy = is_lazy(param)  # the first step looks at the shape
+    if not lazy and value.shape != param.shape:
         raise ValueError(
             f"state_dict: {key!r} has shape {tuple(value.shape)}, its parameter "
             f"{tuple(param.shape)}"
@@ -321,6 +323,8 @@ def _laid_out(key: str, value: Tensor, param: Tensor, dtype: torch.dtype) -> Ten
         raise ValueError(
             f"state_dict: {key!r} has dtype {value.dtype}; allowed: what casts to {dtype}"
         )
+    if lazy:
+        return value.detach().to(param.device, dtype, copy=True)
     return sharding.copy(torch.empty_like(param, dtype=dtype).detach(), value.detach())
 
 

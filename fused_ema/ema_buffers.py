@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .buckets import COMPUTE_DTYPE
 from .claims import claim
@@ -75,8 +76,9 @@ class _Place(NamedTuple):
 
     @property
     def value(self) -> Tensor | None:
+        """The buffer, None where there is none: also of a lazy module before its first forward."""
         found: Tensor | None = self.owner._buffers[self.key]
-        return found
+        return None if is_lazy(found) else found
 
 
 class EmaBuffers:
@@ -213,7 +215,8 @@ class EmaBuffers:
     def by_name(self, index: int) -> dict[str, tuple[Tensor, Tensor]]:
         """The model's buffers by name, each with what the average has in its place."""
         held = self.values(index)
-        return {name: (buffer, held[buffer]) for name, buffer in self.model.named_buffers()}
+        buffers = self.model.named_buffers()
+        return {name: (buffer, held[buffer]) for name, buffer in buffers if buffer in held}
 
     def entry(self) -> dict[str, dict[str, Tensor]]:
         """What a state dict holds: the held buffers themselves, by average and name."""

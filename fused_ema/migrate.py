@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .buckets import COMPUTE_DTYPE, TEACHER
 from .ema import ema_keys
@@ -74,6 +75,11 @@ def load_ema(
     optimizer._check_not_swapped("load_ema()")
     if not isinstance(state, Mapping):
         raise ValueError(f"state: received a {type(state).__name__}; allowed: a state dict")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"model: {name!r} has no shape yet; allowed: after the first forward of its module"
+            )
     layout = next(known for known in LAYOUTS if known.marks <= state.keys())
     begun = _begun(optimizer, index)
     buffers = optimizer._buffers

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import formats, sharding
 from .buckets import COMPUTE_DTYPE, TEACHER, dense_order, is_active, is_fixed, wants_master
@@ -298,6 +299,11 @@ def _beside(value: Tensor, param: Tensor, dtype: torch.dtype, key: str) -> Tenso
 
 def check_shape(teacher: Tensor, param: Tensor, name: str) -> None:
     """Raise ValueError unless ``teacher`` has the parameter's shape."""
+    for what, tensor in ((name, teacher), (f"the parameter of {name}", param)):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"ema: {what} has no shape yet; allowed: after the first forward of its lazy module"
+            )
     if teacher.shape != param.shape:
         raise ValueError(
             f"ema: {name} has shape {tuple(teacher.shape)}, its parameter {tuple(param.shape)}"

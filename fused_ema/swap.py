@@ -7,6 +7,7 @@ from contextlib import ContextDecorator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import _native
 from .sharding import local, place, placed_alike
@@ -17,7 +18,9 @@ FIRST_VERSION_INSIDE = 1 << 31
 
 def is_shown(tensor: Tensor) -> bool:
     """Whether a tensor holds an average, inside the ``ema_weights()`` of any optimizer."""
-    return not tensor.is_inference() and tensor._version >= FIRST_VERSION_INSIDE
+    if is_lazy(tensor) or tensor.is_inference():
+        return False
+    return tensor._version >= FIRST_VERSION_INSIDE
 
 
 class Flag:
@@ -108,7 +111,7 @@ def begun(
     tensors: dict[Tensor, Kept] = {}
 
     def keep(tensor: Tensor, copied: bool, name: str) -> None:
-        if tensor in tensors:
+        if tensor in tensors or is_lazy(tensor):
             return
         value = values.get(tensor)
         if value is tensor:

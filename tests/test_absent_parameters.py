@@ -88,6 +88,98 @@ def test_a_lazy_parameter_is_followed_from_the_first_step_at_which_it_exists(kin
         torch.testing.assert_close(ema.state[p]["ema"], (p.detach() + start) / 2)
 
 
+def lazy_network(kind=nn.LazyLinear, norm=nn.LazyBatchNorm1d, **options):
+    torch.manual_seed(0)
+    first = kind(3) if kind is nn.LazyLinear else kind(5, 3)
+    module = nn.Sequential(
+        first, norm() if norm is nn.LazyBatchNorm1d else norm(3), nn.Linear(3, 2)
+    )
+    options = {"lr": 0.125, "ema_decay": 0.5, "model": module, "ema_buffers": "average", **options}
+    return module, fused_ema.FusedScaledAdamW(module.parameters(), **options)
+
+
+def train(module, opt, steps=2):
+    for _ in range(steps):
+        opt.zero_grad()
+        module(torch.linspace(-1, 1, 20).view(4, 5).sin()).sum().backward()
+        opt.step()
+
+
+def read(module, opt):
+    """All calls that read an average, or bring back a state."""
+    with opt.ema_weights():
+        pass
+    assert opt.ema_state_dict(module).keys() == module.state_dict().keys()
+    opt.load_state_dict(opt.state_dict())
+    opt.copy_ema_to(module)
+
+
+def test_lazy_buffers_are_followed_like_those_of_a_module_that_is_there():
+    module, opt = lazy_network()
+    read(module, opt)
+    opt.step()
+    read(module, opt)
+    module(torch.ones(4, 5))
+    there, twin = lazy_network(nn.Linear, nn.BatchNorm1d)
+    there.load_state_dict(module.state_dict())
+    # the twin's first step is the lazy one's second: what is not lazy has begun before, alike
+    for each, its in ((module, opt), (there, twin)):
+        train(each, its)
+        read(each, its)
+        train(each, its)
+    found, expected = opt.ema_state_dict(module), twin.ema_state_dict(there)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_lazy_module_that_comes_to_be_while_an_average_is_read():
+    module, opt = lazy_network()
+    with opt.ema_weights():
+        module(torch.ones(4, 5))
+    start = module[0].weight.detach().clone()
+    train(module, opt, 1)
+    expected = (start + module[0].weight.detach()) / 2
+    torch.testing.assert_close(opt.state[module[0].weight]["ema"], expected)
+
+
+@pytest.mark.parametrize("ema_format", ["full", "bf16", "delta"])
+def test_a_state_loads_before_the_first_forward(ema_format):
+    module, opt = lazy_network(ema_format=ema_format)
+    train(module, opt)
+    other, resumed = lazy_network(ema_format=ema_format)
+    resumed.load_state_dict(opt.state_dict())
+    other.load_state_dict(module.state_dict())
+    for each, its in ((module, opt), (other, resumed)):
+        train(each, its)
+    found, expected = resumed.ema_state_dict(other), opt.ema_state_dict(module)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_state_of_another_shape_than_a_lazy_parameter_gets_moves_nothing():
+    module, opt = lazy_network(norm=nn.BatchNorm1d)
+    train(module, opt)
+    other, resumed = lazy_network(norm=nn.BatchNorm1d)
+    resumed.load_state_dict(opt.state_dict())
+    other(torch.ones(4, 6)).sum().backward()
+    before = [p.detach().clone() for p in other.parameters()]
+    with pytest.raises(RuntimeError, match=r"shape \(3, 5\), its parameter \(3, 6\)"):
+        resumed.step()
+    assert all(map(torch.equal, before, other.parameters()))
+
+
+def test_what_needs_shapes_says_so():
+    module, opt = lazy_network()
+    train(module, opt)
+    lazy, its = lazy_network()
+    for call in (
+        lambda: opt.copy_ema_to(lazy),
+        lambda: lazy_network(ema=lazy),
+        lambda: fused_ema.load_ema(its, lazy, opt.ema_state_dict(module)),
+    ):
+        with pytest.raises(ValueError, match="has no shape yet; allowed: after the first forward"):
+            call()
+
+
 def test_lazy_parameters_step_as_torchs():
     torch.manual_seed(0)
     modules = [nn.Sequential(nn.LazyLinear(3)) for _ in "ab"]
