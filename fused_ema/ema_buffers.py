@@ -78,7 +78,7 @@ class _Place(NamedTuple):
     def value(self) -> Tensor | None:
         """The buffer, None where there is none: also of a lazy module before its first forward."""
         found: Tensor | None = self.owner._buffers[self.key]
-        return None if is_lazy(found) else found
+        return None if found is None or is_lazy(found) else found
 
 
 class EmaBuffers:
