@@ -60,7 +60,7 @@ class Stepper:
         self._shards: Shards | None = None
         self._spreads: list[Spread | None] = []
         self._watched = 0
-        self._params: list[Tensor] = []  # local ones, in all groups
+        self._written: list[Tensor] = []  # local parameters, in all groups, then averages
         self._places = Places([])
         self._turns: list[int | None] = []
         self.host_folded = False
@@ -130,11 +130,11 @@ class Stepper:
         return [plan.skipping for plan in self.plans if plan.skipping is not None]
 
     def _lie_apart_as_before(self) -> bool:
-        """Whether the same parameters share memory as when the plans were made."""
-        if self._places.unchanged(self._params):
+        """Whether what shared memory when the plans were made still does, and nothing else."""
+        if self._places.unchanged(self._written):
             return True
-        self._places = Places(self._params)
-        return self._turns == turns(spans(self._params))
+        self._places = Places(self._written)
+        return self._turns == turns(spans(self._written))
 
     def _prepare_plans(self) -> bool:
         if self.host_folded and any(map(graphs.is_capturing, set(self._devices))):
@@ -169,9 +169,16 @@ class Stepper:
         complete()
         self._absent = [p for group in groups for p in group["params"] if not is_there(p)]
         requested = [requested_backend(group, self._backend) for group in groups]
-        self._params = [local(param) for group in groups for param in group["params"]]
-        self._places, self._turns = Places(self._params), turns(spans(self._params))
-        buckets = make_buckets(self._rule, groups, state, requested, self._turns, self._averaged)
+        params = [local(param) for group in groups for param in group["params"]]
+        in_turn = turns(spans(params))
+        buckets = make_buckets(self._rule, groups, state, requested, in_turn, self._averaged)
+        self._written = [*params, *_averages(buckets)]
+        self._places, self._turns = Places(self._written), turns(spans(self._written))
+        if any(turn is not None for turn in self._turns[len(params) :]):
+            raise ValueError(
+                "ema: an average (or its teacher's tensor) shares memory with a parameter or "
+                "another average; allowed: memory of its own for each"
+            )
         self._devices = [bucket.key.device for bucket in buckets]
         self._spreads = [bucket.key.spread for bucket in buckets]
         self._shards = _shards(buckets) if any(self._spreads) else None
@@ -182,6 +189,15 @@ class Stepper:
         self.plans = [backend.plan(bucket) for backend, bucket in chosen]
         self.skips = all(plan.skipping is not None for plan in self.plans)
         self._watch = Watch(groups, state)
+
+
+def _averages(buckets: Sequence[Bucket]) -> list[Tensor]:
+    return [
+        local(slot.state[key])
+        for bucket in buckets
+        for slot in bucket.slots
+        for key in bucket.average_keys
+    ]
 
 
 def _shards(buckets: Sequence[Bucket]) -> Shards:

@@ -139,6 +139,39 @@ def test_what_shares_nothing_stays_together():
     assert len(opt.backends) == 3
 
 
+@pytest.mark.parametrize("engine", BACKENDS)
+@pytest.mark.parametrize("other", ["weight", "average"])
+def test_an_average_that_comes_to_share_memory_is_refused(other, engine):
+    student, teacher = (
+        nn.ParameterList([nn.Parameter(torch.ones(8)) for _ in range(2)]) for _ in "ab"
+    )
+    opt = FusedScaledSGD(student, lr=0.5, ema_decay=0.5, ema=teacher, backend=engine)
+    for param in student:
+        param.grad = torch.ones(8)
+    opt.step()
+    kept, source = teacher[0].data, student[0] if other == "weight" else teacher[1]
+    teacher[0].data = source.data
+    before = [t.detach().clone() for t in (*student, *teacher)]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="shares memory"):
+            opt.step()
+    assert all(map(torch.equal, before, (*student, *teacher)))
+    teacher[0].data = kept
+    opt.step()
+    # 1, 0.5, 0: averages of 0.75, then 0.375
+    assert torch.equal(teacher[0], torch.full((8,), 0.375))
+
+
+def test_averages_of_parameters_that_share_memory_may_not():
+    _, params = shared_parameters()
+    opt = run(params, "native", steps=1, ema_decay=0.5)
+    opt.state[params[0]]["ema"] = opt.state[params[1]]["ema"]
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="shares memory"):
+        opt.step()
+    assert all(map(torch.equal, before, params))
+
+
 def test_lazy_clones_are_memory_of_their_own():
     values = torch.ones(10)
     params = [nn.Parameter(torch._lazy_clone(values)) for _ in range(2)]
