@@ -64,10 +64,15 @@ def _check(grad: Tensor, param: Tensor) -> None:
             f"grad does not match its parameter: received a DTensor {place(grad)}, allowed: a "
             "tensor that is whole in every process, such as grad.full_tensor()"
         )
-    # who has a fake tensor has imported this
-    module: Any = sys.modules.get("torch._subclasses.fake_tensor")
-    if module is not None and module.is_fake(grad) and not module.is_fake(param):
+    if is_fake(grad) and not is_fake(param):
         raise RuntimeError("grad is a fake tensor, without values; its parameter is none")
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has shape and dtype alone."""
+    # who has one has imported this
+    module: Any = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and bool(module.is_fake(tensor))
 
 
 class Control:

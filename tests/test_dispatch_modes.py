@@ -140,6 +140,17 @@ def test_kernels_asked_for_by_name_refuse(engine):
 
 
 @pytest.mark.parametrize("cls", [FusedScaledSGD, FusedScaledAdamW])
+def test_fake_tensors_are_stepped_outside_their_mode(cls):
+    with FakeTensorMode():
+        param = nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+    opt = cls([param], lr=0.1, ema_decay=0.5)
+    for _ in range(2):
+        opt.step()
+    assert isinstance(opt.state[param]["ema"], FakeTensor)
+
+
+@pytest.mark.parametrize("cls", [FusedScaledSGD, FusedScaledAdamW])
 def test_fake_tensors_are_stepped(cls):
     with FakeTensorMode() as mode:
         param = nn.Parameter(torch.ones(3))

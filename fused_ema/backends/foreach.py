@@ -9,7 +9,10 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
+from .._native import is_plain
 from ..buckets import Bucket
+from ..gradients import is_fake
+from ..sharding import local
 from ..tensorlist import TensorList
 from . import eager
 from .eager import EagerPlan, Row, Wrap, real
@@ -29,8 +32,8 @@ def unsupported(bucket: Bucket) -> str | None:
 class ForeachPlan(EagerPlan):
     """Rows are stepped as lists, but for tensors with values that torch's ``lerp`` cannot keep.
 
-    Those are stepped one by one. The largest values are looked at before every step, which waits
-    for the device once a row.
+    Those are stepped one by one, and so are tensor subclasses. The largest values of others are
+    looked at before every step, which waits for the device once a row.
     """
 
     @torch.no_grad()
@@ -42,11 +45,15 @@ class ForeachPlan(EagerPlan):
 
     def _parts(self, row: Row, control: Tensor | None) -> Iterator[tuple[Row, Wrap]]:
         """The row without what has to be stepped one by one, then each of those."""
-        if torch._C._len_torch_dispatch_stack() or self._device.type == "meta":
+        params = [local(slot.param) for slot in row.slots]
+        looked_on = torch._C._len_torch_dispatch_stack() > 0
+        if looked_on or self._device.type == "meta" or any(map(is_fake, params)):
             yield row, TensorList  # there are no values to look at
             return
-        limit = torch.finfo(self._dtype).max ** EXPONENT
-        small = [size < limit for size in self._largest(row, control)]
+        small = [False] * len(params)
+        if all(map(is_plain, params)):
+            limit = torch.finfo(self._dtype).max ** EXPONENT
+            small = [size < limit for size in self._largest(row, control)]
         listed = [i for i, is_small in enumerate(small) if is_small]
         if listed:
             yield _part(row, listed), TensorList
