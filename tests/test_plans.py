@@ -209,6 +209,29 @@ def test_tensor_subclasses_do_not_reach_the_native_loop():
         make(params, "native").step()
 
 
+@pytest.mark.parametrize("engine", ["auto", "foreach", "reference"])
+@pytest.mark.parametrize("size", [1.0, 1e25])  # squares overflow
+def test_tensor_subclasses_count_in_the_norm_that_all_are_clipped_to(size, engine):
+    def clipped(wrap):
+        params = [nn.Parameter(wrap(torch.ones(4))), nn.Parameter(torch.ones(4))]
+        optimizer = FusedScaledSGD(params, lr=1.0, max_grad_norm=1.0, backend=engine)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones_like(p) * size
+            optimizer.step()
+        return optimizer.grad_norm.item(), params
+
+    norm, (wrapped, plain) = clipped(lambda tensor: TwoTensor(tensor, tensor.clone()))
+    expected, params = clipped(lambda tensor: tensor)
+    assert norm == expected
+    assert norm == pytest.approx(size * 8**0.5)
+    assert isinstance(wrapped.data, TwoTensor)
+    for found, right in zip(
+        (wrapped.a, wrapped.b, plain), params[:1] * 2 + params[1:], strict=True
+    ):
+        torch.testing.assert_close(found, right.detach())
+
+
 def test_storage_is_replaced_under_the_same_tensor(backend):
     def replace(params, _):
         for p in params:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import formats
+from .._native import is_plain
 from ..blending import moved
 from ..buckets import TEACHER, Bucket, Slot
-from ..gradients import taken
+from ..gradients import is_fake, taken
 from ..rules import ema_update
 from ..sharding import local
 from ..tensorlist import TensorList
@@ -103,7 +104,12 @@ class EagerPlan:
     def sum_of_squares(self) -> Tensor:
         grads = [real(grad) for row in self.rows for grad in row.grads]
         sums = [torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads]
-        return torch.stack([torch.zeros((), dtype=torch.float64, device=self._device), *sums]).sum()
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        total = torch.stack([zero, *sums]).sum()
+        if is_plain(total) or is_fake(total) or torch._C._len_torch_dispatch_stack():
+            return total
+        # a factor for all gradients must not make subclasses of them
+        return zero + total.item()
 
     def step_row(self, row: Row, wrap: Wrap, control: Tensor | None) -> None:
         """Rule and averages of one row, in place."""
