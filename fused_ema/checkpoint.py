@@ -14,10 +14,11 @@ from torch.nn.parameter import is_lazy
 from . import clock, formats, sharding
 from .buckets import COMPUTE_DTYPE, TEACHER, is_fixed, is_there, wants_master
 from .ema import decays, ema_keys, is_constant
-from .ema_buffers import BUFFERS, EmaBuffers
+from .ema_buffers import BUFFERS, EmaBuffers, moving
 from .names import bare
 from .rules import Rule
 from .state import differences, drop_master, state_dtype, weights
+from .together import together
 from .values import as_given
 
 # What stands for a schedule in a state dict: a callable does not pass torch's safe unpickler.
@@ -199,8 +200,7 @@ class _Writes:
         if self.targets:
             # one call, which no signal of Python's interrupts
             torch._foreach_copy_(self.targets, self.sources)
-        for place in self.places:
-            place.apply(None)
+        together(moving(self.places, None))
 
 
 def _teachers_values(

@@ -7,7 +7,8 @@ Where averages do not move at every step, a group also counts the steps that the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .gradients import Control
 from .state import counter, counter_device
+from .together import Call
 
 
 def check(group: Mapping[str, Any]) -> None:
@@ -51,17 +53,16 @@ def complete(group: dict[str, Any]) -> None:
 
 def advance(
     groups: Sequence[dict[str, Any]], kappas: Sequence[float], control: Control | None
-) -> None:
-    """Count a step of every group; ``kappas`` are the values that are known on the host."""
+) -> list[Call]:
+    """What counts a step of every group; ``kappas`` are the values that are known on the host."""
     on_device = []
+    calls = []
     for group, kappa in zip(groups, kappas, strict=True):
         if _on_device(group):
             complete(group)  # the user may have set it
             on_device.append(group)
         else:
-            group["base_steps"] += kappa
-    if not on_device:
-        return
+            calls.append(partial(dict.update, group, base_steps=group["base_steps"] + kappa))
     amounts = [_amount(group, control) for group in on_device]
     for in_tensors in (True, False):
         alike = [
@@ -70,7 +71,8 @@ def advance(
             if isinstance(amount, Tensor) is in_tensors
         ]
         if alike:
-            torch._foreach_add_(*map(list, zip(*alike, strict=True)))
+            calls.append(partial(torch._foreach_add_, *map(list, zip(*alike, strict=True))))
+    return calls
 
 
 def is_due(groups: Sequence[Mapping[str, Any]], every: int) -> bool:
@@ -78,27 +80,29 @@ def is_due(groups: Sequence[Mapping[str, Any]], every: int) -> bool:
     return every == 1 or not groups or int(groups[0].get("ema_skips", 0)) + 1 >= every
 
 
-def wait(groups: Sequence[dict[str, Any]], kappas: Sequence[float], moved: bool) -> None:
-    """Count a step at which averages ``moved``, or not."""
+def wait(groups: Sequence[dict[str, Any]], kappas: Sequence[float], moved: bool) -> list[Call]:
+    """What counts a step at which averages ``moved``, or not."""
+    calls = []
     for group, kappa in zip(groups, kappas, strict=True):
-        skips, waited = group.get("ema_skips", 0), group.get("ema_waited", 0.0)
-        group["ema_skips"] = 0 if moved else skips + 1
-        group["ema_waited"] = 0.0 if moved else waited + kappa
+        skips = 0 if moved else group.get("ema_skips", 0) + 1
+        waited = 0.0 if moved else group.get("ema_waited", 0.0) + kappa
+        calls.append(partial(dict.update, group, ema_skips=skips, ema_waited=waited))
+    return calls
 
 
-def counts(groups: Sequence[dict[str, Any]]) -> Callable[[], None]:
-    """Remember what groups count on the host; calling the result puts it back."""
-    fields = ("base_steps", "ema_skips", "ema_waited")
-    counting = [group for group in groups if not group["capturable"]]
-    held = [{field: group[field] for field in fields if field in group} for group in counting]
-
-    def put_back() -> None:
-        for group, values in zip(counting, held, strict=True):
-            for field in fields:
-                group.pop(field, None)
-            group.update(values)
-
-    return put_back
+def counts(groups: Sequence[dict[str, Any]]) -> list[Call]:
+    """What puts back what groups count on the host, as it is when this is called."""
+    absent = {"ema_skips": 0, "ema_waited": 0.0}
+    return [
+        partial(
+            dict.update,
+            group,
+            base_steps=group["base_steps"],
+            **{field: group.get(field, default) for field, default in absent.items()},
+        )
+        for group in groups
+        if not group["capturable"]
+    ]
 
 
 def _on_device(group: Mapping[str, Any]) -> bool:

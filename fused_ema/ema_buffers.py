@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from operator import setitem
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .blending import lerp
 from .buckets import COMPUTE_DTYPE
 from .claims import claim
 from .gradients import Control
 from .names import bare
 from .realmath import surely
-from .rules import check_choice, ema_update
+from .rules import check_choice
 from .sharding import check_plain
 from .swap import is_shown
+from .together import Call
 
 MODES = ("copy", "average", "leave")
 # Where a parameter's state holds averaged buffers: a dict by average, "0", "1", ..., and name.
@@ -31,8 +35,8 @@ class Move(NamedTuple):
     source: Tensor
     weight: Any
 
-    def apply(self, control: Control | None) -> None:
-        """Carry it out, in place."""
+    def calls(self, control: Control | None) -> list[Call]:
+        """What writes the new value, which is computed here."""
         held, source, weight = self
         taken = None if control is None else control.taken(held.device)
         source = source.to(held.device, held.dtype)
@@ -41,13 +45,12 @@ class Move(NamedTuple):
                 weight = taken * weight
             if isinstance(weight, Tensor):
                 weight = weight.to(held.device, held.dtype)
-            ema_update(held, source, weight)
-        elif taken is None:
-            held.copy_(source)
-        else:
+            source = lerp(held, source, weight)
+        elif taken is not None:
             if held.itemsize == 1:  # bytes are chosen from whatever float8 they are
                 held, source = held.view(torch.uint8), source.view(torch.uint8)
-            held.copy_(source.where(taken != 0.0, held))
+            source = source.where(taken != 0.0, held)
+        return [partial(held.copy_, source)]
 
 
 class Placement(NamedTuple):
@@ -57,11 +60,11 @@ class Placement(NamedTuple):
     key: str
     value: Tensor
 
-    def apply(self, control: Control | None) -> None:
-        """Carry it out, unless the step is skipped, which the host waits to know."""
+    def calls(self, control: Control | None) -> list[Call]:
+        """What puts it there, unless the step is skipped, which the host waits to know."""
         taken = None if control is None else control.taken(torch.device("cpu"))
-        if taken is None or taken != 0.0:
-            self.into[self.key] = self.value
+        is_taken = taken is None or taken != 0.0
+        return [partial(setitem, self.into, self.key, self.value)] if is_taken else []
 
 
 Moves: TypeAlias = "list[Move | Placement]"
@@ -128,7 +131,7 @@ class EmaBuffers:
         for held in self.held[self._first_own :]:
             for move in self._following(held, 1.0):
                 if isinstance(move, Placement) and move.key not in held:
-                    move.apply(None)
+                    held[move.key] = move.value
 
     def moves(self, weights: Sequence[float]) -> Moves:
         """What a step does to the held buffers, checked: ``weights`` are ``1 - rho**kappa``.
@@ -297,10 +300,9 @@ def resolve(model: nn.Module | None, mode: str | None, teacher: Any) -> EmaBuffe
 
 
 @torch.no_grad()
-def apply(moves: Moves, control: Control | None) -> None:
-    """Carry out the moves, in place."""
-    for move in moves:
-        move.apply(control)
+def moving(moves: Moves, control: Control | None) -> list[Call]:
+    """What carries out the moves, in place."""
+    return [call for move in moves for call in move.calls(control)]
 
 
 def _places(module: nn.Module) -> dict[str, _Place]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from .buckets import is_fixed, is_there
 from .checking import KAPPA, agreed, check_group, check_groups
 from .checkpoint import ASKED
 from .ema import EmaDecay, decays, only_half_life
-from .ema_buffers import BUFFERS, EmaBuffers, Moves, apply, resolve
+from .ema_buffers import BUFFERS, EmaBuffers, Moves, moving, resolve
 from .folding import Checked
 from .gradients import Verdict, clipped, summed, unscaling
 from .rules import FROZEN, Rule, check_choice
@@ -43,6 +44,7 @@ from .teacher import (
     pair,
     resharding_modules,
 )
+from .together import Call, together
 from .values import as_given, number
 
 
@@ -51,7 +53,7 @@ class _Doubt(NamedTuple):
 
     verdict: Verdict
     counted: list[Slots]
-    put_back: Callable[[], None]
+    put_back: list[Call]
 
 
 class _UnscalesItself:
@@ -362,15 +364,16 @@ class FusedScaledOptimizer(EmaAccess):
         if found_inf is not None and stepper.host_counted:
             put_back = clock.counts(self.param_groups)
             doubt = _Doubt(Verdict(found_inf), stepper.counted(), put_back)
-        stepper.run(control)
-        if averaged:
-            reshard(self._teacher_modules)
-        if moves:
-            apply(moves, control)
-        clock.advance(self.param_groups, stepper.folder.kappas, control)
+        calls = stepper.running(control)
+        calls += clock.advance(self.param_groups, stepper.folder.kappas, control)
         if self.param_groups[0]["ema_every"] > 1:
-            clock.wait(self.param_groups, stepper.folder.kappas, averaged)
-        self._doubt = doubt
+            calls += clock.wait(self.param_groups, stepper.folder.kappas, averaged)
+        calls += moving(moves, control)
+        calls.append(partial(setattr, self, "_doubt", doubt))
+        if averaged:
+            reshard(self._teacher_modules)  # the full copies, which nothing reads in between
+        with torch.no_grad():
+            together(calls)
 
     @_disable_dynamo
     def _settle(self) -> None:
@@ -379,11 +382,11 @@ class FusedScaledOptimizer(EmaAccess):
         The host counts a step before the device has said whether it is taken, and asks when it
         needs the counts again: step() waits for no device but, at most, for the step before.
         """
-        doubt, self._doubt = self._doubt, None
+        doubt = self._doubt
         if doubt is not None and doubt.verdict.skipped():
-            doubt.put_back()
-            for slots in doubt.counted:
-                slots.uncount()
+            uncounting = [partial(slots.uncount) for slots in doubt.counted]
+            together([*doubt.put_back, *uncounting, partial(setattr, self, "_doubt", None)])
+        self._doubt = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as torch does; ``ema`` in it: its own teacher, without buffers.

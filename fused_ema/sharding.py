@@ -9,10 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .together import Call
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -184,9 +187,9 @@ class Shards:
             for param in self._params:
                 param._local_tensor.grad = None
 
-    def mark_written(self) -> None:
-        """Tell autograd that parameters and averages were written through their local tensors."""
-        torch.autograd.graph.increment_version([*self._moving, *self._averages])
+    def marking_written(self) -> Call:
+        """What tells autograd that parameters and averages were written in their local tensors."""
+        return partial(torch._C._increment_version, [*self._moving, *self._averages])
 
 
 def fsdp_modules(module: nn.Module) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from .gradients import Control
 from .overlap import turns
 from .rules import Rule
 from .sharding import Shards, Spread, local, total
+from .together import Call
 
 Complete: TypeAlias = Callable[[], None]
 
@@ -76,7 +78,7 @@ class Stepper:
     ) -> None:
         """Read gradients and fold scalars; no parameter, state or average is written.
 
-        The gradients are held until :meth:`run` or :meth:`release`.
+        The gradients are held until what :meth:`running` returns is called, or :meth:`release`.
 
         Args:
             groups: the optimizer's param groups.
@@ -118,12 +120,11 @@ class Stepper:
         """
         return total([plan.sum_of_squares() for plan in self.plans], self._spreads)
 
-    def run(self, control: Control | None) -> None:
-        """Step every parameter and move every average, in place, as prepared."""
-        for plan, device in zip(self.plans, self._devices, strict=True):
-            plan.run(None if control is None else control.on(device))
-        if self._shards is not None:
-            self._shards.mark_written()
+    def running(self, control: Control | None) -> list[Call]:
+        """What steps every parameter and moves every average, in place, as prepared."""
+        pairs = zip(self.plans, self._devices, strict=True)
+        calls = [partial(p.run, None if control is None else control.on(d)) for p, d in pairs]
+        return calls if self._shards is None else [*calls, self._shards.marking_written()]
 
     def counted(self) -> list[Slots]:
         """What the step was counted in, of plans that skip by themselves."""

@@ -10,8 +10,8 @@ import fused_ema
 PACKAGE = Path(fused_ema.__file__).parent
 # Each may import from itself and from what stands before it.
 LAYERS = (
-    ("realmath", "values", "_native", "kernels", "names", "claims"),
-    ("scaling", "tensorlist", "sharding", "blending", "overlap", "bias"),
+    ("realmath", "values", "_native", "kernels", "names", "claims", "together", "overlap"),
+    ("scaling", "tensorlist", "sharding", "blending", "bias"),
     ("ema", "posthoc", "progressive", "formats"),
     ("rules",),
     ("buckets", "device_folding", "build", "gradients", "swap"),
