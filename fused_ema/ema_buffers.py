@@ -44,7 +44,9 @@ class Move(NamedTuple):
             if taken is not None:
                 weight = taken * weight
             if isinstance(weight, Tensor):
-                weight = weight.to(held.device, held.dtype)
+                weight = weight.to(held.device, held.real.dtype)
+            if held.is_complex():
+                held, source = map(torch.view_as_real, (held, source.resolve_conj()))
             source = lerp(held, source, weight)
         elif taken is not None:
             if held.itemsize == 1:  # bytes are chosen from whatever float8 they are
@@ -251,10 +253,15 @@ class EmaBuffers:
                     f"state_dict: ema_buffers holds {path!r}; allowed: the number of an average, "
                     f"and one of the model's {sorted(places)}"
                 )
+            mine = places[name].value
+            if mine is not None and not torch.can_cast(value.dtype, mine.dtype):
+                raise ValueError(
+                    f"state_dict: ema_buffers {path!r} has dtype {value.dtype}; allowed: what "
+                    f"casts to {mine.dtype}"
+                )
             if index == "0" and self._teacher is not None:
                 moves += self._taught(name, value)
             elif self.mode == "average" and places[name].persistent:
-                mine = places[name].value
                 device = value.device if mine is None or mine.is_meta else mine.device
                 held.setdefault(index, {})[name] = _begun(value.to(device))
         return held, moves

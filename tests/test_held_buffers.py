@@ -208,3 +208,25 @@ def test_a_wrapped_model_takes_the_buffers_of_a_plain_one():
     )
     resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
     assert torch.equal(resumed.ema_state_dict(other)["mean"], torch.full((2,), 1.0))
+
+
+@pytest.mark.parametrize("kind", ["average", "averaging teacher"])
+def test_a_complex_buffer_is_averaged(kind):
+    model = Net()
+    model.mean = torch.full((2,), 1.0 + 1.0j)
+    step(model, opt := make(model, kind))
+    model.mean.mul_(2.0j)
+    expected = opt.ema_state_dict(model)["mean"].lerp(model.mean + 1.0, 0.5)
+    step(model, opt)
+    assert torch.equal(opt.ema_state_dict(model)["mean"], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_buffer_of_a_dtype_that_does_not_cast_is_refused(kind):
+    model = Net()
+    step(model, opt := make(model, kind))
+    saved = copy.deepcopy(opt.state_dict())
+    held = [e["ema_buffers"]["0"] for e in saved["state"].values() if "ema_buffers" in e]
+    held[0]["mean"] = torch.ones(2, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="has dtype torch.complex64; allowed: what casts"):
+        opt.load_state_dict(saved)

@@ -119,14 +119,16 @@ def damage(rng: random.Random, state: dict[str, Any]) -> str:
         held = entry[name] if isinstance(entry[name], torch.Tensor) else torch.ones(())
         entry[name] = odd_tensor(rng, held)
         return f"state[...][{name!r}] = {type(entry[name]).__name__}"
-    if kind == "buffers" and state.get("ema_buffers"):
-        held = rng.choice(state["ema_buffers"])
-        if held:
+    homes = [entry for entry in entries if "ema_buffers" in entry]
+    if kind == "buffers" and homes:
+        if rng.random() < 0.7:
+            held = rng.choice(list(homes[0]["ema_buffers"].values()))
             name = rng.choice(list(held))
             held[name] = odd_tensor(rng, held[name])
             return f"ema_buffers[...][{name!r}] = {type(held[name]).__name__}"
-        state["ema_buffers"] = rng.choice(([], None, 3, [{}, {}, {}]))
-        return "ema_buffers"
+        odd = ([], None, 3, [{}, {}, {}], {"x": 1}, {"0": 3}, {"0": {}, "9": {}})
+        homes[0]["ema_buffers"] = rng.choice(odd)
+        return f"ema_buffers = {homes[0]['ema_buffers']!r}"
     if kind == "drop":
         place = rng.choice([state, group, *entries])
         name = rng.choice(list(place))
