@@ -62,8 +62,8 @@ def copy_to(
             None: the target's are left as they are.
 
     Raises:
-        ValueError: a name or shape does not match, or a buffer that the target saves has no
-            counterpart; nothing has been copied.
+        ValueError: a name or shape does not match, a buffer that the target saves has no
+            counterpart, or a tensor cannot be written to; nothing has been copied.
     """
     own: set[Tensor] = {*target.parameters(), *target.buffers()}
     if not averages or not own.isdisjoint(averages):
@@ -73,9 +73,22 @@ def copy_to(
     else:
         copies = _to_another(target, averages, unaveraged, names, in_order)
         copies += [] if buffers is None else _buffers_to_another(target, buffers)
+    copies = [(tensor, value) for tensor, value in copies if tensor is not value]
     for tensor, value in copies:
-        if tensor is not value:
-            sharding.copy(tensor, value)
+        _check_written(tensor, value)
+    for tensor, value in copies:
+        sharding.copy(tensor, value)
+
+
+def _check_written(tensor: Tensor, value: Tensor) -> None:
+    kinds = {"on the meta device": tensor.is_meta and not value.is_meta}
+    kinds["of elements that share memory"] = sharding.repeats(sharding.local(tensor))
+    for kind, it_is in kinds.items():
+        if it_is:
+            raise ValueError(
+                f"copy_ema_to(): the module has a tensor of shape {tuple(tensor.shape)} {kind}; "
+                "allowed: tensors that can be written to"
+            )
 
 
 def _to_another(

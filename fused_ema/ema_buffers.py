@@ -19,7 +19,7 @@ from .gradients import Control
 from .names import bare
 from .realmath import surely
 from .rules import check_choice
-from .sharding import check_plain
+from .sharding import check_plain, repeats
 from .swap import is_shown
 from .together import Call
 
@@ -224,9 +224,13 @@ class EmaBuffers:
         return {name: (buffer, held[buffer]) for name, buffer in buffers if buffer in held}
 
     def entry(self) -> dict[str, dict[str, Tensor]]:
-        """What a state dict holds: the held buffers themselves, by average and name."""
+        """What a state dict holds: the held buffers themselves, by average and name.
+
+        Those of a teacher that are not plain are in its own state dict alone.
+        """
         count = max(len(self.held), self._first_own)
-        found = {str(index): self._by_name(index) for index in range(count)}
+        held = [self._by_name(index).items() for index in range(count)]
+        found = {str(i): {n: t for n, t in items if _is_plain(t)} for i, items in enumerate(held)}
         return found if any(found.values()) else {}
 
     def loaded(self, saved: Any) -> tuple[dict[str, dict[str, Tensor]], Moves]:
@@ -336,7 +340,8 @@ def _persistent(places: Mapping[str, _Place]) -> Iterator[tuple[str, Tensor]]:
 
 def _is_plain(buffer: Tensor) -> bool:
     """Whether it can be written to, element by element."""
-    return buffer.layout == torch.strided and not (buffer.is_quantized or buffer.is_meta)
+    strange = buffer.layout != torch.strided or buffer.is_quantized or buffer.is_meta
+    return not (strange or repeats(buffer))
 
 
 def _averages(buffer: Tensor) -> bool:

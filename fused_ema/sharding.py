@@ -87,6 +87,13 @@ def check_plain(name: str, value: Any) -> Tensor:
     return value
 
 
+def repeats(tensor: Tensor) -> bool:
+    """Whether elements share memory, as those of ``expand`` do."""
+    if tensor.layout != torch.strided or tensor.numel() == 0:
+        return False
+    return any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def copy(target: Tensor, source: Tensor) -> Tensor:
     """Copy ``source`` of the same shape into ``target``, which it returns, wherever both lie."""
     if is_sharded(target) and not is_sharded(source):

@@ -85,18 +85,11 @@ def check_param(param: Tensor, written: bool) -> None:
         )
     if param.is_conj() or param.is_neg():
         raise TypeError("params: a parameter is a lazily conjugated or negated view; resolve it")
-    if written and _repeats(sharding.local(param)):
+    if written and sharding.repeats(sharding.local(param)):
         raise RuntimeError(
             f"params: elements of a parameter of shape {tuple(param.shape)} share memory (strides "
             f"{param.stride()}); allowed: memory of its own for each; clone() it"
         )
-
-
-def _repeats(tensor: Tensor) -> bool:
-    """Whether elements share memory, as those of ``expand`` do."""
-    if tensor.layout != torch.strided or tensor.numel() == 0:
-        return False
-    return any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def drop_master(state: dict[str, Any]) -> None:

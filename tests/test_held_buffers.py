@@ -141,6 +141,7 @@ UNAVERAGED = {
     "float8": torch.ones(3).to(torch.float8_e4m3fn),
     "sparse": torch.eye(3).to_sparse(),
     "quantized": twins.quantized(torch.ones(3)),
+    "expanded": torch.ones(1).expand(3),
 }
 
 
@@ -148,15 +149,19 @@ UNAVERAGED = {
 @pytest.mark.parametrize("name", UNAVERAGED)
 def test_what_cannot_be_averaged_is_copied(name, kind):
     model = Net()
-    model.register_buffer("other", UNAVERAGED[name].clone())
+    model.register_buffer("other", UNAVERAGED[name].detach())
     opt = make(model, kind)
     step(model, opt)
-    model.other = UNAVERAGED[name].clone()
+    model.other = UNAVERAGED[name].detach()
     step(model, opt)
     found = opt.ema_state_dict(model)["other"]
     assert found.dtype == UNAVERAGED[name].dtype
     shown = [t.dequantize() if t.is_quantized else t.to_dense() for t in (found, model.other)]
     assert torch.equal(*(t.float() for t in shown))
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    with opt.ema_weights():
+        pass
+    step(model, opt)
 
 
 @pytest.mark.parametrize("name", ["int", "float8", "quantized"])
@@ -230,3 +235,16 @@ def test_a_buffer_of_a_dtype_that_does_not_cast_is_refused(kind):
     held[0]["mean"] = torch.ones(2, dtype=torch.complex64)
     with pytest.raises(ValueError, match="has dtype torch.complex64; allowed: what casts"):
         opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("what", ["meta", "expanded"])
+def test_nothing_is_copied_into_a_module_that_cannot_take_all(what):
+    model = Net()
+    step(model, opt := make(model))
+    target = copy.deepcopy(model)
+    target.mean = target.mean.to("meta") if what == "meta" else target.mean[:1].expand(2)
+    before = [p.detach().clone().zero_() for p in target.parameters()]
+    nn.utils.vector_to_parameters(torch.zeros(6), target.parameters())
+    with pytest.raises(ValueError, match="allowed: tensors that can be written to"):
+        opt.copy_ema_to(target)
+    assert all(map(torch.equal, before, target.parameters()))
