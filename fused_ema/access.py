@@ -31,6 +31,9 @@ class EmaAccess(Optimizer):
     def _follow_groups(self) -> None:
         """Take in param groups that belong here and have been added elsewhere."""
 
+    def _settle(self) -> None:
+        """Take back what a step that was skipped has counted and let begin."""
+
     @_disable_dynamo  # what is entered is not for compiled code
     def ema_weights(self, index: int = 0, *, model: nn.Module | None = None) -> Swap:
         """Hold an average in the parameters, in place, while the context is open.
@@ -171,6 +174,7 @@ class EmaAccess(Optimizer):
     def _averages(self, index: int) -> dict[Tensor, Tensor]:
         """The average ``index`` of every parameter that has it; reading it begins nothing."""
         self._follow_groups()
+        self._settle()
         if self._num_emas() == 0:
             raise IndexError(
                 f"index={index}: no param group has that average; the optimizer was made without "

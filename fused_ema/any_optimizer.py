@@ -156,6 +156,7 @@ class FusedEMA(FusedScaledOptimizer):
     def _begin(self) -> None:
         """Let averages start at the weights before the step, and refuse what cannot be moved."""
         self._check_not_swapped("step()")
+        self._release()  # what a step has begun that the optimizer did not end
         self._follow_groups()
         self._settle()
         with torch.inference_mode(False), torch.no_grad():

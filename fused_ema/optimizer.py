@@ -48,10 +48,19 @@ from .together import Call, together
 from .values import as_given, number
 
 
+class _Begun(NamedTuple):
+    """State that a step has let begin, to be dropped where that step is not taken."""
+
+    keys: list[tuple[Tensor, set[str]]]
+    held: list[dict[str, Tensor]]
+    """Averaged buffers as they were."""
+
+
 class _Doubt(NamedTuple):
     """A step that was counted, and may have been skipped."""
 
     verdict: Verdict
+    begun: _Begun | None
     counted: list[Slots]
     put_back: list[Call]
 
@@ -162,6 +171,7 @@ class FusedScaledOptimizer(EmaAccess):
         self._buffers: EmaBuffers | None = None
         self._swap_flag = Flag()
         self._doubt: _Doubt | None = None
+        self._begun: _Begun | None = None  # by a step that is not taken yet
         self._squares: list[Tensor] | None = None
         self._make_stepper()
         shared = {"ema_decay": ema_decay, "ema_order": ema_order, "kappa": kappa, "base_steps": 0.0}
@@ -363,13 +373,15 @@ class FusedScaledOptimizer(EmaAccess):
         doubt = None
         if found_inf is not None and stepper.host_counted:
             put_back = clock.counts(self.param_groups)
-            doubt = _Doubt(Verdict(found_inf), stepper.counted(), put_back)
+            doubt = _Doubt(Verdict(found_inf), self._begun, stepper.counted(), put_back)
         calls = stepper.running(control)
         calls += clock.advance(self.param_groups, stepper.folder.kappas, control)
         if self.param_groups[0]["ema_every"] > 1:
             calls += clock.wait(self.param_groups, stepper.folder.kappas, averaged)
         calls += moving(moves, control)
         calls.append(partial(setattr, self, "_doubt", doubt))
+        if self._begun is not None:
+            calls.append(partial(setattr, self, "_begun", None))
         if averaged:
             reshard(self._teacher_modules)  # the full copies, which nothing reads in between
         with torch.no_grad():
@@ -386,6 +398,7 @@ class FusedScaledOptimizer(EmaAccess):
         if doubt is not None and doubt.verdict.skipped():
             uncounting = [partial(slots.uncount) for slots in doubt.counted]
             together([*doubt.put_back, *uncounting, partial(setattr, self, "_doubt", None)])
+            self._drop(doubt.begun)
         self._doubt = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -556,6 +569,7 @@ class FusedScaledOptimizer(EmaAccess):
         super().__setstate__(state)
         self._grad_norm = None
         self._doubt = None
+        self._begun = None
         self._squares = None
         if hasattr(self, "_stepper"):  # loading a state dict: graphs may still use old plans
             self._forget_plans()
@@ -569,9 +583,24 @@ class FusedScaledOptimizer(EmaAccess):
         )
 
     def _release(self) -> None:
-        """Let go of the gradients of a step that is not taken."""
+        """Let go of the gradients of a step that is not taken, and of what it has let begin."""
         self._stepper.release()
         self._between.release()
+        begun, self._begun = self._begun, None
+        self._drop(begun)
+
+    def _drop(self, begun: _Begun | None) -> None:
+        if begun is None:
+            return
+        for param, keys in begun.keys:
+            state = self.state.get(param, {})
+            for key in keys & state.keys():
+                del state[key]
+            if not state:
+                self.state.pop(param, None)
+        if self._buffers is not None:
+            self._buffers.held = begun.held
+        self._forget_plans()
 
     def _forget_plans(self) -> None:
         self._stepper.forget()
@@ -580,15 +609,27 @@ class FusedScaledOptimizer(EmaAccess):
     def _complete_state(self) -> None:
         # an average made under the user's inference_mode could never be stepped
         self._follow_replaced()
-        with torch.inference_mode(False), torch.no_grad():
-            for group in self.param_groups:
-                clock.complete(group)
-                for param in group["params"]:
-                    if not is_there(param) or is_fixed(param):
-                        continue
-                    complete(self.rule, group, param, self.state[param], self._teachers.get(param))
-            if self._buffers is not None:
-                self._begin_buffers(self._buffers)
+        if self._begun is None:
+            held = [] if self._buffers is None else list(map(dict, self._buffers.held))
+            self._begun = _Begun([], held)
+        params = [param for group in self.param_groups for param in group["params"]]
+        before = [(param, set(self.state.get(param, ()))) for param in params]
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._complete_all()
+        finally:
+            new = ((param, self.state.get(param, {}).keys() - keys) for param, keys in before)
+            self._begun.keys.extend((param, keys) for param, keys in new if keys)
+
+    def _complete_all(self) -> None:
+        for group in self.param_groups:
+            clock.complete(group)
+            for param in group["params"]:
+                if not is_there(param) or is_fixed(param):
+                    continue
+                complete(self.rule, group, param, self.state[param], self._teachers.get(param))
+        if self._buffers is not None:
+            self._begin_buffers(self._buffers)
 
     def _follow_replaced(self) -> None:
         """Hand on what is held of parameters that others have been put in the place of."""

@@ -233,7 +233,7 @@ def test_a_buffer_of_a_dtype_that_does_not_cast_is_refused(kind):
     saved = copy.deepcopy(opt.state_dict())
     held = [e["ema_buffers"]["0"] for e in saved["state"].values() if "ema_buffers" in e]
     held[0]["mean"] = torch.ones(2, dtype=torch.complex64)
-    with pytest.raises(ValueError, match="has dtype torch.complex64; allowed: what casts"):
+    with pytest.raises(ValueError, match=r"complex64; allowed: what casts"):
         opt.load_state_dict(saved)
 
 
