@@ -386,6 +386,7 @@ def interrupted_at(line: int, call: Callable[[], None]) -> bool:
                 raise KeyboardInterrupt
         return trace
 
+    enabled = torch.is_grad_enabled()
     sys.settrace(trace)
     try:
         call()
@@ -393,6 +394,7 @@ def interrupted_at(line: int, call: Callable[[], None]) -> bool:
         return True
     finally:
         sys.settrace(None)
+        torch.set_grad_enabled(enabled)  # Python can leave a with statement without its exit
     return False
 
 

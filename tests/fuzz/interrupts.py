@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
+
 from .loads import Training
 from .snapshots import difference
 
@@ -30,7 +32,7 @@ class Lines:
         return self
 
     def during(self, call: Callable[[], Any]) -> None:
-        before = sys.gettrace()
+        before, enabled = sys.gettrace(), torch.is_grad_enabled()
         sys.settrace(self)
         try:
             call()
@@ -38,6 +40,8 @@ class Lines:
             pass  # with it goes what its frames held
         finally:
             sys.settrace(before)
+            # Python can leave a with statement without its exit
+            torch.set_grad_enabled(enabled)
 
 
 def make(seed: int) -> Training:
