@@ -1,4 +1,5 @@
 #include <pybind11/stl.h>
+#include <torch/version.h>
 
 #include <map>
 
@@ -56,6 +57,7 @@ void define_cuda(py::module_& module) {
 
 PYBIND11_MODULE(_native, module) {
   using py::arg;
+  module.attr("TORCH_VERSION") = TORCH_VERSION;
   py::class_<Slots>(module, "Slots", collected<Slots>())
       .def(py::init<int, bool, bool, bool, bool, bool, Objects, Objects, ObjectLists, ObjectLists,
                     std::vector<int>, std::vector<int64_t>>(),

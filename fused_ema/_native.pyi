@@ -95,6 +95,9 @@ class CudaPlan:
     def sum_of_squares(self) -> Tensor: ...
     def run(self, control: Tensor | None = None, scalars: Tensor | None = None) -> None: ...
 
+TORCH_VERSION: str
+"""Of the torch that this was built for, as in "2.14.1"."""
+
 HAS_CUDA: bool
 """Whether the CUDA kernels were built; what follows is there only if they were."""
 

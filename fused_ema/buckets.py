@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ._native import is_plain
 from .ema import decays, ema_keys
+from .extension import native
 from .rules import FROZEN, Rule
 from .sharding import Spread, local, spread
 
@@ -227,7 +227,7 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, average
     return Key(
         slot.param.device,
         slot.param.dtype,
-        "dense" if all(map(is_plain, tensors)) and _same_order(tensors) else "strided",
+        "dense" if all(map(native.is_plain, tensors)) and _same_order(tensors) else "strided",
         states,
         group["state_format"] if states else "full",
         master,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import _native
+from .extension import native, why_not
 
 
 def build_info() -> dict[str, Any]:
@@ -17,20 +17,22 @@ def build_info() -> dict[str, Any]:
         ``torch`` and ``triton``: their versions here, None for a Triton that is not installed;
         ``cpu_targets``: the native CPU loops that this processor can run, the preferred one first;
         ``cuda``: None if the native CUDA kernels were not built, else ``version``, that of the
-        compiler, and ``architectures``, the GPUs that they were compiled for.
+        compiler, and ``architectures``, the GPUs that they were compiled for;
+        ``extension``: ``"in use"``, or why the compiled extension is not.
     """
     cuda = None
-    if _native.HAS_CUDA:
-        major, minor = divmod(_native.CUDA_VERSION // 10, 100)
+    if native.HAS_CUDA:
+        major, minor = divmod(native.CUDA_VERSION // 10, 100)
         cuda = {
             "version": f"{major}.{minor}",
-            "architectures": [f"sm_{arch // 10}" for arch in _native.CUDA_ARCHITECTURES],
+            "architectures": [f"sm_{arch // 10}" for arch in native.CUDA_ARCHITECTURES],
         }
     return {
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "cpu_targets": _native.cpu_targets(),
+        "cpu_targets": native.cpu_targets(),
         "cuda": cuda,
+        "extension": why_not or "in use",
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._native import is_plain
+from .extension import native
 from .realmath import sqrt
 from .sharding import is_sharded, place
 
@@ -26,7 +26,7 @@ def taken(grad: Tensor, param: Tensor, differentiable: bool = False) -> Tensor:
         RuntimeError: as :func:`copied`.
     """
     like = grad.dtype == param.dtype and grad.shape == param.shape and grad.device == param.device
-    if like and not is_sharded(grad) and (not is_plain(param) or is_plain(grad)):
+    if like and not is_sharded(grad) and (not native.is_plain(param) or native.is_plain(grad)):
         return grad
     return copied(grad, param, differentiable)
 

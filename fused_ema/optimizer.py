@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from . import checkpoint, clock, replaced
-from ._native import Slots
 from .access import EmaAccess
 from .backends import NAMES
 from .buckets import is_fixed, is_there
@@ -24,6 +23,7 @@ from .checking import KAPPA, agreed, check_group, check_groups
 from .checkpoint import ASKED
 from .ema import EmaDecay, decays, only_half_life
 from .ema_buffers import BUFFERS, EmaBuffers, Moves, moving, resolve
+from .extension import native
 from .folding import Checked
 from .gradients import Verdict, clipped, summed, unscaling
 from .rules import FROZEN, Rule, check_choice
@@ -61,7 +61,7 @@ class _Doubt(NamedTuple):
 
     verdict: Verdict
     begun: _Begun | None
-    counted: list[Slots]
+    counted: list[native.Slots]
     put_back: list[Call]
 
 

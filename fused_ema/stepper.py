@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ._native import Places, Slots, Watch, spans
 from .backends import graphs, requested_backend, select
 from .backends.plan import Plan
 from .buckets import Bucket, is_there, make_buckets
+from .extension import native
 from .folding import Check, Folder
 from .gradients import Control
 from .overlap import turns
@@ -52,7 +52,7 @@ class Stepper:
         self._rule = rule
         self._backend = backend
         self._averaged = averaged
-        self._watch: Watch | None = None
+        self._watch: native.Watch | None = None
         self._absent: list[Tensor] = []  # parameters without values, which no plan holds
         self._captured: list[Plan] = []  # a CUDA graph outlives the plan that it was captured from
         self.folder = Folder(rule, averaged)
@@ -63,7 +63,7 @@ class Stepper:
         self._spreads: list[Spread | None] = []
         self._watched = 0
         self._written: list[Tensor] = []  # local parameters, in all groups, then averages
-        self._places = Places([])
+        self._places = native.Places([])
         self._turns: list[int | None] = []
         self.host_folded = False
         self.host_counted = False
@@ -126,7 +126,7 @@ class Stepper:
         calls = [partial(p.run, None if control is None else control.on(d)) for p, d in pairs]
         return calls if self._shards is None else [*calls, self._shards.marking_written()]
 
-    def counted(self) -> list[Slots]:
+    def counted(self) -> list[native.Slots]:
         """What the step was counted in, of plans that skip by themselves."""
         return [plan.skipping for plan in self.plans if plan.skipping is not None]
 
@@ -134,8 +134,8 @@ class Stepper:
         """Whether what shared memory when the plans were made still does, and nothing else."""
         if self._places.unchanged(self._written):
             return True
-        self._places = Places(self._written)
-        return self._turns == turns(spans(self._written))
+        self._places = native.Places(self._written)
+        return self._turns == turns(native.spans(self._written))
 
     def _prepare_plans(self) -> bool:
         if self.host_folded and any(map(graphs.is_capturing, set(self._devices))):
@@ -171,10 +171,10 @@ class Stepper:
         self._absent = [p for group in groups for p in group["params"] if not is_there(p)]
         requested = [requested_backend(group, self._backend) for group in groups]
         params = [local(param) for group in groups for param in group["params"]]
-        in_turn = turns(spans(params))
+        in_turn = turns(native.spans(params))
         buckets = make_buckets(self._rule, groups, state, requested, in_turn, self._averaged)
         self._written = [*params, *_averages(buckets)]
-        self._places, self._turns = Places(self._written), turns(spans(self._written))
+        self._places, self._turns = native.Places(self._written), turns(native.spans(self._written))
         if any(turn is not None for turn in self._turns[len(params) :]):
             raise ValueError(
                 "ema: an average (or its teacher's tensor) shares memory with a parameter or "
@@ -189,7 +189,7 @@ class Stepper:
         self.backends = tuple(backend.NAME for backend, _ in chosen)
         self.plans = [backend.plan(bucket) for backend, bucket in chosen]
         self.skips = all(plan.skipping is not None for plan in self.plans)
-        self._watch = Watch(groups, state)
+        self._watch = native.Watch(groups, state)
 
 
 def _averages(buckets: Sequence[Bucket]) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from . import _native
+from .extension import native
 from .sharding import local, place, placed_alike
 
 # Versions from here on are those of tensors that hold an average, see csrc/swap.cpp.
@@ -73,11 +73,13 @@ class Begun(NamedTuple):
     places: list[Place]
 
 
-class Swap(_native.Swap, ContextDecorator):
+class Swap(native.Swap, ContextDecorator):
     """What :meth:`~fused_ema.access.EmaAccess.ema_weights` returns, to be entered once.
 
     ``__enter__`` and ``__exit__`` are C functions: no signal handler, and so no exception, can come
-    between the weights and their way back. Also a decorator, entered at each call.
+    between the weights and their way back. Without the extension they are Python, and one that
+    does leaves the way back to the moment when the context is dropped. Also a decorator, entered
+    at each call.
     """
 
     def __init__(self, flag: Flag, begin: Callable[[], Begun], end: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ from fused_ema import _native, build_info
 def test_build_info():
     info = build_info()
     assert info["torch"] == torch.__version__
+    assert info["extension"] == "in use"
     assert info["cpu_targets"] == _native.cpu_targets()
     assert info["triton"] is None or info["triton"][0].isdigit()
     has_kernels = b".nv_fatbin" in Path(_native.__file__).read_bytes()

@@ -10,7 +10,13 @@ import fused_ema
 PACKAGE = Path(fused_ema.__file__).parent
 # Each may import from itself and from what stands before it.
 LAYERS = (
-    ("realmath", "values", "_native", "kernels", "names", "claims", "together", "overlap"),
+    (
+        *("realmath", "values", "_native", "kernels", "names", "claims", "standin_tensors"),
+        *("together", "overlap"),
+    ),
+    ("standin_swap",),
+    ("standin",),
+    ("extension",),
     ("scaling", "tensorlist", "sharding", "blending", "bias"),
     ("ema", "posthoc", "progressive", "formats"),
     ("rules",),

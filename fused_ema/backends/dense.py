@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .. import _native
 from ..buckets import Bucket
+from ..extension import native
 from ..sharding import local
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -31,10 +31,10 @@ def unsupported(bucket: Bucket, rules: Iterable[str]) -> str | None:
     return None
 
 
-def slots(bucket: Bucket) -> _native.Slots:
+def slots(bucket: Bucket) -> native.Slots:
     """The bucket's tensors, for the native module to read at every step."""
     key, members = bucket.key, bucket.slots
-    return _native.Slots(
+    return native.Slots(
         num_scalars=len(bucket.rule.scalars._fields),
         frozen=key.states is None,
         takes_grads=bucket.takes_grads,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _native
 from ..buckets import Bucket
+from ..extension import native, why_not
 from . import dense, graphs
 from .plan import Fold, Plan
 
@@ -14,13 +14,15 @@ NAME = "native"
 
 def unsupported(bucket: Bucket) -> str | None:
     device = bucket.key.device
+    if why_not is not None:
+        return f"it needs the compiled extension: {why_not}"
     if device.type not in ("cpu", "cuda"):
         return f"device {device} (supported: cpu, cuda)"
-    if device.type == "cuda" and not _native.HAS_CUDA:
+    if device.type == "cuda" and not native.HAS_CUDA:
         return f"device {device} (built without CUDA, see fused_ema.build_info())"
     if device.type == "cpu" and bucket.key.capturable:
         return "capturable=True: it folds the scalars on the host"
-    return dense.unsupported(bucket, _native.rule_scalars())
+    return dense.unsupported(bucket, native.rule_scalars())
 
 
 class CapturablePlan:
@@ -30,14 +32,14 @@ class CapturablePlan:
         self._device = bucket.key.device
         self._folder = graphs.device_folder(bucket)
         self._slots = dense.slots(bucket)
-        self._plan = _native.CudaPlan(bucket.rule.name, self._slots, is_before(bucket))
+        self._plan = native.CudaPlan(bucket.rule.name, self._slots, is_before(bucket))
 
     @property
     def captured(self) -> bool:
         return self._plan.captured
 
     @property
-    def skipping(self) -> _native.Slots:
+    def skipping(self) -> native.Slots:
         return self._slots
 
     def prepare(self, fold: Fold) -> bool:
@@ -63,10 +65,10 @@ def is_before(bucket: Bucket) -> bool:
 def cuda_plan(bucket: Bucket) -> Plan:
     if bucket.key.capturable:
         return CapturablePlan(bucket)
-    return _native.CudaPlan(bucket.rule.name, dense.slots(bucket), is_before(bucket))
+    return native.CudaPlan(bucket.rule.name, dense.slots(bucket), is_before(bucket))
 
 
 def plan(bucket: Bucket) -> Plan:
     if bucket.key.device.type == "cuda":
         return cuda_plan(bucket)
-    return _native.Plan(bucket.rule.name, dense.slots(bucket), is_before(bucket))
+    return native.Plan(bucket.rule.name, dense.slots(bucket), is_before(bucket))

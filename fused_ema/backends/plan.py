@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .._native import Slots
+from ..extension import native
 
 # The rule's scalars (a NamedTuple, empty without a gradient) and the EMA weights.
 Scalars: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
@@ -40,7 +39,7 @@ class Plan(Protocol):
         """Whether a CUDA graph uses memory that the plan owns."""
 
     @property
-    def skipping(self) -> Slots | None:
+    def skipping(self) -> native.Slots | None:
         """Where the kernels skip a step by themselves, what it was counted in, to take it back.
 
         None: ``run`` must be told that nothing is skipped.

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native, formats
+from .. import formats
 from ..buckets import Bucket
+from ..extension import native, why_not
 from . import dense, graphs
 from .plan import Fold
 
@@ -18,6 +19,8 @@ NAME = "triton"
 
 
 def unsupported(bucket: Bucket) -> str | None:
+    if why_not is not None:
+        return f"it needs the compiled extension: {why_not}"
     if find_spec("triton") is None:
         return "triton is not installed"
     from ..kernels.rules import RULES  # at their first use: importing them takes a while
@@ -49,7 +52,7 @@ class DeviceWords:
         kept: host and device memory that captured graphs use.
     """
 
-    def __init__(self, slots: _native.Slots, row_size: int, device: torch.device) -> None:
+    def __init__(self, slots: native.Slots, row_size: int, device: torch.device) -> None:
         self._slots = slots
         self._row_size = row_size
         self._device = device
@@ -145,7 +148,7 @@ class TritonPlan:
         return bool(self._words.kept)
 
     @property
-    def skipping(self) -> _native.Slots:
+    def skipping(self) -> native.Slots:
         return self._slots
 
     def prepare(self, fold: Fold) -> bool:

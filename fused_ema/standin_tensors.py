@@ -1,0 +1,40 @@
+"""What the stand-ins for the extension ask of a tensor beneath its Python class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+
+C: Any = torch._C  # its types do not name all that is there
+
+
+def bits(*of: DispatchKey) -> int:
+    """Torch's dispatch keys as bits, as in :func:`keys`."""
+    found = 0
+    for key in of:
+        found |= DispatchKeySet(key).raw_repr()
+    return found
+
+
+_PYTHON = bits(DispatchKey.Python)
+
+
+def keys(tensor: Tensor) -> int:
+    """What a tensor is to torch's dispatcher, as bits."""
+    found: int = C._dispatch_keys(tensor).raw_repr()
+    return found
+
+
+def is_subclass(tensor: Tensor) -> bool:
+    """Whether operators of the tensor are Python functions."""
+    return bool(keys(tensor) & _PYTHON)
+
+
+def extent(tensor: Tensor) -> int:
+    """Elements from the first to the last in memory."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
