@@ -11,6 +11,11 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
+PACKAGES = {
+    "packages": [*find_packages(include=["fused_ema", "fused_ema.*"]), "fused_ema.kernels"],
+    "package_dir": {"fused_ema.kernels": "kernels"},
+}
+
 
 def find_cuda() -> str:
     """The folder of nvcc's installation, as far as it can be told."""
@@ -25,6 +30,15 @@ def find_cuda() -> str:
     top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
     return os.path.realpath(top[1] if top else Path(nvcc).resolve().parents[1])
 
+
+def is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+if is_set("FUSED_EMA_NO_EXTENSION"):
+    print("fused_ema is built without its extension: FUSED_EMA_NO_EXTENSION is set", flush=True)
+    setup(**PACKAGES)
+    sys.exit()
 
 CUDA_HOME = find_cuda()
 NVCC = f"{CUDA_HOME}/bin/nvcc"
@@ -45,12 +59,9 @@ except ImportError as error:
     # that later loads the extension, and their C++ ABIs need not match.
     sys.exit(
         f"fused_ema is built against the PyTorch it will run with, which does not import here "
-        f"({error}).\nInstall torch, then: pip install --no-build-isolation -e ."
+        f"({error}).\nInstall torch, then: pip install --no-build-isolation -e .\n"
+        "Or leave the extension out: FUSED_EMA_NO_EXTENSION=1 pip install -e ."
     )
-
-
-def is_set(variable: str) -> bool:
-    return os.environ.get(variable, "0") not in ("", "0")
 
 
 # setuptools wants paths relative to this file, and runs it from its folder.
@@ -166,12 +177,15 @@ class BuildNative(BuildExtension):
         else:
             built = f"the CPU alone, not for CUDA: {NO_CUDA}"
         print(f"fused_ema is built for {built}", flush=True)
-        super().build_extensions()
+        try:
+            super().build_extensions()
+        except BaseException:
+            print("FUSED_EMA_NO_EXTENSION=1 leaves the extension out", file=sys.stderr, flush=True)
+            raise
 
 
 setup(
-    packages=[*find_packages(include=["fused_ema", "fused_ema.*"]), "fused_ema.kernels"],
-    package_dir={"fused_ema.kernels": "kernels"},
+    **PACKAGES,
     ext_modules=[native_extension()],
     cmdclass={"build_ext": BuildNative},
 )

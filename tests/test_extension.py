@@ -211,3 +211,20 @@ def test_an_extension_of_another_torch_is_refused(monkeypatch):
 )
 def test_which_torch_fits(built, running, fits):
     assert (extension._mismatch(built, running) is None) == fits
+
+
+def test_a_build_without_the_extension_needs_neither_compiler_nor_torch(tmp_path):
+    command = "build", "--build-base", str(tmp_path / "base"), "--build-lib", str(tmp_path / "lib")
+    code = f"""
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = ["setup.py", "--quiet", *{command}]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    done = run(code, **WITHOUT, CXX="/nonexistent")
+    assert done.returncode == 0, done.stderr
+    line = "fused_ema is built without its extension: FUSED_EMA_NO_EXTENSION is set"
+    assert done.stdout.splitlines() == [line]
+    files = [path.name for path in (tmp_path / "lib").rglob("*") if path.is_file()]
+    assert {"standin.py", "extension.py", "step.py"} <= set(files)
+    assert not [name for name in files if name.endswith(".so")]
