@@ -6,9 +6,17 @@ import pytest
 import torch
 
 from fused_ema import FusedScaledAdamW, FusedScaledSGD
+from fused_ema.backends import dense
 from fused_ema.backends.triton import DeviceWords
 
 ROW = 7 + 1  # the rule's scalars and one average's weight
+
+
+@pytest.fixture(autouse=True, params=["extension", "stand-in"])
+def slots(request, monkeypatch) -> None:
+    """Whose slots they are."""
+    if request.param == "stand-in":
+        monkeypatch.setattr(dense, "why_not", "not wanted")
 
 
 @pytest.fixture

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..buckets import Bucket
-from ..extension import native
+from ..extension import native, why_not
 from ..sharding import local
+from . import words
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -32,9 +34,10 @@ def unsupported(bucket: Bucket, rules: Iterable[str]) -> str | None:
 
 
 def slots(bucket: Bucket) -> native.Slots:
-    """The bucket's tensors, for the native module to read at every step."""
+    """The bucket's tensors, for the native module or its stand-in to read at every step."""
     key, members = bucket.key, bucket.slots
-    return native.Slots(
+    made: Any = native.Slots if why_not is None else words.Slots
+    slots: native.Slots = made(
         num_scalars=len(bucket.rule.scalars._fields),
         frozen=key.states is None,
         takes_grads=bucket.takes_grads,
@@ -48,3 +51,4 @@ def slots(bucket: Bucket) -> native.Slots:
         groups=[slot.group for slot in members],
         places=[slot.place for slot in members],
     )
+    return slots

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import formats
 from ..buckets import Bucket
-from ..extension import native, why_not
+from ..extension import native
 from . import dense, graphs
 from .plan import Fold
 
@@ -19,8 +19,6 @@ NAME = "triton"
 
 
 def unsupported(bucket: Bucket) -> str | None:
-    if why_not is not None:
-        return f"it needs the compiled extension: {why_not}"
     if find_spec("triton") is None:
         return "triton is not installed"
     from ..kernels.rules import RULES  # at their first use: importing them takes a while
