@@ -52,7 +52,7 @@ class Move(NamedTuple):
             if held.itemsize == 1:  # bytes are chosen from whatever float8 they are
                 held, source = held.view(torch.uint8), source.view(torch.uint8)
             source = source.where(taken != 0.0, held)
-        return [partial(held.copy_, source)]
+        return [partial(held.detach().copy_, source)]
 
 
 class Placement(NamedTuple):
@@ -258,7 +258,7 @@ class EmaBuffers:
                     f"and one of the model's {sorted(places)}"
                 )
             mine = places[name].value
-            if mine is not None and not torch.can_cast(value.dtype, mine.dtype):
+            if value.is_complex() and mine is not None and not mine.is_complex():
                 raise ValueError(
                     f"state_dict: ema_buffers {path!r} has dtype {value.dtype}; allowed: what "
                     f"casts to {mine.dtype}"

@@ -378,14 +378,15 @@ class FusedScaledOptimizer(EmaAccess):
         calls += clock.advance(self.param_groups, stepper.folder.kappas, control)
         if self.param_groups[0]["ema_every"] > 1:
             calls += clock.wait(self.param_groups, stepper.folder.kappas, averaged)
-        calls += moving(moves, control)
-        calls.append(partial(setattr, self, "_doubt", doubt))
+        if moves:
+            calls += moving(moves, control)
+        if doubt is not None or self._doubt is not None:
+            calls.append(partial(setattr, self, "_doubt", doubt))
         if self._begun is not None:
             calls.append(partial(setattr, self, "_begun", None))
         if averaged:
             reshard(self._teacher_modules)  # the full copies, which nothing reads in between
-        with torch.no_grad():
-            together(calls)
+        together(calls)
 
     @_disable_dynamo
     def _settle(self) -> None:
