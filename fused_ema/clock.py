@@ -63,6 +63,8 @@ def advance(
             on_device.append(group)
         else:
             calls.append(partial(dict.update, group, base_steps=group["base_steps"] + kappa))
+    if not on_device:
+        return calls
     amounts = [_amount(group, control) for group in on_device]
     for in_tensors in (True, False):
         alike = [

@@ -122,8 +122,9 @@ class Stepper:
 
     def running(self, control: Control | None) -> list[Call]:
         """What steps every parameter and moves every average, in place, as prepared."""
-        pairs = zip(self.plans, self._devices, strict=True)
-        calls = [partial(p.run, None if control is None else control.on(d)) for p, d in pairs]
+        calls: list[Call] = []
+        for plan, device in zip(self.plans, self._devices, strict=True):
+            calls.append(partial(plan.run, None if control is None else control.on(device)))
         return calls if self._shards is None else [*calls, self._shards.marking_written()]
 
     def counted(self) -> list[native.Slots]:
