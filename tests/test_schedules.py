@@ -177,6 +177,10 @@ def test_less_than_a_base_step_is_not_read_before_the_start():
     assert sorted(set(seen)) == [0.0, 0.25, 1.0]
 
 
+def rising(t):
+    return 1 - 0.02 * math.exp(-t / 100)
+
+
 @pytest.mark.parametrize(
     ("schedule", "rel"),
     [
@@ -186,9 +190,9 @@ def test_less_than_a_base_step_is_not_read_before_the_start():
         (WarmUpDecay(1.0), 1e-10),
         (InverseGammaDecay(0.9999), 2e-2),
         (InverseGammaDecay(0.99, inv_gamma=50.0, power=0.8), 2e-2),
-        (lambda t: 1 - 0.02 * math.exp(-t / 100), 1e-2),
+        (rising, 1e-2),
     ],
-    ids=repr,
+    ids=lambda value: value.__name__ if value is rising else repr(value),
 )
 def test_scaled_steps_keep_what_the_small_steps_keep(schedule, rel, backend):
     """Through changes of kappa a weight from before counts as much as after the base steps."""
