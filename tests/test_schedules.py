@@ -161,7 +161,7 @@ def user(t):
     return 0.5 + t / 256
 
 
-@pytest.mark.parametrize("schedule", [user, SCHEDULES[0]], ids=repr)
+@pytest.mark.parametrize("schedule", [user, SCHEDULES[0]], ids=["user", "own"])
 def test_the_optimizer_reads_a_schedule_in_the_middle_of_a_step(schedule, backend):
     path, kappas = [3.0, -1.0, 0.5, 2.0], [2.0, 0.5, 8.0, 1.0]
     expected, t = path[0], 0.0
