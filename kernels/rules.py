@@ -47,8 +47,9 @@ def blend(start, end, part, weight):
     change = end - start
     rest = 1.0 - weight
     near = tl.where(weight < 0.5, start + weight * change, end - change * rest)
-    kept = tl.where(weight != 1.0, rest * start, -0.0)
-    taken = tl.where(weight != 0.0, part, -0.0)
+    nothing = rest * 0.0 * -1.0  # -0.0, which leaves a sum as it is; a constant would lose its sign
+    kept = tl.where(weight != 1.0, rest * start, nothing)
+    taken = tl.where(weight != 0.0, part, nothing)
     return tl.where(is_finite(change), near, kept + taken)
 
 

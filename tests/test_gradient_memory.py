@@ -241,13 +241,8 @@ class Between:
     """Acts between a step's two halves, where another thread may run."""
 
     def __init__(self, monkeypatch, opt, act):
-        original = opt._stepper.run
-
-        def run(control):
-            act()
-            original(control)
-
-        monkeypatch.setattr(opt._stepper, "run", run)
+        original = opt._stepper.running
+        monkeypatch.setattr(opt._stepper, "running", lambda control: [act, *original(control)])
 
 
 @pytest.mark.parametrize("engine", BACKENDS)

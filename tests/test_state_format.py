@@ -105,7 +105,9 @@ def test_momentum_too():
 def test_a_resumed_run_is_bit_exact(backend):
     opt, params = run(backend)
     others = parameters(torch.float32)
-    other = FusedScaledAdamW(others, lr=1e-2, betas=BETAS, ema_decay=0.9, backend=backend)
+    other = FusedScaledAdamW(
+        others, lr=1e-2, betas=BETAS, ema_decay=0.9, state_format="bf16", backend=backend
+    )
     other.load_state_dict(deepcopy(opt.state_dict()))
     for p, q in zip(params, others, strict=True):
         q.data.copy_(p)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from .._native import is_plain
 from ..blending import moved
 from ..buckets import TEACHER, Bucket, Slot
+from ..extension import native
 from ..gradients import is_fake, taken
 from ..rules import ema_update
 from ..sharding import local
@@ -106,7 +106,7 @@ class EagerPlan:
         sums = [torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads]
         zero = torch.zeros((), dtype=torch.float64, device=self._device)
         total = torch.stack([zero, *sums]).sum()
-        if is_plain(total) or is_fake(total) or torch._C._len_torch_dispatch_stack():
+        if native.is_plain(total) or is_fake(total) or torch._C._len_torch_dispatch_stack():
             return total
         # a factor for all gradients must not make subclasses of them
         return zero + total.item()

@@ -9,8 +9,8 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from .._native import is_plain
 from ..buckets import Bucket
+from ..extension import native
 from ..gradients import is_fake
 from ..sharding import local
 from ..tensorlist import TensorList
@@ -51,7 +51,7 @@ class ForeachPlan(EagerPlan):
             yield row, TensorList  # there are no values to look at
             return
         small = [False] * len(params)
-        if all(map(is_plain, params)):
+        if all(map(native.is_plain, params)):
             limit = torch.finfo(self._dtype).max ** EXPONENT
             small = [size < limit for size in self._largest(row, control)]
         listed = [i for i, is_small in enumerate(small) if is_small]
