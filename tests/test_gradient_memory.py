@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -242,7 +243,9 @@ class Between:
 
     def __init__(self, monkeypatch, opt, act):
         original = opt._stepper.running
-        monkeypatch.setattr(opt._stepper, "running", lambda control: [act, *original(control)])
+        monkeypatch.setattr(
+            opt._stepper, "running", lambda control: [partial(act), *original(control)]
+        )
 
 
 @pytest.mark.parametrize("engine", BACKENDS)
