@@ -92,11 +92,12 @@ def test_divisions_and_roots_are_rounded_correctly(rows):
         assert not row.inexact, row
 
 
-def test_nearly_half_of_the_threads_fit_and_hardly_anything_spills(rows):
+def test_nearly_half_of_the_threads_fit_and_nothing_spills(rows):
     """What keeps infinities right takes a few registers beyond those of half of the threads."""
     for row in rows:
         assert row.occupancy >= OCCUPANCY - 1 / 8, row
-        assert row.spilled <= 16, row
+        # ptxas keeps two registers of some kernels that round in memory on sm_100
+        assert row.spilled <= (8 if row.variant.rounds else 0), row
 
 
 def test_threads_exchange_nothing(rows):
