@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import Self
 
-from fused_ema import stepper
+from fused_ema.step import stepper
 
 from .data import Data, Running
 from .device import Device, Launches

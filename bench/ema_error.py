@@ -15,8 +15,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from fused_ema import FusedScaledAdamW, FusedScaledSGD, formats
-from fused_ema.ema import ema_keys
+from fused_ema import FusedScaledAdamW, FusedScaledSGD
+from fused_ema.ema import formats
+from fused_ema.ema.decay import ema_keys
 
 RHOS = (0.99, 0.999, 0.9999)
 STEPS = 10_000

@@ -1,4 +1,4 @@
-// Stochastic rounding: fused_ema/formats.py holds the same operations under the same names.
+// Stochastic rounding: fused_ema/ema/formats.py holds the same operations under the same names.
 #pragma once
 
 #include <type_traits>

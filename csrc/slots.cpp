@@ -376,7 +376,7 @@ bool Slots::fits_otherwise(const at::Tensor& grad, const at::Tensor& param) cons
 // A gradient that does not fit, as one that does: in memory of its own, laid out like its
 // parameter.
 at::Tensor Slots::copy_grad(const at::Tensor& grad, const at::Tensor& param) const {
-  const py::object copied = py::module_::import("fused_ema.gradients").attr("copied");
+  const py::object copied = py::module_::import("fused_ema.step.gradients").attr("copied");
   at::Tensor result = copied(grad, param).cast<at::Tensor>();
   if (!fits(result, param))
     throw std::runtime_error("a gradient's copy is not what it was made as");

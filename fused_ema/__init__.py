@@ -5,22 +5,16 @@
 """
 
 from . import posthoc, scaling
-from .adam import FusedScaledAdam, FusedScaledAdamW
-from .any_optimizer import FusedEMA
 from .build import build_info
-from .ema import (
-    CosineDecay,
-    InverseGammaDecay,
-    PowerDecay,
-    WarmUpDecay,
-    decay_from_half_life,
-)
-from .grad_scaler import GradScaler
-from .migrate import load_ema
-from .optimizer import FusedScaledOptimizer
+from .ema.decay import CosineDecay, InverseGammaDecay, PowerDecay, WarmUpDecay, decay_from_half_life
+from .ema.migrate import load_ema
+from .optim.adam import FusedScaledAdam, FusedScaledAdamW
+from .optim.any_optimizer import FusedEMA
+from .optim.base import FusedScaledOptimizer
+from .optim.grad_scaler import GradScaler
+from .optim.several import ema_state_dict
+from .optim.sgd import FusedScaledSGD
 from .progressive import ProgressiveScaling
-from .several import ema_state_dict
-from .sgd import FusedScaledSGD
 
 __all__ = [
     "CosineDecay",

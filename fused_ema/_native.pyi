@@ -3,7 +3,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .backends.plan import Fold
+from .step.backends.plan import Fold
 
 class Slots:
     """A bucket's tensors as the words that a device kernel reads.

@@ -1,7 +1,8 @@
 """Post-hoc EMA: an average of any length, after training, from snapshots of two that were tracked.
 
 Karras et al. 2024 (arXiv 2312.02696, section 3.2): averages by
-:class:`~fused_ema.ema.PowerDecay` are stored now and then; the profile wanted is fitted by theirs.
+:class:`~fused_ema.ema.decay.PowerDecay` are stored now and then; the profile wanted is fitted by
+theirs.
 """
 
 from __future__ import annotations

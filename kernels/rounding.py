@@ -1,4 +1,4 @@
-"""Stochastic rounding for Triton: :mod:`fused_ema.formats` has the same operations and names."""
+"""Stochastic rounding for Triton, as in :mod:`fused_ema.ema.formats`, under the same names."""
 
 from __future__ import annotations
 

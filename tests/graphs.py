@@ -13,8 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_ema import ema, stepper
-from fused_ema.backends import graphs
+from fused_ema.ema import decay as ema
+from fused_ema.step import stepper
+from fused_ema.step.backends import graphs
 
 
 class Graph(TorchDispatchMode):

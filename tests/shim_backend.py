@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fused_ema import _native, optimizer
-from fused_ema import backends as package
-from fused_ema.backends import dense
-from fused_ema.backends.native import cuda_plan as plan
+from fused_ema import _native
+from fused_ema.optim import base as optimizer
+from fused_ema.step import backends as package
+from fused_ema.step.backends import dense
+from fused_ema.step.backends.native import cuda_plan as plan
 
 __all__ = ["NAME", "plan", "unsupported"]
 

@@ -202,9 +202,9 @@ def test_lazy_parameters_step_as_torchs():
 
 def test_a_plan_looks_for_absent_parameters_alone(monkeypatch):
     asked = []
-    real = fused_ema.stepper.is_there
+    real = fused_ema.step.stepper.is_there
     monkeypatch.setattr(
-        "fused_ema.stepper.is_there", lambda param: asked.append(param) or real(param)
+        "fused_ema.step.stepper.is_there", lambda param: asked.append(param) or real(param)
     )
     p, meta = with_gradient(), nn.Parameter(torch.ones(3, device="meta"))
     opt = fused_ema.FusedScaledSGD([p, meta])

@@ -21,7 +21,7 @@ from bench.provider import NotOfferedError, Provider
 from bench.rows import Results
 from bench.spec import BF16, EMA, GRAPH, LR, OPTIMIZERS, SCENARIOS, STEP
 from bench.theirs import Averaging, averaging_alone
-from fused_ema.backends import native
+from fused_ema.step.backends import native
 
 ADAMW = OPTIMIZERS["adamw"]
 CPU = Cpu()

@@ -13,7 +13,7 @@ from harness import build, follow, make_problem
 from twins import set_gradients
 
 import fused_ema
-from fused_ema.ema import CosineDecay
+from fused_ema.ema.decay import CosineDecay
 
 SHAPES = ((), (0,), (7,), (5, 3))
 

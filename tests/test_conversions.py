@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fused_ema import FusedScaledAdamW, formats
-from fused_ema.state import complete
+from fused_ema import FusedScaledAdamW
+from fused_ema.ema import formats
+from fused_ema.step.state import complete
 
 BLOCK = 64
 SHAPE = (8, 3, 16, 32)

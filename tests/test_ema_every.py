@@ -11,7 +11,7 @@ import twins
 from torch import nn
 
 from fused_ema import CosineDecay, FusedScaledAdamW, FusedScaledSGD, PowerDecay
-from fused_ema.ema import decay_from_half_life
+from fused_ema.ema.decay import decay_from_half_life
 
 parameters = partial(twins.parameters, ((), (0,), (7,), (5, 3)), torch.float64)
 KAPPAS = (1.0, 2.0, 0.5, 3.0, 1.0, 4.0, 1.5, 1.0, 2.0, 1.0, 1.0)

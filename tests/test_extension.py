@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 import fused_ema
-from fused_ema import extension, standin
+from fused_ema import extension
+from fused_ema.extension import standin
 
 ROOT = Path(__file__).parents[1]
 SUFFIX = EXTENSION_SUFFIXES[0]
@@ -85,13 +87,9 @@ def run(code: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[
 def package(folder: Path) -> Path:
     """The package's Python files, elsewhere, without an extension."""
     copy = folder / "fused_ema"
-    copy.mkdir()
-    for path in Path(fused_ema.__file__).parent.iterdir():
-        if not path.name.startswith(("_native.", "__pycache__")):
-            (copy / path.name).symlink_to(path)
     # what finds itself by its file must find this folder
-    (copy / "extension.py").unlink()
-    (copy / "extension.py").write_text(Path(extension.__file__).read_text())
+    ignored = shutil.ignore_patterns("_native.*", "__pycache__")
+    shutil.copytree(Path(fused_ema.__file__).parent, copy, ignore=ignored)
     return copy
 
 
@@ -139,7 +137,7 @@ import warnings
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     import fused_ema
-    import fused_ema.optimizer
+    import fused_ema.optim.base
     p = fused_ema.FusedScaledSGD([__import__("torch").ones(2, requires_grad=True)]).step()
 print(len(told), told[0].category.__name__, told[0].message)
 print(fused_ema.build_info()["extension"])
@@ -226,5 +224,5 @@ runpy.run_path("setup.py", run_name="__main__")
     line = "fused_ema is built without its extension: FUSED_EMA_NO_EXTENSION is set"
     assert done.stdout.splitlines() == [line]
     files = [path.name for path in (tmp_path / "lib").rglob("*") if path.is_file()]
-    assert {"standin.py", "extension.py", "step.py"} <= set(files)
+    assert {"standin.py", "tensors.py", "step.py"} <= set(files)
     assert not [name for name in files if name.endswith(".so")]

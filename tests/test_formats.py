@@ -12,7 +12,8 @@ import twins
 from cases import CHANNELS_LAST, CHUNK, FEW
 from torch import nn
 
-from fused_ema import FusedEMA, FusedScaledAdamW, FusedScaledSGD, _native, formats
+from fused_ema import FusedEMA, FusedScaledAdamW, FusedScaledSGD, _native
+from fused_ema.ema import formats
 
 ROUND = {torch.bfloat16: formats.round_bfloat16, torch.float16: formats.round_float16}
 

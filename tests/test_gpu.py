@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from twins import set_gradients
 
 import fused_ema
-from fused_ema.ema import CosineDecay
+from fused_ema.ema.decay import CosineDecay
 
 KERNELS = ("native", "triton")
 SHAPES = ((), (0,), (7,), (300, 41), (70_001,))

@@ -12,7 +12,8 @@ import torch
 from cases import CHUNK, DTYPES
 from torch import nn
 
-from fused_ema import FusedScaledAdam, FusedScaledAdamW, FusedScaledSGD, _native, rules
+from fused_ema import FusedScaledAdam, FusedScaledAdamW, FusedScaledSGD, _native
+from fused_ema.rules import rule as rules
 
 TARGETS = _native.cpu_targets()
 OPTIMIZERS = {

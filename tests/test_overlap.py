@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fused_ema import FusedScaledSGD
-from fused_ema.overlap import turns
+from fused_ema.step.overlap import turns
 
 BACKENDS = ("native", "triton", "foreach", "reference")
 SIZE = 70_000  # more than one thread takes at a time

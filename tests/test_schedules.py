@@ -25,7 +25,7 @@ from fused_ema import (
     WarmUpDecay,
     decay_from_half_life,
 )
-from fused_ema.ema import decay_at
+from fused_ema.ema.decay import decay_at
 
 DOCS = Path(__file__).parents[1] / "docs" / "schedules.md"
 SCHEDULES = (

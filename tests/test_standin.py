@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_ema import _native, standin
+from fused_ema import _native
+from fused_ema.extension import standin
 
 
 class Plain(torch.Tensor):

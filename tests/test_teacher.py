@@ -267,9 +267,9 @@ def test_averaged_buffers_without_a_teacher_are_saved_and_swapped():
 
 def test_a_teacher_for_every_group_is_checked_once(monkeypatch):
     calls = []
-    real = fused_ema.teacher.check_disjoint
+    real = fused_ema.ema.teacher.check_disjoint
     monkeypatch.setattr(
-        "fused_ema.optimizer.check_disjoint", lambda *args: calls.append(args) or real(*args)
+        "fused_ema.optim.base.check_disjoint", lambda *args: calls.append(args) or real(*args)
     )
     shared = torch.zeros(4)
     groups = [{"params": [nn.Parameter(torch.ones(3))], "ema": [torch.ones(3)]} for _ in range(9)]

@@ -12,7 +12,8 @@ from cases import DTYPES
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fused_ema import _native, formats
+from fused_ema import _native
+from fused_ema.ema import formats
 from fused_ema.kernels import step
 from fused_ema.kernels.interpreter import interpreted
 from fused_ema.kernels.rules import RULES
@@ -20,8 +21,8 @@ from fused_ema.kernels.rules import RULES
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 
 RULE_STATES = (("frozen", 0), ("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3))
-# In the order of the records in fused_ema/rules.py. Flags are off and on, decays are none and some,
-# and there are weights on both sides of 1/2, where lerp changes its formula.
+# In the order of the records in fused_ema/rules/rule.py. Flags are off and on, decays are none and
+# some, and there are weights on both sides of 1/2, where lerp changes its formula.
 SCALARS = {
     "frozen": ((), (), ()),
     "sgd": (

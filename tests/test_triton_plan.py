@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fused_ema import FusedScaledAdamW, FusedScaledSGD
-from fused_ema.backends import dense
-from fused_ema.backends.triton import DeviceWords
+from fused_ema.step.backends import dense
+from fused_ema.step.backends.triton import DeviceWords
 
 ROW = 7 + 1  # the rule's scalars and one average's weight
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_ema import FusedScaledAdamW, FusedScaledSGD, _native
-from fused_ema.backends import dense, words
+from fused_ema.step.backends import dense, words
 
 SIZES = ((3, 4), (5,), (0, 2), (2, 1, 3), ())
 

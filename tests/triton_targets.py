@@ -24,9 +24,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_ema import rules
 from fused_ema.kernels import squares, step
 from fused_ema.kernels.rules import RULES
+from fused_ema.rules import rule as rules
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

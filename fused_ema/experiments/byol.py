@@ -23,8 +23,8 @@ from .. import (
     FusedScaledSGD,
     ProgressiveScaling,
 )
-from ..ema import Decay
-from ..options import EmaOptions
+from ..ema.decay import Decay
+from ..optim.options import EmaOptions
 from .config import option, positive
 from .distributed import Group
 from .evaluation import knn, linear_probe, outputs

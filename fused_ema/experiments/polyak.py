@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from .. import FusedScaledAdamW, FusedScaledOptimizer, FusedScaledSGD, ProgressiveScaling
-from ..ema import Decay
-from ..options import EmaOptions
+from ..ema.decay import Decay
+from ..optim.options import EmaOptions
 from .config import option
 from .distributed import Group
 from .evaluation import score

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..ema import Decay
+from ..ema.decay import Decay
 from .config import option, positive
 
 SCHEDULES = ("constant", "cosine", "steps")

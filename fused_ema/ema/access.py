@@ -1,0 +1,206 @@
+"""Reading the averages of an optimizer: in place of the weights, or as a module's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from ..sharding import fsdp_modules, is_sharded, reshard
+from ..step.buckets import is_fixed, is_there
+from ..step.state import held_average
+from . import averages
+from .buffers import EmaBuffers
+from .decay import decays, ema_keys
+from .swap import Begun, Flag, Swap, begun
+
+
+class EmaAccess(Optimizer):
+    """What a user does with averages that an optimizer holds in ``state[p]["ema"]``, ..."""
+
+    _names: dict[Tensor, str]
+    _buffers: EmaBuffers | None
+    _swap_flag: Flag
+    _teachers: dict[Tensor, Tensor]
+
+    def _follow_groups(self) -> None:
+        """Take in param groups that belong here and have been added elsewhere."""
+
+    def _settle(self) -> None:
+        """Take back what a step that was skipped has counted and let begin."""
+
+    @_disable_dynamo  # what is entered is not for compiled code
+    def ema_weights(self, index: int = 0, *, model: nn.Module | None = None) -> Swap:
+        """Hold an average in the parameters, in place, while the context is open.
+
+        ``with opt.ema_weights(): evaluate(model)``. However it is left, also by an exception or by
+        a signal handler that raises at any time, the weights are then what they were, bit by bit,
+        whatever has happened to the module inside: dtype casts, moves, writes in place. So are the
+        buffers of a known module, by ``model=`` here or of the optimizer; averaged buffers are held
+        in their place meanwhile. Averages and masters are not touched. Before the first step the
+        average is the weights (or the teacher), and none begins. FSDP2's modules are resharded on
+        entry and exit.
+
+        While open it takes memory for a copy of the weights and buffers. Parameters keep their
+        memory. Gradients are the user's: a cast of them is undone, a write to them is not. Of
+        frozen parameters without an average no copy is kept: a cast is undone, a write in place
+        makes the exit raise (but for one through ``.data``, which nobody sees).
+
+        A graph made outside cannot run backward inside, nor one made inside after it, as with all
+        tensors that are modified in place; one made before can run backward after it.
+
+        Where several optimizers train parts of one model, enter the contexts of all of them, one
+        in another (``contextlib.ExitStack``).
+
+        Args:
+            index: which average, for a tuple ``ema_decay``.
+            model: the module that holds the parameters, where the optimizer was made without it.
+
+        Returns:
+            A context manager, to be entered once, or a decorator.
+
+        Raises:
+            IndexError: there is no such average.
+            ValueError: ``model`` is no module, or holds none of the averaged parameters.
+            RuntimeError: on entry: already inside (``step()``, ``state_dict()`` and
+                ``load_state_dict()`` raise it inside, in every thread), or DTensor parameters
+                without ``model=``, or an average that does not have its parameter's shape. On exit:
+                something could not be restored; the message names it, the rest is restored.
+        """
+        modules = self._modules_around(model)
+        begin = partial(self._begin_swap, index, model, modules)
+        return Swap(self._swap_flag, begin, partial(_reshard, modules))
+
+    def _modules_around(self, model: nn.Module | None) -> list[nn.Module]:
+        """The modules that are known to hold the parameters."""
+        if model is not None and not isinstance(model, nn.Module):
+            raise ValueError(f"model: received a {type(model).__name__}; allowed: a module")
+        known = self._buffers.model if self._buffers is not None else None
+        return [module for module in (model, known) if module is not None]
+
+    def _begin_swap(
+        self, index: int, model: nn.Module | None, modules: Sequence[nn.Module]
+    ) -> Begun:
+        by_param = self._averages(index)
+        if model is not None and set(by_param).isdisjoint(model.parameters()):
+            raise ValueError("model holds none of the optimizer's averaged parameters")
+        if not modules and any(map(is_sharded, by_param)):
+            raise RuntimeError(
+                "ema_weights() with DTensor parameters: their modules may hold full copies of "
+                "them, and are not known; give the optimizer model=<the module>, or give it here"
+            )
+        _reshard(modules)  # first, so that the modules hold what the optimizer does
+        if self._buffers is not None:
+            by_param |= self._buffers.pairs(index)
+        params = (param for group in self.param_groups for param in group["params"])
+        return begun(by_param, params, self._names, modules)
+
+    def ema_state_dict(self, model: nn.Module, index: int = 0) -> dict[str, Tensor]:
+        """An average under the keys of ``model.state_dict()``.
+
+        Args:
+            model: the module whose parameters are optimized here. Entries that are not averaged
+                (parameters of no group, buffers unless ``ema_buffers`` holds them) are its own.
+            index: which average, for a tuple ``ema_decay``.
+
+        Returns:
+            Tensors that share memory with the optimizer's, but for averages that are kept as
+            differences; averages keep their dtype. Those of DTensors are DTensors.
+
+        Raises:
+            ValueError: ``model`` holds none of the averaged parameters.
+            IndexError: there is no such average.
+        """
+        self._check_not_swapped("ema_state_dict()")
+        by_param = self._averages(index)
+        return averages.state_dict(model, by_param, self._held_buffers(index))
+
+    def copy_ema_to(self, target: nn.Module, index: int = 0, *, buffers: bool = True) -> None:
+        """Copy an average into a module's parameters and buffers, in place.
+
+        Another module then computes what the optimized one computes inside :meth:`ema_weights`: it
+        takes parameters of groups without an average as they are, and the student's buffers, which
+        must be known by ``model=``. Parameters that are not the optimizer's are left alone. An
+        average in shards is gathered for a module that is not sharded: every process must call it.
+
+        Copied into the optimized module itself, the average becomes the weights that training goes
+        on from: masters take it over, and no average changes, also none that is kept as a
+        difference to the weights.
+
+        Args:
+            target: the optimized module itself, a part of it, or another of the same shapes: paired
+                by name where names are known (``model=`` or ``named_parameters()``), else in order.
+                Wrappers around either (DistributedDataParallel, torch.compile) do not matter.
+            index: which average, for a tuple ``ema_decay``.
+            buffers: False leaves the target's buffers as they are.
+
+        Raises:
+            ValueError: a name or shape does not match, or the target's state dict has a buffer and
+                the student's is not known; the message names the first. Nothing has been copied.
+            IndexError: there is no such average.
+        """
+        self._check_not_swapped("copy_ema_to()")
+        by_param = self._averages(index)
+        rest = [p for group in self.param_groups for p in group["params"] if p not in by_param]
+        held: dict[str, tuple[Tensor, Tensor]] | None = None
+        if buffers:
+            held = self._buffers.by_name(index) if self._buffers is not None else {}
+        in_order = len(self._averaged_groups()) == 1
+        own = [param for param in target.parameters() if param in by_param]
+        rewrites = [averages.Rewrite(p, by_param[p], self.state.get(p, {})) for p in own]
+        reshard(fsdp_modules(target))
+        averages.copy_to(target, by_param, rest, self._names, in_order, held)
+        for rewrite in rewrites:
+            rewrite.finish()
+
+    def _held_buffers(self, index: int) -> dict[Tensor, Tensor]:
+        return self._buffers.values(index) if self._buffers is not None else {}
+
+    def _averaged_groups(self) -> list[int]:
+        return [i for i, group in enumerate(self.param_groups) if decays(group["ema_decay"])]
+
+    def _groups_with(self, index: int) -> list[dict[str, Any]]:
+        """The param groups that have the average ``index``."""
+        return [g for g in self.param_groups if 0 <= index < len(decays(g["ema_decay"]))]
+
+    def _num_emas(self) -> int:
+        return max(len(decays(group["ema_decay"])) for group in self.param_groups)
+
+    def _averages(self, index: int) -> dict[Tensor, Tensor]:
+        """The average ``index`` of every parameter that has it; reading it begins nothing."""
+        self._follow_groups()
+        self._settle()
+        if self._num_emas() == 0:
+            raise IndexError(
+                f"index={index}: no param group has that average; the optimizer was made without "
+                "ema_decay"
+            )
+        key = ema_keys(index + 1)[-1] if index >= 0 else ""
+        groups = self._groups_with(index)
+        if not groups:
+            raise IndexError(f"index={index}: no param group has that average; see ema_decay")
+        teachers = self._teachers if index == 0 else {}
+        # not under the user's inference_mode, whose tensors could not be written to outside
+        with torch.inference_mode(False), torch.no_grad():
+            return {
+                param: teachers.get(param, param)
+                if is_fixed(param)
+                # .get() of a defaultdict makes no entry
+                else held_average(key, param, self.state.get(param, {}), group, teachers.get(param))
+                for group in groups
+                for param in filter(is_there, group["params"])
+            }
+
+    def _check_not_swapped(self, what: str) -> None:
+        if self._swap_flag.swapped:
+            self._swap_flag.check(what)
+
+
+def _reshard(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        reshard(fsdp_modules(module))

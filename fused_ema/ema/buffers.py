@@ -1,0 +1,396 @@
+"""What happens to a model's buffers (BatchNorm statistics and the like) beside its averages."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from operator import setitem
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..names import bare
+from ..realmath import surely
+from ..rules.blending import lerp
+from ..rules.rule import check_choice
+from ..sharding import check_plain, repeats
+from ..step.buckets import COMPUTE_DTYPE
+from ..step.gradients import Control
+from ..together import Call
+from .claims import claim
+from .swap import is_shown
+
+MODES = ("copy", "average", "leave")
+# Where a parameter's state holds averaged buffers: a dict by average, "0", "1", ..., and name.
+BUFFERS = "ema_buffers"
+
+
+class Move(NamedTuple):
+    """``held <- held + weight*(source - held)`` for one buffer; a weight of 1 copies."""
+
+    held: Tensor
+    source: Tensor
+    weight: Any
+
+    def calls(self, control: Control | None) -> list[Call]:
+        """What writes the new value, which is computed here."""
+        held, source, weight = self
+        taken = None if control is None else control.taken(held.device)
+        source = source.to(held.device, held.dtype)
+        if not surely(weight == 1.0):
+            if taken is not None:
+                weight = taken * weight
+            if isinstance(weight, Tensor):
+                weight = weight.to(held.device, held.real.dtype)
+            if held.is_complex():
+                held, source = map(torch.view_as_real, (held, source.resolve_conj()))
+            source = lerp(held, source, weight)
+        elif taken is not None:
+            if held.itemsize == 1:  # bytes are chosen from whatever float8 they are
+                held, source = held.view(torch.uint8), source.view(torch.uint8)
+            source = source.where(taken != 0.0, held)
+        return [partial(held.detach().copy_, source)]
+
+
+class Placement(NamedTuple):
+    """``into[key] = value``: a buffer that is new, of another shape, or cannot be written to."""
+
+    into: dict[str, Any]
+    key: str
+    value: Tensor
+
+    def calls(self, control: Control | None) -> list[Call]:
+        """What puts it there, unless the step is skipped, which the host waits to know."""
+        taken = None if control is None else control.taken(torch.device("cpu"))
+        is_taken = taken is None or taken != 0.0
+        return [partial(setitem, self.into, self.key, self.value)] if is_taken else []
+
+
+Moves: TypeAlias = "list[Move | Placement]"
+
+
+class _Place(NamedTuple):
+    """Where a module has a buffer: ``owner._buffers[key]``; a cache is not ``persistent``."""
+
+    owner: nn.Module
+    key: str
+    persistent: bool
+
+    @property
+    def value(self) -> Tensor | None:
+        """The buffer, None where there is none: also of a lazy module before its first forward."""
+        found: Tensor | None = self.owner._buffers[self.key]
+        return None if found is None or is_lazy(found) else found
+
+
+class EmaBuffers:
+    """Keeps averaged buffers beside the averages of a model's parameters.
+
+    ``"copy"``: the averaged model has the model's buffers as they are; ``"average"``: floating
+    buffers move like the parameters, others are copied; ``"leave"``: untouched. Buffers are looked
+    up in the model by name at every step, and followed as ``state_dict()`` has them: new or
+    resized ones begin as they are, and caches (``persistent=False``) are the model's own, and are
+    copied to a teacher where they fit. Wrappers in names do not matter. Where several optimizers
+    keep the buffers of one teacher, one of them moves those, see
+    :class:`~fused_ema.ema.claims.Claim`; averages of their own each of them has in full.
+
+    Args:
+        model: the student.
+        mode: one of the above.
+        teacher: a module that holds the first average; its buffers are modified in place.
+
+    Attributes:
+        held: the optimizer's averaged buffers by name, one dict an average; empty until they begin.
+
+    Raises:
+        ValueError: unknown mode, or the teacher's buffers do not match the model's.
+    """
+
+    def __init__(self, model: nn.Module, mode: str, teacher: nn.Module | None = None) -> None:
+        check_choice("ema_buffers", mode, MODES)
+        self.model = model
+        self.mode = mode
+        self.held: list[dict[str, Tensor]] = []
+        self._teacher = teacher
+        if teacher is not None:
+            _check_teacher(_places(teacher), _places(model), mode)
+
+    def begin(self, num_emas: int) -> None:
+        """Let what is not held yet start as the model's buffers are.
+
+        Raises:
+            RuntimeError: another optimizer's ``ema_weights()`` has put averaged buffers into the
+                model.
+        """
+        while len(self.held) < num_emas:
+            self.held.append({})
+        if self.mode != "average":
+            return
+        self._check_not_shown()
+        for held in self.held[self._first_own :]:
+            for move in self._following(held, 1.0):
+                if isinstance(move, Placement) and move.key not in held:
+                    held[move.key] = move.value
+
+    def moves(self, weights: Sequence[float]) -> Moves:
+        """What a step does to the held buffers, checked: ``weights`` are ``1 - rho**kappa``.
+
+        Raises:
+            RuntimeError: as for :meth:`begin`.
+        """
+        if self.mode == "leave" or (self.mode == "copy" and self._teacher is None):
+            return []
+        self._check_not_shown()
+        moves: Moves = []
+        if self._teacher is not None and weights and claim(self._teacher).moves(self):
+            moves += self._teaching(_places(self._teacher), weights[0])
+        own = slice(self._first_own, None)  # averages that have been turned off rest
+        for held, weight in zip(self.held[own], weights[own], strict=False):
+            moves += self._following(held, weight)
+        return moves
+
+    def _check_not_shown(self) -> None:
+        if any(map(is_shown, self.model.buffers())):
+            raise RuntimeError(
+                "step() inside another optimizer's ema_weights(): the model's buffers hold the "
+                "average; leave that context first"
+            )
+
+    @property
+    def _first_own(self) -> int:
+        """The first average that is the optimizer's own."""
+        return 0 if self._teacher is None else 1
+
+    def _following(self, held: dict[str, Tensor], weight: float) -> Moves:
+        moves: Moves = []
+        if self.mode != "average":
+            return moves
+        for name, source in _persistent(_places(self.model)):
+            mine = held.get(name)
+            if not _is_plain(source):
+                continue  # the model's own stands for it
+            if mine is None or not _fits(mine, source):
+                moves.append(Placement(held, name, _begun(source)))
+            else:
+                moves.append(Move(mine, source, weight if _averages(source) else 1.0))
+        return moves
+
+    def _teaching(self, teacher: Mapping[str, _Place], weight: float) -> Moves:
+        moves: Moves = []
+        for name, place in _places(self.model).items():
+            source, target = place.value, teacher.get(name)
+            if source is None or target is None or source.is_meta:
+                continue
+            mine = target.value
+            if mine is not None and _is_plain(mine) and _is_plain(source) and _fits(mine, source):
+                averages = self.mode == "average" and place.persistent and _averages(source)
+                moves.append(Move(mine, source, weight if averages else 1.0))
+            elif place.persistent:
+                moves.append(Placement(target.owner._buffers, target.key, _copied(source, mine)))
+        return moves
+
+    def _by_name(self, index: int) -> dict[str, Tensor]:
+        """What the average has of the buffers that a state dict holds."""
+        if index == 0 and self._teacher is not None:
+            return dict(_persistent(_places(self._teacher)))
+        return self.held[index] if index < len(self.held) else {}
+
+    def values(self, index: int) -> dict[Tensor, Tensor]:
+        """What the average has in the place of each of the model's buffers, by that buffer."""
+        held = self._by_name(index)
+        found = {}
+        for name, place in _places(self.model).items():
+            buffer = place.value
+            if buffer is not None:
+                mine = held.get(name, buffer)
+                found[buffer] = mine if _is_plain(buffer) and mine.shape == buffer.shape else buffer
+        return found
+
+    def pairs(self, index: int) -> dict[Tensor, Tensor]:
+        """The held buffer of one average that belongs in the place of each of the model's.
+
+        None for buffers that hold another optimizer's average already.
+        """
+        values = self.values(index).items()
+        return {mine: held for mine, held in values if mine is not held and not is_shown(mine)}
+
+    def by_name(self, index: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """The model's buffers by name, each with what the average has in its place."""
+        held = self.values(index)
+        buffers = self.model.named_buffers()
+        return {name: (buffer, held[buffer]) for name, buffer in buffers if buffer in held}
+
+    def entry(self) -> dict[str, dict[str, Tensor]]:
+        """What a state dict holds: the held buffers themselves, by average and name.
+
+        Those of a teacher that are not plain are in its own state dict alone.
+        """
+        count = max(len(self.held), self._first_own)
+        held = [self._by_name(index).items() for index in range(count)]
+        found = {str(i): {n: t for n, t in items if _is_plain(t)} for i, items in enumerate(held)}
+        return found if any(found.values()) else {}
+
+    def loaded(self, saved: Any) -> tuple[dict[str, dict[str, Tensor]], Moves]:
+        """Copies of saved buffers, and what gives a teacher its own; nothing is changed.
+
+        Args:
+            saved: an :meth:`entry`; names may be nested dicts, as torch.distributed.checkpoint
+                makes them.
+
+        Returns:
+            What :meth:`holding` takes, and the teacher's moves.
+
+        Raises:
+            ValueError: a name that the model has no buffer for, or what is no tensor with values.
+        """
+        places = _places(self.model)
+        moves: Moves = []
+        held: dict[str, dict[str, Tensor]] = {}
+        for path, value in _leaves(saved):
+            index, _, name = path.partition(".")
+            value = check_plain(f"state_dict: ema_buffers {path!r}", value)
+            if not index.isdecimal() or name not in places:
+                raise ValueError(
+                    f"state_dict: ema_buffers holds {path!r}; allowed: the number of an average, "
+                    f"and one of the model's {sorted(places)}"
+                )
+            mine = places[name].value
+            if value.is_complex() and mine is not None and not mine.is_complex():
+                raise ValueError(
+                    f"state_dict: ema_buffers {path!r} has dtype {value.dtype}; allowed: what "
+                    f"casts to {mine.dtype}"
+                )
+            if index == "0" and self._teacher is not None:
+                moves += self._taught(name, value)
+            elif self.mode == "average" and places[name].persistent:
+                device = value.device if mine is None or mine.is_meta else mine.device
+                held.setdefault(index, {})[name] = _begun(value.to(device))
+        return held, moves
+
+    def _taught(self, name: str, value: Tensor) -> Moves:
+        target = _places(self._teacher).get(name) if self._teacher is not None else None
+        if target is None:
+            return []
+        mine = target.value
+        value = _copied(value, mine)
+        if mine is not None and mine.shape == value.shape and _is_plain(mine):
+            return [Move(mine, value, 1.0)]
+        return [Placement(target.owner._buffers, target.key, value)]
+
+    def holding(self, entry: Mapping[str, dict[str, Tensor]]) -> EmaBuffers:
+        """The same, with other held buffers: an :meth:`entry` of one, or nothing."""
+        other = copy.copy(self)
+        count = max((int(index) + 1 for index in entry), default=0)
+        other.held = [dict(entry.get(str(index), {})) for index in range(count)]
+        if other.held and self._teacher is not None:
+            other.held[0] = {}
+        return other
+
+
+def resolve(model: nn.Module | None, mode: str | None, teacher: Any) -> EmaBuffers | None:
+    """The buffers to keep for an optimizer's arguments, None where there are none.
+
+    Raises:
+        ValueError: buffers were asked for, or exist in the teacher, and the student is unknown.
+    """
+    teacher = teacher if isinstance(teacher, nn.Module) else None
+    if model is not None:
+        return EmaBuffers(model, mode or "copy", teacher)
+    if mode not in (None, "leave"):
+        raise ValueError(f"ema_buffers={mode!r} needs model=<the student module>")
+    name = next((name for name, _ in teacher.named_buffers()), None) if teacher else None
+    if name is not None and mode is None:
+        raise ValueError(
+            f"ema: the teacher has buffers (first: {name!r}) and the student's are not known; pass "
+            "model=<the student module>, or ema_buffers='leave'"
+        )
+    return None
+
+
+@torch.no_grad()
+def moving(moves: Moves, control: Control | None) -> list[Call]:
+    """What carries out the moves, in place."""
+    return [call for move in moves for call in move.calls(control)]
+
+
+def _places(module: nn.Module) -> dict[str, _Place]:
+    """Where a module has its buffers, by name; one that several names share is at the first."""
+    found: dict[str, _Place] = {}
+    seen = set()
+    for prefix, owner in module.named_modules():
+        caches = getattr(owner, "_non_persistent_buffers_set", ())
+        for key, value in owner._buffers.items():
+            if value is None or value not in seen:
+                seen.add(value)
+                name = f"{prefix}.{key}" if prefix else key
+                found[name] = _Place(owner, key, key not in caches)
+    short = bare([*found, *(name for name, _ in module.named_parameters())])
+    return {short[name]: place for name, place in found.items()}
+
+
+def _persistent(places: Mapping[str, _Place]) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that a state dict holds."""
+    for name, place in places.items():
+        if place.persistent and place.value is not None:
+            yield name, place.value
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    """Whether it can be written to, element by element."""
+    strange = buffer.layout != torch.strided or buffer.is_quantized or buffer.is_meta
+    return not (strange or repeats(buffer))
+
+
+def _averages(buffer: Tensor) -> bool:
+    return buffer.dtype in COMPUTE_DTYPE
+
+
+def _fits(held: Tensor, source: Tensor) -> bool:
+    """Whether the one can go on following the other."""
+    alike = held.dtype == source.dtype or (_averages(held) and _averages(source))
+    return alike and held.shape == source.shape
+
+
+def _begun(buffer: Tensor) -> Tensor:
+    return buffer.detach().to(COMPUTE_DTYPE.get(buffer.dtype, buffer.dtype), copy=True)
+
+
+def _copied(source: Tensor, target: Tensor | None) -> Tensor:
+    """A copy for a teacher: beside what it replaces, in its dtype where both are floating."""
+    if target is None:
+        return source.detach().clone()
+    value = source.detach().clone().to(target.device)
+    return value.to(target.dtype) if _averages(source) and _averages(target) else value
+
+
+def _leaves(saved: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Entries of nested dicts, under names that join their keys."""
+    if not isinstance(saved, Mapping):
+        yield prefix, saved
+        return
+    for key, value in saved.items():
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _check_teacher(teacher: Mapping[str, _Place], source: Mapping[str, _Place], mode: str) -> None:
+    for name, value in _persistent(teacher):
+        if name not in source:
+            raise ValueError(
+                f"ema_buffers: {name!r} is missing; allowed: every buffer of the average"
+            )
+        own = source[name].value
+        if own is not None and own.shape != value.shape:
+            raise ValueError(
+                f"ema_buffers: {name!r} has shape {tuple(own.shape)}, allowed: the average's "
+                f"{tuple(value.shape)}"
+            )
+        wanted = COMPUTE_DTYPE.get(value.dtype, value.dtype)
+        if mode == "average" and value.dtype != wanted:
+            raise ValueError(
+                f"ema_buffers='average': the teacher's {name!r} has dtype {value.dtype}; allowed: "
+                f"{wanted} (rounded to nearest in fewer bits an average stops moving), or "
+                "ema_buffers='copy'"
+            )

@@ -1,0 +1,221 @@
+"""Averages and moments in 16 bits: rounded stochastically, or as differences to the weights.
+
+``"full"``: in the arithmetic's dtype. ``"bf16"``: the average in bfloat16. ``"delta"``: ``ema - p``
+times :data:`SCALE` in float16, which keeps 10 bits of what is small where the average itself keeps
+7. Rounding to nearest would lose every change of less than half a unit; stochastic rounding goes up
+as often as the rest asks for, which is right on average. Its random bits are a hash of seed, step,
+tensor and element: the same for every backend, number of threads and process. The rule's states may
+be rounded to bfloat16 likewise.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..rules.blending import lerp, moved
+from ..sharding import local
+
+FORMATS = ("full", "bf16", "delta")
+STATE_FORMATS = ("full", "bf16")
+# Which average the first of the rule's states is to the hash.
+FIRST_STATE = 1 << 31
+DTYPES = {"bf16": torch.bfloat16, "delta": torch.float16}
+# Of the teacher: the average itself, or what is written beside a difference.
+TEACHER_DTYPES = {"bf16": torch.bfloat16, "delta": torch.bfloat16}
+# Differences from 6e-8 to 64 have all bits of a float16, smaller ones lose some down to 6e-11.
+SCALE = 1024.0
+LARGEST = 65504.0  # of float16; larger differences are cut off
+# Of 1 - rho**kappa: below it, errors of several percent of the way to the weights were measured.
+SMALLEST_WEIGHT = {"bf16": 1e-5, "delta": 1e-4}
+LARGEST_BFLOAT16 = 0x7F7F0000  # as float32's bits
+MASK = 0xFFFFFFFF
+# Elements converted at a time: what is computed on the way takes a few MiB.
+BLOCK = 1 << 18
+
+# Computes a tensor from tensors.
+Compute: TypeAlias = Callable[..., Tensor]
+
+
+def mix(x: Any) -> Any:
+    """32 bits from 32 bits, each of them dependent on all: MurmurHash3's finalizer.
+
+    ``x`` is an int or an int64 tensor, whose products may overflow: the low bits stay right.
+    """
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & MASK
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & MASK
+    return x ^ (x >> 16)
+
+
+def step_seed(seed: Any, base_steps: Any) -> Any:
+    """32 bits of a step, from those of its count: a float, or float64 and int64 tensors."""
+    if isinstance(base_steps, Tensor):
+        bits = base_steps.view(torch.int64)
+    else:
+        (bits,) = struct.unpack("<q", struct.pack("<d", base_steps))
+    return mix(mix(seed & MASK ^ bits & MASK) ^ bits >> 32)
+
+
+def element_bits(seed: int, tensor: int, average: int, like: Tensor) -> Tensor:
+    """32 random bits for every element, int64, by its place in memory.
+
+    Args:
+        seed: of the step, see :func:`step_seed`.
+        tensor: which parameter of the optimizer.
+        average: which of its averages, or :data:`FIRST_STATE` plus which of its states.
+        like: a tensor in the parameter's order.
+    """
+    key = mix(mix(seed ^ mix(tensor)) ^ average)
+    index = torch.arange(like.numel(), device=like.device)
+    # of memory with gaps the logical order: torch makes a tensor like it without them
+    dense = like.numel() > 0 and torch.empty_like(like).stride() == like.stride()
+    place = index.as_strided(like.shape, like.stride()) if dense else index.view(like.shape)
+    return mix(key ^ (place & MASK) ^ mix(place >> 32))  # type: ignore[no-any-return]
+
+
+def round_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
+    """float32 to bfloat16, up with the probability of what is cut off; a NaN stays one.
+
+    No finite number becomes infinite.
+    """
+    pattern = value.view(torch.int32).to(torch.int64) & MASK
+    low = torch.where(pattern & 0x7FFFFFFF < LARGEST_BFLOAT16, bits >> 16, 0)
+    rounded = (pattern + low) >> 16
+    return _as(torch.bfloat16, torch.where(value.isnan(), 0x7FC0, rounded))
+
+
+def round_float16(value: Tensor, bits: Tensor) -> Tensor:
+    """float32 to float16 likewise; cut off at its largest number."""
+    pattern = value.view(torch.int32).to(torch.int64) & MASK
+    magnitude = value.abs().clamp(max=LARGEST)
+    low = bits >> 19
+    normal = ((magnitude.view(torch.int32).to(torch.int64)) - (112 << 23) + low) >> 13
+    subnormal = (magnitude * 2.0**24 + low * 2.0**-13).nan_to_num(0.0).to(torch.int64)
+    result = torch.where(magnitude < 2.0**-14, subnormal, normal) | (pattern >> 16 & 0x8000)
+    return _as(torch.float16, torch.where(value.isnan(), 0x7E00, result))
+
+
+def _as(dtype: torch.dtype, pattern: Tensor) -> Tensor:
+    signed = torch.where(pattern >= 0x8000, pattern - 0x10000, pattern)
+    return signed.to(torch.int16).view(dtype)
+
+
+def follow(ema: Tensor, param: Tensor, weight: float, bits: Tensor) -> None:
+    """Move a bfloat16 average in place: ``ema + weight*(param - ema)``, computed in float32."""
+    ema.copy_(round_bfloat16(lerp(ema.float(), param, weight), bits))
+
+
+def follow_delta(delta: Tensor, change: Tensor, weight: float, bits: Tensor, before: bool) -> None:
+    """Move a difference in place, for parameters that have moved by ``change``, in float32.
+
+    ``d <- (1 - weight)*(d - change)``, or of averages that take the old parameters ("before")
+    ``d <- (1 - weight)*d - change``.
+    """
+    old = delta.float() * (1.0 / SCALE)
+    rest = old if before else old - change
+    new = lerp(rest, torch.zeros_like(rest), weight)
+    if before:
+        new = new - change
+    delta.copy_(round_float16(new * SCALE, bits))
+
+
+def average(stored: Tensor, param: Tensor) -> Tensor:
+    """The average that ``stored`` stands for beside weights ``param``: itself, or ``p + d``."""
+    if stored.dtype != torch.float16:
+        return stored
+    return param.float() + stored.to(param.device).float() * (1.0 / SCALE)
+
+
+def begun(teacher: Tensor, param: Tensor) -> Tensor:
+    """The float32 average that a bfloat16 teacher starts as: its copy of ``param`` is ``param``."""
+    return torch.where(teacher == param.to(teacher.dtype), param.float(), teacher.float())
+
+
+def is_too_slow(form: str, weights: Sequence[float] | None) -> bool:
+    """Whether rounding an average in a format loses too much of the steps that it takes."""
+    smallest = 0.99 * SMALLEST_WEIGHT.get(form, 0.0)
+    return any(0.0 < weight < smallest for weight in weights or ())
+
+
+def warn_of_rounding(form: str, weights: Sequence[float]) -> None:
+    """Warn of averages that :func:`is_too_slow` tells of."""
+    smallest = min(filter(None, weights))
+    warnings.warn(
+        f"ema_format={form!r} with 1 - ema_decay**kappa = {smallest:.3g}: below "
+        f"{SMALLEST_WEIGHT[form]:g} rounding builds up errors of several percent of the average's "
+        "distance to the weights (docs/numerics.md); use ema_format='full', a smaller ema_decay "
+        "or a larger kappa",
+        stacklevel=2,
+    )
+
+
+def check_distance(
+    what: str, value: Tensor, param: Tensor, read: Compute = lambda value, _: value
+) -> None:
+    """Raise ValueError where a difference to ``param`` would be cut off, or is a NaN.
+
+    ``read(value, param)``, which goes element by element, gives what the difference is of.
+    """
+    largest = torch.zeros((), device=param.device)
+    for part, weight in blocks(value, param):
+        away = moved(weight.float(), read(part.to(weight.device), weight).float()).abs()
+        if away.numel() > 0:
+            largest = torch.maximum(largest, away.max())
+    if not float(largest) <= LARGEST / SCALE:
+        raise ValueError(
+            f"{what} is up to {float(largest):.3g} from the weights; allowed: "
+            f"{LARGEST / SCALE:.3g} with ema_format='delta'"
+        )
+
+
+def stored(value: Tensor, param: Tensor, form: str) -> Tensor:
+    """An average as the format keeps it, rounded to nearest; what is finite stays finite."""
+    if form == "delta":
+        scaled = moved(param.float(), value.float()) * SCALE
+        return scaled.clamp(-LARGEST, LARGEST).to(torch.float16)
+    dtype = DTYPES.get(form, value.dtype)
+    if dtype == value.dtype:
+        return value
+    value = value.float()
+    largest = torch.finfo(dtype).max
+    return torch.where(value.isinf(), value, value.clamp(-largest, largest)).to(dtype)
+
+
+def write(target: Tensor, compute: Compute, *given: Tensor) -> Tensor:
+    """Fill ``target`` in place with ``compute(*given)``, which goes element by element; returns it.
+
+    It is done in blocks: nothing that is computed on the way has the size of a parameter. All
+    tensors have one shape, DTensors one placement; ``target`` may be one of ``given``.
+    """
+    for part, *parts in blocks(target, *given):
+        part.copy_(compute(*parts))
+    return target
+
+
+def blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Views of the same at most :data:`BLOCK` elements of all tensors, until all have been seen.
+
+    Raises:
+        ValueError: what lies here of them has different shapes.
+    """
+    parts = [local(tensor.detach()) for tensor in tensors]
+    shapes = {tuple(part.shape) for part in parts}
+    if len(shapes) > 1:
+        raise ValueError(f"tensors have the shapes {sorted(shapes)}; allowed: one shape")
+    yield from _split(parts)
+
+
+def _split(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    shape, count = tensors[0].shape, tensors[0].numel()
+    if count <= BLOCK:
+        yield tensors
+        return
+    dim = max(range(len(shape)), key=shape.__getitem__)
+    size = max(1, BLOCK // (count // shape[dim]))
+    for parts in zip(*(tensor.split(size, dim) for tensor in tensors), strict=True):
+        yield from _split(list(parts))

@@ -1,0 +1,152 @@
+"""Weights that hold an average for a while, and all that is kept of them meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import ContextDecorator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..extension import native
+from ..sharding import local, place, placed_alike
+
+# Versions from here on are those of tensors that hold an average, see csrc/swap.cpp.
+FIRST_VERSION_INSIDE = 1 << 31
+
+
+def is_shown(tensor: Tensor) -> bool:
+    """Whether a tensor holds an average, inside the ``ema_weights()`` of any optimizer."""
+    if is_lazy(tensor) or tensor.is_inference():
+        return False
+    return tensor._version >= FIRST_VERSION_INSIDE
+
+
+class Flag:
+    """Whether an optimizer's weights hold an average.
+
+    One object that wrappers of the optimizer share with it, never replaced.
+    """
+
+    __slots__ = ("swapped",)
+
+    def __init__(self) -> None:
+        self.swapped = False
+
+    def check(self, what: str) -> None:
+        """Raise RuntimeError for ``what`` while the weights hold an average."""
+        if self.swapped:
+            raise RuntimeError(
+                f"{what} inside ema_weights(): the parameters hold the average; leave the context "
+                "first"
+            )
+
+
+class Kept(NamedTuple):
+    """A tensor that is what it was when the context has been left."""
+
+    owner: Tensor
+    part: Tensor
+    """Of a DTensor its local tensor, else the owner."""
+    value: Tensor | None
+    """What the part holds while the context is open; None: what it held before."""
+    copied: bool
+    """Whether its values are kept, not its memory alone."""
+    name: str
+
+
+class Place(NamedTuple):
+    """An entry of a module's dict of parameters or buffers."""
+
+    entries: MutableMapping[str, Any]
+    name: str
+    value: Tensor | None
+    fixed: bool
+    """False: the module may leave a tensor of another shape there, as caches do."""
+
+
+class Begun(NamedTuple):
+    """All that is given back when the context is left."""
+
+    tensors: list[Kept]
+    places: list[Place]
+
+
+class Swap(native.Swap, ContextDecorator):
+    """What :meth:`~fused_ema.ema.access.EmaAccess.ema_weights` returns, to be entered once.
+
+    ``__enter__`` and ``__exit__`` are C functions: no signal handler, and so no exception, can come
+    between the weights and their way back. Without the extension they are Python, and one that
+    does leaves the way back to the moment when the context is dropped. Also a decorator, entered
+    at each call.
+    """
+
+    def __init__(self, flag: Flag, begin: Callable[[], Begun], end: Callable[[], None]) -> None:
+        super().__init__(flag, begin, end)
+        self._arguments = (flag, begin, end)
+
+    def _recreate_cm(self) -> Swap:  # of ContextDecorator's interface, for each call
+        return type(self)(*self._arguments)
+
+
+def begun(
+    values: Mapping[Tensor, Tensor],
+    params: Iterable[Tensor],
+    names: Mapping[Tensor, str],
+    modules: Iterable[nn.Module],
+) -> Begun:
+    """What to keep while tensors hold other values.
+
+    Copies are kept of all tensors that take another value, of parameters that require a gradient
+    and of buffers; of frozen parameters the memory alone, for there may be many.
+
+    Args:
+        values: what each tensor is to hold, of its shape.
+        params: the optimizer's parameters.
+        names: theirs, as far as known.
+        modules: whose parameters and buffers are kept, too, as far as known.
+
+    Raises:
+        RuntimeError: a value has another shape than its tensor, or lies in other processes.
+    """
+    tensors: dict[Tensor, Kept] = {}
+
+    def keep(tensor: Tensor, copied: bool, name: str) -> None:
+        if tensor in tensors or is_lazy(tensor):
+            return
+        value = values.get(tensor)
+        if value is tensor:
+            value = None
+        if value is not None:
+            _check_fits(value, tensor, name)
+            value = local(value)
+        tensors[tensor] = Kept(tensor, local(tensor), value, copied or value is not None, name)
+
+    for module in modules:
+        for name, param in module.named_parameters():
+            keep(param, param.requires_grad, name)
+        for name, buffer in module.named_buffers():
+            keep(buffer, True, name)
+    for i, tensor in enumerate(params):
+        keep(tensor, tensor.requires_grad, names.get(tensor, f"parameter {i}"))
+    return Begun(list(tensors.values()), [p for module in modules for p in _places(module)])
+
+
+def _check_fits(value: Tensor, tensor: Tensor, name: str) -> None:
+    if value.shape != tensor.shape:
+        raise RuntimeError(
+            f"ema_weights(): {name} has shape {tuple(tensor.shape)}, its average "
+            f"{tuple(value.shape)}"
+        )
+    if not placed_alike(value, tensor):
+        raise RuntimeError(f"ema_weights(): {name} is {place(tensor)}, its average {place(value)}")
+
+
+def _places(root: nn.Module) -> Iterator[Place]:
+    for module in root.modules():
+        caches = module._non_persistent_buffers_set
+        for entries in (module._parameters, module._buffers):
+            if isinstance(entries, dict):  # not of a ScriptModule
+                for name, value in entries.items():
+                    yield Place(entries, name, value, name not in caches)

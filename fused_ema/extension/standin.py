@@ -1,0 +1,130 @@
+"""What the package needs of its extension, in Python: for where that is not built.
+
+The interface is that of ``_native.pyi``, as far as the foreach, reference and Triton backends need
+it; the two kinds of plan are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+
+from .swap import Swap as Swap
+from .tensors import C, bits, extent, is_subclass, keys
+
+HAS_CUDA = False
+
+
+def cpu_targets() -> list[str]:
+    """No native CPU loops."""
+    return []
+
+
+def rule_scalars() -> dict[str, list[str]]:
+    """No rules that are compiled."""
+    return {}
+
+
+class Watch:
+    """Remembers which objects an optimizer's param groups and state hold."""
+
+    def __init__(self, param_groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> None:
+        # the objects themselves, so that no address is used again
+        self._listed, self._held = list(_walk_groups(param_groups)), list(_walk_state(state))
+
+    def unchanged(self, param_groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> bool:
+        """Whether the same objects are there, in the same places."""
+        return _same(self._listed, _walk_groups(param_groups)) and _same(
+            self._held, _walk_state(state)
+        )
+
+
+def _walk_groups(param_groups: list[dict[str, Any]]) -> Iterator[Any]:
+    for group in param_groups:
+        params = group["params"]
+        yield params
+        yield from params
+
+
+def _walk_state(state: Mapping[Any, Any]) -> Iterator[Any]:
+    for param, entry in state.items():
+        yield param
+        yield entry
+        if isinstance(entry, dict):
+            yield from chain.from_iterable(entry.items())
+
+
+def _same(objects: list[Any], found: Iterator[Any]) -> bool:
+    there = list(found)
+    return len(objects) == len(there) and all(map(is_, objects, there))
+
+
+_DENSE = bits(DispatchKey.Dense)
+_TRACKED = bits(
+    DispatchKey.ADInplaceOrView,
+    DispatchKey.AutogradFunctionality,
+    DispatchKey.AutogradOther,
+    DispatchKey.AutogradNestedTensor,
+)
+_AUTOCAST = bits(*(k for name, k in DispatchKey.__members__.items() if name[:8] == "Autocast"))
+# the devices' bits are those below that of dense memory
+_PLAIN = (_DENSE - 1) | _DENSE | _TRACKED | _AUTOCAST
+
+
+def has_plain_keys(tensor: Tensor) -> bool:
+    """Whether a tensor is dense memory to the dispatcher and nothing besides."""
+    return not keys(tensor) & ~_PLAIN
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is plain memory: no subclass, nothing lazy, no inference."""
+    tracked = bool(keys(tensor) & _TRACKED)  # an inference tensor has none of these
+    return has_plain_keys(tensor) and tracked and C._has_storage(tensor)
+
+
+def _first(tensor: Tensor) -> int:
+    """A tensor's first address; reading it leaves memory that is copied when it is written to."""
+    if not C._has_storage(tensor):
+        return 0
+    storage: int = C._data_address(tensor)
+    return storage + int(tensor.storage_offset()) * tensor.element_size() if storage else 0
+
+
+class Places:
+    """Remembers where tensors lie."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._first = list(map(_first, tensors))
+
+    def unchanged(self, tensors: list[Tensor]) -> bool:
+        """Whether each begins at the same address."""
+        return self._first == list(map(_first, tensors))
+
+
+def spans(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    """First address of each tensor's memory and the one behind its last; 0 and 0: see the types."""
+    return list(map(_span, tensors))
+
+
+def _is_copied_when_written(tensor: Tensor) -> bool:
+    if is_subclass(tensor):  # torch tells of plain ones alone
+        with C._DisableTorchDispatch():
+            plain = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            tensor = plain.set_(tensor.untyped_storage())
+    found: bool = C._is_cow_tensor(tensor)
+    return found
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    if not C._has_storage(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
+        return 0, 0
+    begin = _first(tensor)
+    if begin == 0 or _is_copied_when_written(tensor):
+        return 0, 0
+    return begin, begin + extent(tensor) * tensor.element_size()

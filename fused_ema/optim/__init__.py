@@ -1,0 +1,1 @@
+"""The optimizers, as torch's interface has them."""

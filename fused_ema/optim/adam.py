@@ -1,0 +1,137 @@
+"""Adam and AdamW with their batch-size scaling and a fused EMA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
+
+from ..rules.rule import ADAM
+from .base import FusedScaledOptimizer
+from .options import EmaOptions
+
+
+class FusedScaledAdam(FusedScaledOptimizer):
+    """``torch.optim.Adam`` and a model EMA in one pass, both scaled by ``kappa``.
+
+    ``lr`` becomes ``sqrt(kappa)*lr``, ``beta`` becomes ``beta**kappa``, ``eps`` becomes
+    ``eps/sqrt(kappa)`` (Malladi et al. 2022) and ``rho`` becomes ``rho**kappa`` (Busbridge et al.
+    2023). ``state[p]["step"]`` counts base steps, ``kappa`` a step, so that bias correction stays
+    right when ``kappa`` changes.
+
+    Args:
+        params: as in torch; see :class:`~fused_ema.optim.base.FusedScaledOptimizer`.
+        lr: learning rate at the base batch size, ``>= 0``; a float or a tensor of one element.
+        betas: decays of the gradient's and the squared gradient's averages, each in ``[0, 1)``.
+        eps: added to the denominator, ``>= 0``.
+        weight_decay: L2 penalty, or decoupled decay, ``>= 0``.
+        amsgrad: use the running maximum of the second moment.
+        maximize: ascend instead.
+        foreach, fused, differentiable: as in torch; see
+            :func:`~fused_ema.step.backends.requested_backend`.
+        capturable: fold the scalars on the device, in float64, so that ``step()`` can be captured
+            in a CUDA graph. ``lr``, ``kappa``, the betas, ``weight_decay`` and ``ema_decay`` may
+            then be tensors on the device, read at every replay; floats are constants of the graph.
+            A schedule gets the samples seen as a 0-dim tensor there, and gives one.
+        decoupled_weight_decay: AdamW's decay instead of the L2 penalty.
+        beta_scaling: ``"exponential"``, ``beta**kappa``, or ``"linear"``, ``1 - kappa*(1 - beta)``.
+            With ``"linear"``, bias correction after a change of ``kappa`` is that of the same
+            number of base steps at the new ``kappa``, and the step warns where that changes its
+            length by more than 0.2 %; with ``"exponential"`` it is exact.
+        weight_decay_scaling: decoupled decay alone: ``"exact"`` keeps
+            ``(1 - lr*weight_decay)**kappa``, ``"none"`` the coefficient.
+        options: ``ema_decay``, ``ema``, ``ema_order``, ``kappa``, ``model``, ``ema_buffers``,
+            ``backend`` of :class:`~fused_ema.optim.base.FusedScaledOptimizer`.
+
+    Raises:
+        ValueError: a bad value; the message names the argument, the value and what is allowed.
+    """
+
+    rule = ADAM
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        beta_scaling: str = "exponential",
+        weight_decay_scaling: str = "exact",
+        **options: Unpack[EmaOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas) if isinstance(betas, list) else betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "beta_scaling": beta_scaling,
+            "weight_decay_scaling": weight_decay_scaling,
+        }
+        super().__init__(params, defaults, **options)
+
+
+class FusedScaledAdamW(FusedScaledAdam):
+    """``torch.optim.AdamW`` and a model EMA in one pass, both scaled by ``kappa``.
+
+    :class:`FusedScaledAdam` with decoupled weight decay (Loshchilov & Hutter 2019): a step keeps
+    ``(1 - lr*weight_decay)**kappa`` of a weight. Arguments, errors and effects are the same.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        beta_scaling: str = "exponential",
+        weight_decay_scaling: str = "exact",
+        **options: Unpack[EmaOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            beta_scaling=beta_scaling,
+            weight_decay_scaling=weight_decay_scaling,
+            **options,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            group["decoupled_weight_decay"] = True
+        super().__setstate__(state)

@@ -1,0 +1,246 @@
+"""The fused average after the step of any other optimizer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import zip_longest
+from operator import is_
+from types import FrameType
+from typing import Any
+from weakref import finalize, ref
+
+import torch
+from torch import nn
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+from torch.optim.optimizer import StateDict
+from torch.utils.hooks import RemovableHandle
+
+from ..ema.decay import EmaDecay
+from ..ema.teacher import Teacher
+from ..rules.rule import FROZEN, check_choice
+from .base import FusedScaledOptimizer
+from .groups import KAPPA
+
+# Where torch.optim.Optimizer's constructor keeps the hooks of its step.
+HOOKS = "_optimizer_step_post_hooks"
+# The code that calls them, around every step.
+STEP = Optimizer.profile_hook_step(lambda self: None).__code__
+
+
+class FusedEMA(FusedScaledOptimizer):
+    """Averages of the parameters of any ``torch.optim.Optimizer``, moved when it steps.
+
+    ``zeta <- rho**kappa * zeta + (1 - rho**kappa) * theta`` (Busbridge et al. 2023, Definition
+    1.2), one launch a bucket, by a hook of ``optimizer.step()``. ``kappa`` scales the averages'
+    decay alone: the other optimizer's learning rate and the rest are left to you. Its param groups
+    are followed, also one that is added later; ``param_groups[i]`` here may hold its own
+    ``ema_decay`` and ``kappa``. A step that a ``GradScaler`` skips moves nothing.
+
+    It is used like the averages of the fused optimizers: :meth:`ema_weights`,
+    :meth:`ema_state_dict`, :meth:`copy_ema_to`, :attr:`kappa`, :meth:`set_batch_size`. Its
+    ``state_dict()`` holds the averages and their clock, and is saved beside the optimizer's. A copy
+    or pickle of both together is a working pair.
+
+    Keep it as long as it shall follow: the optimizer does not keep it alive, and dropping the last
+    reference to it removes its hooks.
+
+    Args:
+        optimizer: steps the parameters; it is not modified but for the hook.
+        ema_decay, ema, ema_order, ema_every, ema_format, ema_seed, half_life_samples,
+            base_batch_size, kappa, model, ema_buffers, backend: see
+            :class:`~fused_ema.optim.base.FusedScaledOptimizer`. With ``ema_order="before"`` the
+            averages move before the step.
+        capturable: fold the averages' weights on the device, for a captured step.
+
+    Raises:
+        TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, whose hooks are needed.
+        ValueError: it has averages of its own (pass ``ema_decay`` to it), or a bad value.
+    """
+
+    rule = FROZEN
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        ema_decay: EmaDecay = None,
+        *,
+        ema: Teacher | None = None,
+        ema_order: str = "after",
+        ema_every: int = 1,
+        ema_format: str = "full",
+        ema_seed: int = 0,
+        half_life_samples: float | None = None,
+        base_batch_size: float | None = None,
+        kappa: float = KAPPA,
+        model: nn.Module | None = None,
+        ema_buffers: str | None = None,
+        capturable: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        # a wrapper may look like an optimizer without being made as one
+        if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, HOOKS):
+            raise TypeError(
+                f"optimizer: received a {type(optimizer).__name__}; allowed: a "
+                "torch.optim.Optimizer, whose step calls hooks"
+            )
+        if isinstance(optimizer, FusedScaledOptimizer):
+            raise ValueError(
+                f"optimizer: a {type(optimizer).__name__} has averages of its own; pass ema_decay "
+                "to it"
+            )
+        check_choice("ema_order", ema_order, ("after", "before"))
+        if ema_decay is None and half_life_samples is None:
+            raise ValueError("ema_decay=None; allowed: a decay, a schedule or a tuple of those")
+        self._order = ema_order
+        self._optimizer = optimizer
+        super().__init__(
+            [_params(group) for group in optimizer.param_groups],
+            {"foreach": None, "fused": None, "differentiable": False, "capturable": capturable},
+            ema_decay=ema_decay,
+            ema=ema,
+            ema_every=ema_every,
+            ema_format=ema_format,
+            ema_seed=ema_seed,
+            half_life_samples=half_life_samples,
+            base_batch_size=base_batch_size,
+            kappa=kappa,
+            model=model,
+            ema_buffers=ema_buffers,
+            backend=backend,
+        )
+        self._removed = False
+        self._attach()
+
+    def remove(self) -> None:
+        """Follow the optimizer no longer; the averages stay as they are."""
+        self._unhook()
+        self._removed = True
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move every average, in place, as the hook does at each step of the optimizer.
+
+        Raises:
+            RuntimeError: inside :meth:`ema_weights`, or the optimizer has other parameters now.
+            ValueError: a param group holds a bad value. Nothing has moved in either case.
+        """
+        self._follow_groups()
+        return super().step(closure)
+
+    def state_dict(self) -> StateDict:
+        """The averages and their clock; see :meth:`FusedScaledOptimizer.state_dict`."""
+        self._follow_groups()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state of this class; see :meth:`FusedScaledOptimizer.load_state_dict`."""
+        self._follow_groups()
+        super().load_state_dict(state_dict)
+
+    def _complete_state(self) -> None:
+        self._follow_groups()
+        super()._complete_state()
+
+    def _attach(self) -> None:
+        """Hook into the optimizer's step, until this object is gone."""
+        optimizer, own = self._optimizer, ref(self)
+        handles = (
+            optimizer.register_step_pre_hook(partial(_before_step, own)),
+            optimizer.register_step_post_hook(partial(_after_step, own)),
+        )
+        self._unhook = finalize(self, _remove, handles)
+        self._unhook.atexit = False
+
+    def _begin(self) -> None:
+        """Let averages start at the weights before the step, and refuse what cannot be moved."""
+        self._check_not_swapped("step()")
+        self._release()  # what a step has begun that the optimizer did not end
+        self._follow_groups()
+        self._settle()
+        with torch.inference_mode(False), torch.no_grad():
+            self._stepper.prepare(
+                self.param_groups, self.state, self._check_group, self._complete_state
+            )
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        # where torch's fused optimizers read it, too
+        self.found_inf = getattr(optimizer, "found_inf", None)
+        try:
+            self.step()
+        finally:
+            del self.found_inf
+
+    def _follow_groups(self) -> None:
+        if self._removed:
+            return
+        for own, other in zip_longest(self.param_groups, self._optimizer.param_groups):
+            if own is None:
+                self.add_param_group(_params(other))
+            elif other is None or not _same(own["params"], other["params"]):
+                raise RuntimeError(
+                    "optimizer: its parameters have been replaced; make a new FusedEMA for them"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_optimizer": self._optimizer, "_order": self._order, "_removed": self._removed}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_optimizer" in state:  # a copy, whose optimizer has lost its hooks
+            self._attach()
+            if self._removed:
+                self._unhook()
+
+
+@_disable_dynamo  # which would trace into hooks
+def _before_step(own: ref[FusedEMA], optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    ema = own()
+    if ema is None or ema._removed:
+        return
+    if ema._order == "before":
+        ema._follow(optimizer)
+    else:
+        ema._begin()
+
+
+@_disable_dynamo
+def _after_step(own: ref[FusedEMA], optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    ema = own()
+    if ema is not None and not ema._removed and ema._order == "after":
+        ema._follow(optimizer)
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    if _is_stepping():
+        return  # torch walks through the hooks; these do nothing from here on
+    for handle in handles:
+        handle.remove()
+
+
+def _is_stepping() -> bool:
+    """Whether some optimizer is inside its step, in any thread."""
+    frames: list[FrameType | None] = list(sys._current_frames().values())
+    try:
+        while frames:
+            frame = frames.pop()
+            while frame is not None and frame.f_code is not STEP:
+                frame = frame.f_back
+            if frame is not None:
+                return True
+        return False
+    finally:
+        frames, frame = [], None  # this function's frame is one of them
+
+
+def _params(group: dict[str, Any]) -> dict[str, Any]:
+    params = group["params"]
+    if "param_names" in group:
+        params = zip(group["param_names"], params, strict=True)
+    return {"params": list(params)}
+
+
+def _same(own: list[Any], other: list[Any]) -> bool:
+    return len(own) == len(other) and all(map(is_, own, other))

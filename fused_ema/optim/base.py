@@ -1,0 +1,712 @@
+"""The base of the drop-in optimizers: torch's interface around plans that step whole buckets."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, StateDict
+
+from ..ema.access import EmaAccess
+from ..ema.buffers import BUFFERS, EmaBuffers, Moves, moving, resolve
+from ..ema.decay import EmaDecay, decays, only_half_life
+from ..ema.swap import Flag
+from ..ema.teacher import (
+    Teacher,
+    by_name,
+    check_buffers_given,
+    check_disjoint,
+    check_whole,
+    fitting,
+    lasting,
+    named,
+    pair,
+    resharding_modules,
+)
+from ..extension import native
+from ..rules.rule import FROZEN, Rule, check_choice
+from ..scaling import check_range
+from ..sharding import reshard
+from ..step import clock
+from ..step.backends import NAMES
+from ..step.buckets import is_fixed, is_there
+from ..step.folding import Checked
+from ..step.gradients import Verdict, clipped, summed, unscaling
+from ..step.state import check_param, complete, reset
+from ..step.stepper import Stepper
+from ..together import Call, together
+from ..values import as_given, number
+from . import checkpoint, replaced
+from .checkpoint import ASKED
+from .groups import KAPPA, agreed, check_group, check_groups
+
+
+class _Begun(NamedTuple):
+    """State that a step has let begin, to be dropped where that step is not taken."""
+
+    keys: list[tuple[Tensor, set[str]]]
+    held: list[dict[str, Tensor]]
+    """Averaged buffers as they were."""
+
+
+class _Doubt(NamedTuple):
+    """A step that was counted, and may have been skipped."""
+
+    verdict: Verdict
+    begun: _Begun | None
+    counted: list[native.Slots]
+    put_back: list[Call]
+
+
+class _UnscalesItself:
+    """Whether ``step()`` is to unscale: what torch's ``GradScaler`` and trainers ask an optimizer.
+
+    True where every param group says ``fused=True``, as torch's constructors have it. An attribute
+    of the same name on the optimizer itself wins.
+    """
+
+    def __get__(self, optimizer: FusedScaledOptimizer | None, owner: type) -> bool:
+        return optimizer is not None and all(group["fused"] for group in optimizer.param_groups)
+
+
+class FusedScaledOptimizer(EmaAccess):
+    """Base of the optimizers: one fused pass a bucket for the step and every average.
+
+    ``fused=True`` unscales inside the step under a ``torch.amp.GradScaler``, in the same pass.
+    Without it the scaler unscales ``.grad`` before, as with torch's default, so that trainers may
+    clip in between, and does not call :meth:`step` where a gradient is not finite;
+    :class:`~fused_ema.optim.grad_scaler.GradScaler` takes the one pass in either case.
+
+    Subclasses set :attr:`rule` and give the defaults of torch's namesake.
+
+    Args:
+        params: parameters, named parameters or param groups, as torch takes them. A group may set
+            any hyper-parameter for itself, and ``ema``: its own teacher tensors.
+        defaults: the rule's hyper-parameters at the base batch size.
+        ema_decay: ``rho`` at the base batch size, in ``[0, 1]``; or a schedule ``t -> rho`` of the
+            samples seen in base batches; or a tuple of those, one an average; None: no average.
+        ema: a teacher that is the (first) average: a module, or its parameters. It is modified in
+            place at every step and keeps its present values as the start. None: the optimizer
+            keeps the average, starting at the weights.
+        ema_order: ``"after"``: the average takes in the new weights (the paper's Algorithm 1);
+            ``"before"``: the old ones (its theory).
+        ema_every: the averages move at every ``ema_every``-th step, ``>= 1``, by
+            ``rho**(kappa*ema_every)``; steps between save their traffic. Not with ``"delta"``. A
+            field of the param groups, the same in all, as is ``max_grad_norm``.
+        ema_format: ``"full"``: in float32 (float64 for float64 parameters); ``"bf16"``: half the
+            memory, rounded stochastically, for a bfloat16 teacher; ``"delta"``: half the memory,
+            as ``ema - p`` in float16, many times closer; a teacher is bfloat16, its rounded copy.
+            See docs/numerics.md.
+        ema_seed: of the random bits of 16-bit formats, ``0 <= ema_seed < 2**32``; the same in every
+            process.
+        half_life_samples: another way to say a constant ``ema_decay``, with ``base_batch_size``:
+            :func:`~fused_ema.ema.decay.decay_from_half_life`.
+        base_batch_size: what ``kappa = 1`` stands for, for :meth:`set_batch_size`.
+        kappa: batch size / base batch size, ``> 0``. Scales learning rate, betas, eps, weight decay
+            and ``rho`` together, at every step, by :mod:`fused_ema.scaling`.
+        model: the student module: gives parameters their names, and buffers to the average.
+        ema_buffers: ``"copy"`` (default with ``model``), ``"average"`` or ``"leave"``; see
+            :class:`~fused_ema.ema.buffers.EmaBuffers`.
+        max_grad_norm: gradients are scaled down to this norm, over all parameters, where theirs is
+            larger, as by ``torch.nn.utils.clip_grad_norm_``; ``.grad`` is not written. ``>= 0``;
+            None: not at all.
+        master_weights: hold the weights of bfloat16 and float16 parameters in float32, with their
+            moments: ``state[p]["master"]``. The rule and the averages follow those, and the
+            parameter becomes their rounded copy at every step.
+        state_format: ``"bf16"`` keeps the rule's states (momentum, moments) in bfloat16, rounded
+            stochastically with ``ema_seed``: 4 bytes a parameter less for Adam. The weights must be
+            float32, or have float32 masters. ``"full"``: in the weights' dtype, as torch.
+        backend: ``"auto"`` or one of ``"native"``, ``"triton"``, ``"foreach"``, ``"reference"``.
+
+    Raises:
+        ValueError: a bad value; the message names the argument, the value and what is allowed.
+    """
+
+    rule: ClassVar[Rule]
+
+    _step_supports_amp_scaling = _UnscalesItself()
+    _made = True  # False while the constructor adds its param groups
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        ema_decay: EmaDecay = None,
+        ema: Teacher | None = None,
+        ema_order: str = "after",
+        ema_every: int = 1,
+        ema_format: str = "full",
+        ema_seed: int = 0,
+        half_life_samples: float | None = None,
+        base_batch_size: float | None = None,
+        kappa: float = KAPPA,
+        model: nn.Module | None = None,
+        ema_buffers: str | None = None,
+        max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        state_format: str = "full",
+        backend: str = "auto",
+    ) -> None:
+        check_choice("backend", backend, ("auto", *NAMES))
+        base_batch_size = number(base_batch_size)
+        if base_batch_size is not None:
+            check_range("base_batch_size", base_batch_size, 0, math.inf, ends=("<", "<"))
+        if half_life_samples is not None:
+            ema_decay = only_half_life(half_life_samples, base_batch_size, ema_decay)
+        self.backend = backend
+        self.base_batch_size = base_batch_size
+        self._grad_norm: Tensor | None = None
+        self._teachers: dict[Tensor, Tensor] = {}
+        self._whole_teacher: nn.Module | dict[str, Tensor] | None = None
+        self._teacher_modules: list[Any] = []
+        self._names: dict[Tensor, str] = {}
+        self._buffers: EmaBuffers | None = None
+        self._swap_flag = Flag()
+        self._doubt: _Doubt | None = None
+        self._begun: _Begun | None = None  # by a step that is not taken yet
+        self._squares: list[Tensor] | None = None
+        self._make_stepper()
+        shared = {"ema_decay": ema_decay, "ema_order": ema_order, "kappa": kappa, "base_steps": 0.0}
+        shared |= {"master_weights": master_weights, "ema_format": ema_format, "ema_seed": ema_seed}
+        shared |= {"state_format": state_format, "max_grad_norm": max_grad_norm}
+        shared |= {"ema_every": ema_every, "ema_skips": 0, "ema_waited": 0.0}
+        self._given = _given(ema_decay=ema_decay, ema_order=ema_order, kappa=kappa)
+        self._asked: list[dict[str, Any]] = []
+        self._placed: list[list[Tensor]] = []
+        defaults = as_given({**defaults, **shared})
+        self._check_group(defaults)
+        if model is not None:
+            self._names = named(model)
+        self._made = False
+        super().__init__(params, defaults)
+        if ema is not None:
+            ema = lasting(ema)
+            self._bind(ema, [self.param_groups[i] for i in self._averaged_groups()])
+            self._whole_teacher = by_name(ema)
+        self._check_disjoint({})
+        del self._made
+        self._buffers = resolve(model, ema_buffers, ema)
+
+    @property
+    def kappa(self) -> float:
+        """Batch size / base batch size of all param groups; set it to change them all.
+
+        Raises:
+            ValueError: read while the groups differ, or set out of ``0 < kappa < inf``, or to a
+                value that the groups' scaling rules cannot follow. No group has changed then.
+        """
+        values = {float(group["kappa"]) for group in self.param_groups}
+        if len(values) > 1:
+            raise ValueError(f"kappa differs between param groups: {sorted(values)}")
+        return values.pop()
+
+    @kappa.setter
+    @_disable_dynamo  # a group that compiled code writes to becomes capturable
+    def kappa(self, value: float) -> None:
+        for group in self.param_groups:
+            self._check_group({**group, "kappa": value})
+        for fields in (self.defaults, *self.param_groups):
+            given = fields["kappa"]
+            if isinstance(given, Tensor) and given.is_floating_point() and fields["capturable"]:
+                given.fill_(value)  # what a captured graph reads
+            else:
+                fields["kappa"] = float(value)
+
+    @property
+    def ema_every(self) -> int:
+        """At which steps the averages of all param groups move; set it to change them all.
+
+        Raises:
+            ValueError: the groups differ, or it is out of its range. No group has changed then.
+        """
+        return int(agreed(self.param_groups, "ema_every"))
+
+    @ema_every.setter
+    def ema_every(self, value: int) -> None:
+        self._set_all("ema_every", value)
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """What the gradients of all param groups together are clipped to; set it for them all.
+
+        Raises:
+            ValueError: the groups differ, or it is out of its range. No group has changed then.
+        """
+        value: float | None = agreed(self.param_groups, "max_grad_norm")
+        return value
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._set_all("max_grad_norm", value)
+
+    def _set_all(self, field: str, value: Any) -> None:
+        value = number(value)
+        self._check_groups([{**group, field: value} for group in self.param_groups])
+        for fields in (self.defaults, *self.param_groups):
+            fields[field] = value
+
+    def set_batch_size(self, batch_size: float) -> None:
+        """Set :attr:`kappa` to ``batch_size / base_batch_size``.
+
+        Raises:
+            ValueError: the optimizer was made without ``base_batch_size``, or as for :attr:`kappa`.
+        """
+        if self.base_batch_size is None:
+            raise ValueError("base_batch_size=None; allowed: a number, given to the optimizer")
+        self.kappa = batch_size / self.base_batch_size
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of the last step's gradients before clipping, over all parameters.
+
+        A 0-dim float64 tensor beside the first parameter, unscaled if a ``GradScaler`` is in use;
+        0 on the CPU if there are no parameters; reading it waits for nothing. None before the first
+        step, and without ``max_grad_norm`` (``math.inf`` gives the norm and clips nothing).
+        """
+        return self._grad_norm
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Names of the backends in use, one a bucket; empty before the first step."""
+        return self._stepper.backends or self._between.backends
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter and move every average, in place.
+
+        Called by ``torch.amp.GradScaler.step`` with ``fused=True``, or by our own scaler, it
+        unscales gradients on their way into the rule, and where one is not finite nothing moves
+        and nothing is counted. Groups that are not
+        capturable are counted on the host: the kernels skip, the next step or :meth:`state_dict`
+        takes the count back, and no step waits for its own check (``"foreach"`` and
+        ``"reference"`` do).
+
+        ``torch.compile`` breaks its graph here: a step runs as outside, a closure is compiled.
+        Write to ``param_groups`` outside: in compiled code torch makes their ``capturable`` True.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, None without one.
+
+        Raises:
+            RuntimeError: inside :meth:`ema_weights`, a sparse gradient, or a backend that cannot.
+            ValueError: a param group holds a bad value. Nothing has moved in either case.
+        """
+        self._check_not_swapped("step()")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            self._check_not_swapped("step()")
+        self._take_step()
+        return loss
+
+    @_disable_dynamo  # it would compile fragments of it; a closure is left to it
+    def _take_step(self) -> None:
+        try:
+            if torch.is_inference_mode_enabled():
+                # what a plan makes there could not be used by a later step outside
+                with torch.inference_mode(False), torch.no_grad():
+                    self._move()
+            else:
+                self._move()
+        except BaseException:
+            self._release()
+            raise
+
+    @torch.no_grad()
+    def check_gradients(self) -> Tensor:
+        """Whether a gradient is not finite, by one reading pass: a 0-dim float32 tensor, 0 or 1.
+
+        The step that follows takes its norm from the same pass: it must find the same gradients.
+        Nothing is moved, and nothing waits for the device.
+        """
+        self._check_not_swapped("check_gradients()")
+        try:
+            with torch.inference_mode(False):
+                self._squares = self._prepared().sums_of_squares()
+        finally:
+            self._release()
+        return summed(self._squares).isfinite().logical_not().float()
+
+    def _prepared(self) -> Stepper:
+        """What takes the step at hand, ready to."""
+        if self._doubt is not None:  # dynamo's guard around it takes longer than to look
+            self._settle()
+        averaged = clock.is_due(self.param_groups, agreed(self.param_groups, "ema_every"))
+        stepper = self._stepper if averaged else self._between
+        stepper.prepare(self.param_groups, self.state, self._check_group, self._complete_state)
+        return stepper
+
+    def _move(self) -> None:
+        squares, self._squares = self._squares, None
+        stepper = self._prepared()
+        averaged = stepper is self._stepper
+        found_inf = getattr(self, "found_inf", None)
+        if not isinstance(found_inf, Tensor):
+            found_inf = None  # torch's GradScaler sums over the gradients it has seen: none, 0
+        if found_inf is not None and not stepper.skips:
+            if found_inf.item() != 0.0:
+                self._release()
+                return
+            found_inf = None
+        max_grad_norm = agreed(self.param_groups, "max_grad_norm")
+        moves: Moves = []
+        if self._buffers is not None and averaged:
+            moves = self._buffers.moves(self._buffer_weights())
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        control = None
+        if grad_scale is not None or found_inf is not None:
+            control = unscaling(grad_scale, found_inf)
+        if max_grad_norm is not None:
+            squares = stepper.sums_of_squares() if squares is None else squares
+            control, self._grad_norm = clipped(control, squares, max_grad_norm)
+        doubt = None
+        if found_inf is not None and stepper.host_counted:
+            put_back = clock.counts(self.param_groups)
+            doubt = _Doubt(Verdict(found_inf), self._begun, stepper.counted(), put_back)
+        calls = stepper.running(control)
+        calls += clock.advance(self.param_groups, stepper.folder.kappas, control)
+        if self.param_groups[0]["ema_every"] > 1:
+            calls += clock.wait(self.param_groups, stepper.folder.kappas, averaged)
+        if moves:
+            calls += moving(moves, control)
+        if doubt is not None or self._doubt is not None:
+            calls.append(partial(setattr, self, "_doubt", doubt))
+        if self._begun is not None:
+            calls.append(partial(setattr, self, "_begun", None))
+        if averaged:
+            reshard(self._teacher_modules)  # the full copies, which nothing reads in between
+        together(calls)
+
+    @_disable_dynamo
+    def _settle(self) -> None:
+        """Take the counts of the last step back if a ``GradScaler`` had it skipped.
+
+        The host counts a step before the device has said whether it is taken, and asks when it
+        needs the counts again: step() waits for no device but, at most, for the step before.
+        """
+        doubt = self._doubt
+        if doubt is not None and doubt.verdict.skipped():
+            uncounting = [partial(slots.uncount) for slots in doubt.counted]
+            together([*doubt.put_back, *uncounting, partial(setattr, self, "_doubt", None)])
+            self._drop(doubt.begun)
+        self._doubt = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as torch does; ``ema`` in it: its own teacher, without buffers.
+
+        Without ``ema`` the group's averages are the optimizer's own; if it was made with a teacher
+        of the whole network, they are that teacher's tensors of the same names. A schedule of
+        ``rho`` goes on where the first group's is.
+
+        Raises:
+            ValueError: a bad value, a parameter given twice, or a teacher that does not match, or
+                has no tensor known to be a parameter's; the group is not added.
+        """
+        self._settle()
+        teacher, asked = None, dict(self._given)
+        if isinstance(param_group, dict):
+            asked |= {field: param_group[field] for field in ASKED if field in param_group}
+            param_group = as_given(param_group)  # a copy: the caller's may be used again
+            teacher = param_group.pop("ema", None)
+            if self.param_groups:
+                param_group.setdefault("base_steps", float(self.param_groups[0]["base_steps"]))
+            checked = {"params": [], **self.defaults, **param_group}
+            self._check_group(checked)
+            agreed([*self.param_groups, checked], "ema_every")
+            agreed([*self.param_groups, checked], "max_grad_norm")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            if len(set(group["params"])) != len(group["params"]):
+                raise ValueError("params: a parameter appears twice in a param group")
+            for param in group["params"]:
+                if param.requires_grad and not is_lazy(param):
+                    check_param(param, self.rule is not FROZEN)
+            self._learn_names(group)
+            if teacher is not None:
+                check_buffers_given(teacher)
+                self._bind(teacher, [group])
+            elif self._whole_teacher is not None and decays(group["ema_decay"]):
+                self._bind_more(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._asked.append(asked)
+        self._placed.append(list(group["params"]))
+        self._forget_plans()
+
+    @torch.no_grad()
+    def reset_moments(self, params: Iterable[Tensor] | None = None) -> None:
+        """Let the rule start anew: momentum and moments become zero, in place, and their counts.
+
+        Bias corrections and SGD's first step are then those of a new optimizer. Weights, masters,
+        averages and ``base_steps``, where schedules of ``rho`` are, go on. (``del opt.state[p]``
+        would restart the averages too.)
+
+        Args:
+            params: some of the optimizer's parameters; None: all.
+
+        Raises:
+            ValueError: a parameter is not the optimizer's; nothing has changed then.
+            RuntimeError: inside :meth:`ema_weights`, or the rule's states are not here (FusedEMA).
+        """
+        self._check_not_swapped("reset_moments()")
+        if self.rule is FROZEN:
+            raise RuntimeError(
+                "reset_moments() of a FusedEMA; allowed: resetting the state of the optimizer that "
+                "it follows, which holds the moments"
+            )
+        self._settle()
+        own = {param: group for group in self.param_groups for param in group["params"]}
+        chosen = list(own if params is None else [params] if isinstance(params, Tensor) else params)
+        for i, param in enumerate(chosen):
+            if param not in own:
+                raise ValueError(f"params: entry {i} is not a parameter of this optimizer")
+        for param in chosen:
+            reset(self.rule, own[param], self.state.get(param, {}))
+
+    def state_dict(self) -> StateDict:
+        """The state as torch lays it out, the averages under ``ema``, ``ema_1``, ...
+
+        A schedule is configuration: ``"schedule"`` stands in its place, and its position,
+        ``base_steps``, is saved. Averaged buffers are in the state of the first parameter that has
+        an average, under ``"ema_buffers"``: a dict by average, ``"0"``, ``"1"``, ..., and name.
+
+        Raises:
+            RuntimeError: inside :meth:`ema_weights`.
+        """
+        self._check_not_swapped("state_dict()")
+        self._settle()
+        self._follow_replaced()
+
+        def write(_: Optimizer, state_dict: StateDict) -> StateDict:
+            return checkpoint.to_save(
+                state_dict, self.param_groups, self._buffers, self._entry_to_save
+            )
+
+        # first, so that hooks of the user's see what is saved
+        hook = self.register_state_dict_post_hook(write, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def _entry_to_save(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """What a state dict holds of one parameter's state."""
+        return entry
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state of this class or of its torch namesake, in copies.
+
+        Hyper-parameters load as torch's do; a ``kappa``, ``ema_decay`` or ``ema_order`` that
+        differs from one that the constructor was given is warned of. What chooses storage or an
+        implementation stays as it is here: ``foreach``, ``fused``, ``capturable``,
+        ``differentiable``, ``backend``, ``master_weights``, ``ema_format``, ``state_format``. The
+        state is converted: moments and averages at once, differences and masters that the state
+        lacks at the next step, from the weights as they are then. So do averages begin that it
+        lacks (torch's has none); beside a teacher that is warned of. A teacher's tensors take the
+        saved values in place, beside differences their sum with the present weights: load those
+        first. Where both sides have ``param_names``, these say which state is whose.
+
+        Raises:
+            ValueError: groups, names or shapes do not match, or a bad value. Nothing has changed
+                then.
+            RuntimeError: inside :meth:`ema_weights`.
+        """
+        self._check_not_swapped("load_state_dict()")
+        self._settle()
+        self._follow_replaced()
+        given = state_dict.copy()
+        for read in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            changed = read(self, given)
+            given = given if changed is None else changed
+        new = checkpoint.load(
+            self.rule,
+            self.param_groups,
+            self._asked,
+            given,
+            self._check_groups,
+            self._buffers,
+            self._teachers,
+        )
+        state: defaultdict[Any, Any] = defaultdict(dict, new.state)
+        try:
+            self.__setstate__({"state": state, "param_groups": new.groups})
+            new.write()
+        except BaseException:
+            if self.state is state:  # an interrupt: what has begun is ended
+                new.write()
+            raise
+        reshard(self._teacher_modules)
+        for seen in list(self._optimizer_load_state_dict_post_hooks.values()):
+            seen(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_not_swapped("copying or pickling the optimizer")
+        self._settle()
+        options = ("backend", "base_batch_size", "_given", "_asked", "_placed")
+        own = (*options, "_teachers", "_whole_teacher", "_teacher_modules", "_names", "_buffers")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        buffers: EmaBuffers | None = getattr(self, "_buffers", None)
+        if buffers is not None and "_buffers" not in state:
+            # taken in with the rest in one assignment, which an interrupt cannot divide
+            entries = (entry for entry in state["state"].values() if isinstance(entry, dict))
+            held: Any = next((entry[BUFFERS] for entry in entries if BUFFERS in entry), {})
+            state = {**state, "_buffers": buffers.holding(held)}
+        super().__setstate__(state)
+        self._grad_norm = None
+        self._doubt = None
+        self._begun = None
+        self._squares = None
+        if hasattr(self, "_stepper"):  # loading a state dict: graphs may still use old plans
+            self._forget_plans()
+        else:
+            self._swap_flag = Flag()
+            self._make_stepper()
+
+    def _make_stepper(self) -> None:
+        self._stepper, self._between = (
+            Stepper(self.rule, self.backend, averaged) for averaged in (True, False)
+        )
+
+    def _release(self) -> None:
+        """Let go of the gradients of a step that is not taken, and of what it has let begin."""
+        self._stepper.release()
+        self._between.release()
+        begun, self._begun = self._begun, None
+        self._drop(begun)
+
+    def _drop(self, begun: _Begun | None) -> None:
+        if begun is None:
+            return
+        for param, keys in begun.keys:
+            state = self.state.get(param, {})
+            for key in keys & state.keys():
+                del state[key]
+            if not state:
+                self.state.pop(param, None)
+        if self._buffers is not None:
+            self._buffers.held = begun.held
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        self._stepper.forget()
+        self._between.forget()
+
+    def _complete_state(self) -> None:
+        # an average made under the user's inference_mode could never be stepped
+        self._follow_replaced()
+        if self._begun is None:
+            held = [] if self._buffers is None else list(map(dict, self._buffers.held))
+            self._begun = _Begun([], held)
+        params = [param for group in self.param_groups for param in group["params"]]
+        before = [(param, set(self.state.get(param, ()))) for param in params]
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._complete_all()
+        finally:
+            new = ((param, self.state.get(param, {}).keys() - keys) for param, keys in before)
+            self._begun.keys.extend((param, keys) for param, keys in new if keys)
+
+    def _complete_all(self) -> None:
+        for group in self.param_groups:
+            clock.complete(group)
+            for param in group["params"]:
+                if not is_there(param) or is_fixed(param):
+                    continue
+                complete(self.rule, group, param, self.state[param], self._teachers.get(param))
+        if self._buffers is not None:
+            self._begin_buffers(self._buffers)
+
+    def _follow_replaced(self) -> None:
+        """Hand on what is held of parameters that others have been put in the place of."""
+        if self._buffers is not None:
+            self._names.update(named(self._buffers.model))
+        for group in self.param_groups:
+            self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+        replaced.follow(self._placed, self.param_groups, self._names, self.state, self._teachers)
+        self._placed = [list(group["params"]) for group in self.param_groups]
+
+    def _begin_buffers(self, buffers: EmaBuffers) -> None:
+        """Hold averaged buffers, and let the state show them where checkpoints look."""
+        buffers.begin(self._num_emas())
+        entry, home = buffers.entry(), checkpoint.home(self.param_groups)
+        for param in (param for group in self.param_groups for param in group["params"]):
+            self.state.get(param, {}).pop(BUFFERS, None)
+        if entry and home is not None:
+            self.state[home][BUFFERS] = entry
+
+    def _buffer_weights(self) -> tuple[float, ...]:
+        """The weights of the group with the most averages: buffers belong to no group."""
+        weights = [self._stepper.folder.weights(i) for i in range(len(self.param_groups))]
+        return max(weights, key=len)
+
+    def _bind(self, teacher: Teacher, groups: list[dict[str, Any]]) -> None:
+        params = [p for group in groups for p in group["params"] if p not in self._teachers]
+        if not params or not all(decays(group["ema_decay"]) for group in groups):
+            raise ValueError("ema was given, but ema_decay=None; allowed: a decay for the teacher")
+        modules = resharding_modules(teacher)
+        reshard(modules)
+        pairs = pair(teacher, params, self._names, len(groups) == 1, fitting(groups))
+        check_whole(teacher, pairs.values())
+        if self._made:  # else all are checked at once: one group after another is quadratic
+            self._check_disjoint(pairs)
+        self._teachers.update(pairs)
+        self._teacher_modules += [m for m in modules if m not in self._teacher_modules]
+
+    def _bind_more(self, group: dict[str, Any]) -> None:
+        """Give an added group its part of the teacher that the optimizer was made with."""
+        teacher = self._whole_teacher
+        if not teacher or not all(param in self._names for param in group["params"]):
+            raise ValueError(
+                "add_param_group(): the optimizer was made with a teacher, and its tensors for the "
+                "new parameters are not known; pass them as the group's 'ema', or give the group "
+                "ema_decay=None (a teacher module, and model=<the student module> or named "
+                "parameters, pair by name)"
+            )
+        self._bind(teacher if isinstance(teacher, nn.Module) else teacher.items(), [group])
+
+    def _learn_names(self, group: dict[str, Any]) -> None:
+        """Of a new group: the student module's if it is known, which may have grown, or given."""
+        params = group["params"]
+        if self._buffers is not None and not all(param in self._names for param in params):
+            self._names.update(named(self._buffers.model))
+        for param, name in zip(params, group.get("param_names", ()), strict=False):
+            self._names.setdefault(param, name)
+
+    def _check_disjoint(self, pairs: Mapping[Tensor, Tensor]) -> None:
+        both = {**self._teachers, **pairs}
+        teachers = [tensor for param, tensor in both.items() if not is_fixed(param)]
+        if teachers:
+            every = [param for group in self.param_groups for param in group["params"]]
+            check_disjoint(teachers, every)
+
+    def _check_group(self, group: Mapping[str, Any]) -> Checked:
+        return check_group(self.rule, group, self.backend)
+
+    def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError for param groups that hold a bad value, or do not go together."""
+        for group in groups:
+            self._check_group(group)
+        check_groups(groups)
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """The arguments that a user has given, as far as their defaults tell."""
+    absent = {"ema_decay": None, "ema_order": "after", "kappa": KAPPA}
+    return {field: value for field, value in fields.items() if value is not absent[field]}

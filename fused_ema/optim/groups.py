@@ -1,0 +1,97 @@
+"""What a param group may hold, beside what its rule says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..ema.decay import check_ema_decay
+from ..ema.formats import FORMATS, STATE_FORMATS
+from ..rules.rule import Rule, check_choice
+from ..scaling import check_range
+from ..step.backends import requested_backend
+from ..step.folding import Checked, Group, plain_fields
+from ..values import as_given
+
+# The default of ``kappa``, told by identity from a 1.0 that a user gives.
+KAPPA = float("1")
+
+# Flags of every rule; a rule's own are bools, too, but for the names of its scaling rules.
+SWITCHES = ("master_weights", "capturable", "differentiable")
+
+
+def check_group(rule: Rule, group: Group, backend: str) -> Checked:
+    """The group's numbers, checked and scaled.
+
+    Args:
+        rule: the optimizer's rule.
+        group: a param group, or what one would be.
+        backend: the optimizer's, ``"auto"`` or a name.
+
+    Raises:
+        ValueError: a bad value, also one that the scaling rules cannot follow, or values that
+            exclude each other.
+    """
+    group = as_given(group)
+    for flag in (*SWITCHES, *(flag for flag in rule.flags if not flag.endswith("_scaling"))):
+        _check_switch(flag, group[flag])
+    # in a graph of its own where gradients are to reach what is scaled
+    with torch.set_grad_enabled(bool(group["differentiable"])):
+        values = plain_fields(rule, group)
+    rule.check({**group, **values})
+    check_ema_decay(values["ema_decay"])
+    check_choice("ema_order", group["ema_order"], ("after", "before"))
+    check_choice("ema_format", group["ema_format"], FORMATS)
+    check_choice("state_format", group["state_format"], STATE_FORMATS)
+    _check_seed(group["ema_seed"])
+    requested_backend(group, backend)
+    ema_every, max_grad_norm = group["ema_every"], group["max_grad_norm"]
+    if not isinstance(ema_every, int) or ema_every < 1:
+        raise ValueError(f"ema_every={ema_every!r} is out of range; allowed: an int >= 1")
+    if max_grad_norm is not None:
+        check_range("max_grad_norm", max_grad_norm, 0.0, math.inf)
+    if ema_every > 1 and group["ema_format"] == "delta":
+        raise ValueError(
+            f"ema_every={ema_every} with ema_format='delta'; allowed: 1, for a difference moves "
+            "whenever its weights do"
+        )
+    if ema_every > 1 and group["capturable"]:
+        raise ValueError(f"ema_every={ema_every} with capturable=True; allowed: 1")
+    if max_grad_norm is not None and group["differentiable"]:
+        raise ValueError(f"max_grad_norm={max_grad_norm} with differentiable=True; allowed: None")
+    with torch.set_grad_enabled(bool(group["differentiable"])):
+        return Checked(values, rule.scale(values))
+
+
+def _check_switch(name: str, value: Any) -> None:
+    # 0 and 1, as torch
+    if not isinstance(value, int) or value not in (0, 1):
+        raise ValueError(f"{name}={value!r} is not known; allowed: True or False")
+
+
+def check_groups(groups: Sequence[Group]) -> None:
+    """Raise ValueError where groups differ in what belongs to all of them."""
+    agreed(groups, "ema_every")
+    agreed(groups, "max_grad_norm")
+
+
+def agreed(groups: Sequence[Group], field: str) -> Any:
+    """The value of a field that all param groups have in common.
+
+    Raises:
+        ValueError: they differ.
+    """
+    value = groups[0][field] if groups else None
+    for group in groups:
+        if group[field] is not value and group[field] != value:
+            values = [group[field] for group in groups]
+            raise ValueError(f"{field} differs between param groups: {values}")
+    return value
+
+
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"ema_seed={seed!r} is out of range; allowed: an int in [0, 2**32)")

@@ -1,0 +1,63 @@
+"""The average of a model that several optimizers train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from ..ema import averages
+from ..ema.teacher import named
+from .base import FusedScaledOptimizer
+
+
+def ema_state_dict(
+    model: nn.Module, optimizers: Iterable[FusedScaledOptimizer], index: int = 0
+) -> dict[str, Tensor]:
+    """The averages of several optimizers together, under the keys of ``model.state_dict()``.
+
+    For a model whose parameters are shared out: matrices to one optimizer and the rest to another,
+    or one optimizer a parameter, stepped in the backward pass. (``ema_weights()`` of several nest,
+    in a ``contextlib.ExitStack`` if there are many.)
+
+    Args:
+        model: the module whose parameters are optimized. Entries that none averages are its own.
+        optimizers: fused optimizers and :class:`~fused_ema.FusedEMA`, in any order. Those without
+            an average ``index`` add nothing. Of buffers that several hold the first's are taken.
+        index: which average, for tuples ``ema_decay``.
+
+    Returns:
+        As :meth:`~fused_ema.FusedScaledOptimizer.ema_state_dict` of one optimizer.
+
+    Raises:
+        TypeError: an entry of ``optimizers`` is none of this package's.
+        ValueError: two of them average the same parameter, which the message names, or ``model``
+            holds none of the averaged parameters.
+        IndexError: none has such an average.
+        RuntimeError: inside ``ema_weights()`` of one of them.
+    """
+    averaged: dict[Tensor, Tensor] = {}
+    buffers: dict[Tensor, Tensor] = {}
+    given = list(optimizers)
+    for i, optimizer in enumerate(given):
+        if not isinstance(optimizer, FusedScaledOptimizer):
+            raise TypeError(
+                f"optimizers: entry {i} is a {type(optimizer).__name__}; allowed: optimizers of "
+                "this package, or FusedEMA(<another optimizer>)"
+            )
+    having = [optimizer for optimizer in given if optimizer._groups_with(index)]
+    if not having:
+        raise IndexError(f"index={index}: no optimizer has that average; see ema_decay")
+    for optimizer in having:
+        optimizer._check_not_swapped("ema_state_dict()")
+        part = optimizer._averages(index)
+        twice = next((param for param in part if param in averaged), None)
+        if twice is not None:
+            name = named(model).get(twice)
+            what = repr(name) if name else f"of shape {tuple(twice.shape)}, which model has not"
+            raise ValueError(f"optimizers: two of them average the parameter {what}")
+        averaged |= part
+        for buffer, held in optimizer._held_buffers(index).items():
+            if held is not buffer:
+                buffers.setdefault(buffer, held)
+    return averages.state_dict(model, averaged, buffers)

@@ -1,0 +1,86 @@
+"""SGD with its batch-size scaling and a fused EMA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
+
+from ..rules.rule import SGD
+from .base import FusedScaledOptimizer
+from .options import EmaOptions
+
+
+class FusedScaledSGD(FusedScaledOptimizer):
+    """``torch.optim.SGD`` and a model EMA in one pass, both scaled by ``kappa``.
+
+    ``lr`` becomes ``kappa*lr`` (linear rule) and ``rho`` becomes ``rho**kappa`` (Busbridge et al.
+    2023); the L2 ``weight_decay`` stays.
+
+    Args:
+        params: as in torch; see :class:`~fused_ema.optim.base.FusedScaledOptimizer`.
+        lr: learning rate at the base batch size, ``>= 0``; a float or a tensor of one element.
+        momentum: ``>= 0``.
+        dampening: the gradient enters the momentum with weight ``1 - dampening``.
+        weight_decay: L2 penalty, ``>= 0``.
+        nesterov: needs ``momentum > 0`` and ``dampening = 0``.
+        maximize: ascend instead.
+        capturable: safe under CUDA graph capture: see
+            :class:`~fused_ema.optim.adam.FusedScaledAdam`.
+        foreach, fused, differentiable: as in torch; see
+            :func:`~fused_ema.step.backends.requested_backend`.
+        momentum_scaling: ``"none"`` keeps the momentum (the paper's experiments); ``"exact"`` uses
+            ``mu**kappa``, and lets a gradient count ``(1 - mu**kappa)/(1 - mu)`` times, as it does
+            in ``kappa`` base steps. ``momentum_buffer`` is that of the base batch, so that it goes
+            on through changes of ``kappa``.
+        options: ``ema_decay``, ``ema``, ``ema_order``, ``kappa``, ``model``, ``ema_buffers``,
+            ``backend`` of :class:`~fused_ema.optim.base.FusedScaledOptimizer`.
+
+    Raises:
+        ValueError: a bad value; the message names the argument, the value and what is allowed.
+    """
+
+    rule = SGD
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        momentum_scaling: str = "none",
+        **options: Unpack[EmaOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "momentum_scaling": momentum_scaling,
+        }
+        super().__init__(params, defaults, **options)
+
+    def _entry_to_save(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """A buffer that has seen no gradient yet is None.
+
+        torch starts such a buffer as the gradient itself; a buffer of zeros would be dampened.
+        """
+        if entry.get("momentum_buffer") is not None and entry["step"] == 0:
+            return {**entry, "momentum_buffer": None}
+        return entry

@@ -1,0 +1,1 @@
+"""The optimizers' update maths in Python, and what it is written with."""

@@ -1,0 +1,1 @@
+"""How a step runs, from param groups and gradients to a kernel's launch."""

@@ -1,0 +1,74 @@
+"""The C++ kernels: one native call per bucket and step, pointers read there each time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...extension import native, why_not
+from ..buckets import Bucket
+from . import dense, graphs
+from .plan import Fold, Plan
+
+NAME = "native"
+
+
+def unsupported(bucket: Bucket) -> str | None:
+    device = bucket.key.device
+    if why_not is not None:
+        return f"it needs the compiled extension: {why_not}"
+    if device.type not in ("cpu", "cuda"):
+        return f"device {device} (supported: cpu, cuda)"
+    if device.type == "cuda" and not native.HAS_CUDA:
+        return f"device {device} (built without CUDA, see fused_ema.build_info())"
+    if device.type == "cpu" and bucket.key.capturable:
+        return "capturable=True: it folds the scalars on the host"
+    return dense.unsupported(bucket, native.rule_scalars())
+
+
+class CapturablePlan:
+    """A bucket on a GPU whose scalars are folded there."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._device = bucket.key.device
+        self._folder = graphs.device_folder(bucket)
+        self._slots = dense.slots(bucket)
+        self._plan = native.CudaPlan(bucket.rule.name, self._slots, is_before(bucket))
+
+    @property
+    def captured(self) -> bool:
+        return self._plan.captured
+
+    @property
+    def skipping(self) -> native.Slots:
+        return self._slots
+
+    def prepare(self, fold: Fold) -> bool:
+        self._folder.prepare(fold.groups)
+        return self._plan.prepare(fold)
+
+    def release(self) -> None:
+        self._plan.release()
+
+    def sum_of_squares(self) -> Tensor:
+        return self._plan.sum_of_squares()
+
+    def run(self, control: Tensor | None) -> None:
+        capturing = graphs.is_capturing(self._device)
+        self._folder.run(self._slots.active, capturing, control)
+        self._plan.run(control, self._folder.table)
+
+
+def is_before(bucket: Bucket) -> bool:
+    return bucket.key.ema_order == "before"
+
+
+def cuda_plan(bucket: Bucket) -> Plan:
+    if bucket.key.capturable:
+        return CapturablePlan(bucket)
+    return native.CudaPlan(bucket.rule.name, dense.slots(bucket), is_before(bucket))
+
+
+def plan(bucket: Bucket) -> Plan:
+    if bucket.key.device.type == "cuda":
+        return cuda_plan(bucket)
+    return native.Plan(bucket.rule.name, dense.slots(bucket), is_before(bucket))

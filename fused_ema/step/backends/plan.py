@@ -1,0 +1,71 @@
+"""The contract between the optimizer and a prepared bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor
+
+from ...extension import native
+
+# The rule's scalars (a NamedTuple, empty without a gradient) and the EMA weights.
+Scalars: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+class Fold(Protocol):
+    """Scalars of the step at hand, folded in float64 on demand."""
+
+    @property
+    def groups(self) -> Sequence[Mapping[str, Any]]:
+        """The optimizer's param groups."""
+
+    @property
+    def kappas(self) -> Sequence[float]:
+        """``kappa`` of every param group."""
+
+    def seed(self, group: int) -> int:
+        """Of the random bits that round a group's averages: 32 bits."""
+
+    def __call__(self, group: int, step: float | None) -> Scalars:
+        """A group's scalars after ``step`` base steps; None: no gradient, averages alone."""
+
+
+class Plan(Protocol):
+    """A bucket ready to step, in two halves so that an error leaves nothing half-updated."""
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph uses memory that the plan owns."""
+
+    @property
+    def skipping(self) -> native.Slots | None:
+        """Where the kernels skip a step by themselves, what it was counted in, to take it back.
+
+        None: ``run`` must be told that nothing is skipped.
+        """
+
+    def prepare(self, fold: Fold) -> bool:
+        """Read gradients and fold scalars; write nothing.
+
+        What ``run`` takes of the gradients is held until then, whoever else drops it.
+
+        False: a tensor lies elsewhere or otherwise than planned, and the bucket must be made anew.
+
+        Raises:
+            RuntimeError: a gradient that cannot be used.
+        """
+
+    def release(self) -> None:
+        """Let go of the gradients of a step that was prepared, and is not taken."""
+
+    def sum_of_squares(self) -> Tensor:
+        """Of all gradients, as prepared: a 0-dim float64 tensor on the bucket's device."""
+
+    def run(self, control: Tensor | None) -> None:
+        """Step every parameter and move every average, in place.
+
+        Args:
+            control: two float64 numbers on the bucket's device: what gradients are multiplied by;
+                not 0 if nothing shall move, see :attr:`skipping`. None: 1 and 0.
+        """

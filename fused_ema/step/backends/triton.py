@@ -1,0 +1,197 @@
+"""Triton kernels: one launch per bucket, whatever the number of tensors and param groups."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...ema import formats
+from ...extension import native
+from ..buckets import Bucket
+from . import dense, graphs
+from .plan import Fold
+
+NAME = "triton"
+
+
+def unsupported(bucket: Bucket) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from ...kernels.rules import RULES  # at their first use: importing them takes a while
+    from ...kernels.step import interpreted
+
+    device = bucket.key.device
+    if device.type == "meta":
+        return "device meta, which has no memory"
+    if device.type == "cpu" and not interpreted():
+        return "device cpu (supported: Triton's, and the CPU with TRITON_INTERPRET=1)"
+    if device.type != "cpu" and interpreted():
+        return f"device {device} (supported: cpu, because of TRITON_INTERPRET=1)"
+    return dense.unsupported(bucket, RULES)
+
+
+class Parts(NamedTuple):
+    """A bucket's words in device memory, see :class:`fused_ema._native.Slots`."""
+
+    scalars: Tensor
+    rows: Tensor
+    grads: Tensor
+    slots: Tensor
+
+
+class DeviceWords:
+    """Keeps a bucket's words on its device by one asynchronous copy of what has changed.
+
+    Attributes:
+        kept: host and device memory that captured graphs use.
+    """
+
+    def __init__(self, slots: native.Slots, row_size: int, device: torch.device) -> None:
+        self._slots = slots
+        self._row_size = row_size
+        self._device = device
+        self._words = torch.empty(0, dtype=torch.int64, device=device)
+        self._parts: tuple[int, Parts] | None = None
+        self._spare: Tensor | None = None
+        self.kept: list[Tensor] = []
+
+    def current(self) -> Parts:
+        """Upload what has changed."""
+        total, count = self._slots.num_words, self._slots.num_changed
+        if total > len(self._words):
+            self._words = torch.empty(total, dtype=torch.int64, device=self._device)
+            self._parts, count = None, total
+        if count > 0:
+            self._words[:count].copy_(self._packed(self._pinned(count)), non_blocking=True)
+        if self._spare is None or len(self._spare) < total:
+            self._spare = self._pinned(total)  # a capture must not allocate pinned memory
+        num_rows = self._slots.num_rows
+        if self._parts is None or self._parts[0] != num_rows:
+            self._parts = num_rows, self._split(self._words)
+        return self._parts[1]
+
+    def captured(self) -> Parts:
+        """Upload everything, by a copy that a graph repeats from memory that nobody else uses."""
+        total = self._slots.num_words
+        host = self._spare
+        if host is None or len(host) < total:
+            host = self._pinned(total)
+        self._slots.pack(host)
+        words = host.to(self._device, non_blocking=True, copy=True)
+        self.kept += [host, words]
+        self._spare = None
+        # what was packed is not in the other memory
+        self._words, self._parts = self._words[:0], None
+        return self._split(words)
+
+    def _pinned(self, count: int) -> Tensor:
+        pin = self._device.type != "cpu"
+        return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=pin)
+
+    def _packed(self, host: Tensor) -> Tensor:
+        self._slots.pack(host)
+        return host
+
+    def _split(self, words: Tensor) -> Parts:
+        count = self._slots.num_slots
+        begin = self._slots.num_rows * self._row_size
+        return Parts(
+            words[:begin].view(torch.float64),
+            words[begin : begin + count],
+            words[begin + count : begin + 2 * count],
+            words[begin + 2 * count :],
+        )
+
+
+class TritonPlan:
+    """A bucket stepped by one launch."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        from ...kernels.squares import squares
+        from ...kernels.step import CHUNK, launch
+
+        key, scalars = bucket.key, bucket.rule.scalars._fields
+        self._device = key.device
+        self._folder = graphs.device_folder(bucket) if key.capturable else None
+        self._slots = dense.slots(bucket)
+        row_size = 0 if key.capturable else len(scalars) + len(key.emas) + key.rounds
+        self._words = DeviceWords(self._slots, row_size, key.device)
+        self._control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=key.device)
+        chunks = self._slots.chunks(CHUNK).to(key.device)
+        slot_size = 3 + len(bucket.state_keys) + len(bucket.average_keys)
+        self._squares = partial(squares, dtype=key.dtype, slot_size=slot_size, chunks=chunks)
+        self._launch = partial(
+            launch,
+            rule=bucket.rule.name,
+            dtype=key.dtype,
+            num_scalars=len(scalars),
+            master=key.master,
+            rounded_states=key.state_format != "full",
+            average=formats.DTYPES.get(key.ema_format),
+            num_states=len(key.states or ()),
+            num_averages=len(key.emas),
+            teacher=key.teacher,
+            ema_before=key.ema_order == "before",
+            chunks=chunks,
+        )
+
+        self._parts: Parts | None = None
+
+    @property
+    def captured(self) -> bool:
+        return bool(self._words.kept)
+
+    @property
+    def skipping(self) -> native.Slots:
+        return self._slots
+
+    def prepare(self, fold: Fold) -> bool:
+        self._parts = None
+        if self._folder is not None:
+            self._folder.prepare(fold.groups)
+        return self._slots.prepare(fold)
+
+    def release(self) -> None:
+        self._slots.release()
+
+    def sum_of_squares(self) -> Tensor:
+        self._slots.begin_gradients()
+        with self._slots.hold():  # another thread may run until the launch
+            parts = self._uploaded(graphs.is_capturing(self._device))
+            sums: Tensor = self._squares(grads=parts.grads, slots=parts.slots)
+        return sums.sum()
+
+    def run(self, control: Tensor | None) -> None:
+        self._slots.begin()
+        with self._slots.hold():
+            self._run(control)
+            self._slots.advance()
+
+    def _run(self, control: Tensor | None) -> None:
+        capturing = graphs.is_capturing(self._device)
+        parts = self._uploaded(capturing)
+        scalars = parts.scalars
+        if self._folder is not None:
+            self._folder.run(self._slots.active, capturing, control)
+            scalars = self._folder.table
+        self._launch(
+            control=self._control if control is None else control,
+            scalars=scalars,
+            rows=parts.rows,
+            grads=parts.grads,
+            slots=parts.slots,
+        )
+
+    def _uploaded(self, capturing: bool) -> Parts:
+        """The bucket's words on the device: once a step, unless an address has changed since."""
+        if self._parts is None or self._slots.num_changed > 0:
+            self._parts = self._words.captured() if capturing else self._words.current()
+        return self._parts
+
+
+def plan(bucket: Bucket) -> TritonPlan:
+    return TritonPlan(bucket)

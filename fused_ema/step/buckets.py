@@ -1,0 +1,261 @@
+"""Sorts parameters into buckets: what one kernel launch can cover."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from ..ema.decay import decays, ema_keys
+from ..extension import native
+from ..rules.rule import FROZEN, Rule
+from ..sharding import Spread, local, spread
+
+# Arithmetic and averages of every parameter dtype; half precision is computed in float32.
+COMPUTE_DTYPE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.complex64: torch.complex64,
+    torch.complex128: torch.complex128,
+}
+# What a state holds of a teacher that is the rounded copy of an average.
+TEACHER = "ema_teacher"
+
+# Turns of averages that move apart from their parameters, before and behind all steps.
+BEFORE_ALL, AFTER_ALL = -1, sys.maxsize
+
+
+class Slot(NamedTuple):
+    """One parameter of a bucket: the tensor, its group and its place among all, its state."""
+
+    param: Tensor
+    group: int
+    state: dict[str, Any]
+    place: int
+
+
+class Key(NamedTuple):
+    """What all slots of a bucket share.
+
+    ``states`` are the rule's state tensors, None for frozen parameters, whose averages alone move,
+    and which must not have a gradient.
+    ``state_format`` tells whether they are rounded.
+    ``master`` tells whether parameters are rounded copies of weights that the optimizer holds,
+    ``teacher`` whether a rounded copy of the first average is written beside its difference.
+    ``layout`` is ``"dense"`` when parameter, states and averages are plain memory in the same order
+    without gaps, else ``"strided"``: views with gaps, and tensor subclasses. Of DTensors it is
+    that of the local tensors, and ``spread`` says where the others lie.
+    ``turn`` orders buckets: parameters that share memory are stepped one behind the other, and
+    their averages move before or behind all of them, in buckets of their own.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    layout: str
+    states: tuple[str, ...] | None
+    state_format: str
+    master: bool
+    emas: tuple[str, ...]
+    ema_order: str
+    ema_format: str
+    teacher: bool
+    differentiable: bool
+    capturable: bool
+    backend: str
+    spread: Spread | None
+    turn: int
+
+    @property
+    def averages_alone(self) -> bool:
+        """Whether no parameter moves: all are frozen, or are stepped in other buckets."""
+        return self.states is None or self.turn in (BEFORE_ALL, AFTER_ALL)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a step takes random bits."""
+        return not self.ema_format == self.state_format == "full"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Slots that one plan steps together."""
+
+    rule: Rule
+    key: Key
+    slots: tuple[Slot, ...]
+
+    @property
+    def takes_grads(self) -> bool:
+        """Whether gradients matter: to step by, or to be refused."""
+        return self.rule is not FROZEN or self.key.states is None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of arithmetic and averages."""
+        return COMPUTE_DTYPE[self.key.dtype]
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """Names of the states that kernels take: the master if there is one, then the rule's."""
+        return _state_keys(self.key.states, self.key.master)
+
+    @property
+    def average_keys(self) -> tuple[str, ...]:
+        """Names of what moves with the averages: those, and a teacher that is a copy."""
+        return _average_keys(self.key.emas, self.key.teacher)
+
+    def __str__(self) -> str:
+        key = self.key
+        return f"{len(self.slots)} {key.layout} {key.dtype} parameter(s) on {key.device}"
+
+
+def _state_keys(states: tuple[str, ...] | None, master: bool) -> tuple[str, ...]:
+    return (*(("master",) if master else ()), *(states or ()))
+
+
+def _average_keys(emas: tuple[str, ...], teacher: bool) -> tuple[str, ...]:
+    return (*emas, *((TEACHER,) if teacher else ()))
+
+
+def wants_master(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether the optimizer holds the parameter's weights, once it has been trained."""
+    rounded = COMPUTE_DTYPE.get(param.dtype, param.dtype) != param.dtype
+    return bool(group["master_weights"]) and rounded
+
+
+def make_buckets(
+    rule: Rule,
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, dict[str, Any]],
+    requested: Sequence[str],
+    turns: Sequence[int | None],
+    averaged: bool = True,
+) -> list[Bucket]:
+    """Group every parameter by what a launch can cover; states must exist already.
+
+    Args:
+        rule: the optimizer's rule.
+        groups: its param groups.
+        state: its state, complete for every parameter.
+        requested: the backend asked for, one a group.
+        turns: of every parameter, see :func:`~fused_ema.step.overlap.turns`.
+        averaged: whether averages move.
+    """
+    members: dict[Key, list[Slot]] = {}
+    count = itertools.count()
+    for index, (group, backend) in enumerate(zip(groups, requested, strict=True)):
+        for param in group["params"]:
+            place = next(count)
+            if not is_there(param) or param.dtype not in COMPUTE_DTYPE:
+                continue
+            slot = Slot(param, index, state[param], place)
+            key = _key(rule, group, slot, backend, averaged)
+            turn = turns[place]
+            parts = [key] if turn is None or rule is FROZEN else _apart(key, turn, slot)
+            for part in parts:
+                members.setdefault(part, []).append(slot)
+    return [
+        Bucket(FROZEN if key.averages_alone else rule, key, tuple(slots))
+        for key, slots in sorted(members.items(), key=lambda item: item[0].turn)
+    ]
+
+
+def is_there(param: Tensor) -> bool:
+    """Whether a parameter has values, or is asked to be stepped as if it had.
+
+    A lazy one has none before its module's first forward, one on the meta device never: without a
+    gradient it is left alone, and has no state.
+    """
+    return not is_lazy(param) and (param.device.type != "meta" or param.grad is not None)
+
+
+def is_fixed(param: Tensor) -> bool:
+    """Whether nothing is asked of the parameter: frozen integers, quantized weights and the like.
+
+    Its average is what it is, or what a teacher has in its place.
+    """
+    fixed = not param.requires_grad and param.grad is None
+    return fixed and param.dtype not in COMPUTE_DTYPE
+
+
+def _apart(key: Key, turn: int, slot: Slot) -> list[Key]:
+    """What a parameter that shares memory with others is stepped in: its averages apart from it.
+
+    Raises:
+        ValueError: what the optimizer keeps of the weights themselves would no longer be theirs.
+    """
+    if key.master or (key.emas and key.ema_format == "delta"):
+        kept = "master_weights=True" if key.master else "ema_format='delta'"
+        raise ValueError(
+            f"params: parameter {slot.place}, of shape {tuple(slot.param.shape)}, shares memory "
+            f"with another one, which is not supported with {kept}; allowed: one and the same "
+            "Parameter in both places"
+        )
+    last = BEFORE_ALL if key.ema_order == "before" else AFTER_ALL
+    alone = key._replace(turn=last, states=None if key.states is None else (), state_format="full")
+    stepped = key._replace(turn=turn, emas=(), ema_format="full", teacher=False)
+    return [*([] if key.states is None else [stepped]), *([alone] if key.emas else [])]
+
+
+def is_active(rule: Rule, param: Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether the rule itself moves the parameter; a frozen one has averages only.
+
+    One that has a master was trained before, and follows it while it is frozen.
+    """
+    trained = param.requires_grad or param.grad is not None or "master" in state
+    return rule is not FROZEN and trained
+
+
+def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, averaged: bool) -> Key:
+    # to a rule that moves nothing gradients are nothing
+    active = rule is FROZEN or is_active(rule, slot.param, slot.state)
+    states = rule.states(group) if active else None
+    emas = ema_keys(len(decays(group["ema_decay"])) if averaged else 0)
+    master = "master" in slot.state
+    teacher = bool(emas) and TEACHER in slot.state
+    keys = (*_state_keys(states, master), *_average_keys(emas, teacher))
+    held = [slot.state[key] for key in keys]
+    tensors = [local(tensor) for tensor in (slot.param, *held)]
+    return Key(
+        slot.param.device,
+        slot.param.dtype,
+        "dense" if all(map(native.is_plain, tensors)) and _same_order(tensors) else "strided",
+        states,
+        group["state_format"] if states else "full",
+        master,
+        emas,
+        group["ema_order"],
+        group["ema_format"] if emas else "full",
+        teacher,
+        group["differentiable"],
+        group["capturable"],
+        backend,
+        spread(slot.param),
+        turn=0,
+    )
+
+
+def _same_order(tensors: Iterable[Tensor]) -> bool:
+    orders = {dense_order(tensor) for tensor in tensors}
+    return len(orders) == 1 and None not in orders
+
+
+def dense_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Strides of the dimensions longer than one, or None where memory has gaps or overlaps."""
+    if tensor.numel() == 0:
+        return ()
+    spans = [(s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1]
+    expected = 1
+    for stride, size in sorted(spans):
+        if stride != expected:
+            return None
+        expected *= size
+    return tuple(stride for stride, _ in spans)

@@ -1,0 +1,302 @@
+"""Folds the scalars of a step in float64, recomputing only what changed in a param group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from operator import index, itemgetter
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from ..ema.decay import EmaDecay, decays, ema_weights
+from ..ema.formats import is_too_slow, step_seed, warn_of_rounding
+from ..rules.bias import follow_kappa
+from ..rules.rule import Rule
+from ..values import PLAIN, as_given
+from .backends.plan import Scalars
+
+# Fields besides the rule's own that decide in which bucket a group's parameters are.
+PLACING = (
+    *("ema_order", "ema_format", "state_format", "master_weights", "ema_every"),
+    *("foreach", "fused", "differentiable", "capturable"),
+)
+# Values that can be compared with others of them, and need no conversion.
+KNOWN = {*PLAIN, tuple, list, Tensor}
+
+Group: TypeAlias = Mapping[str, Any]
+
+
+class _Scaled(NamedTuple):
+    """A param group's scalars before the step is folded in, and the fields they came from."""
+
+    fields: tuple[Any, ...]
+    place: tuple[Any, ...]
+    kappa: float
+    hyper: Any
+    weights: tuple[float, ...] | None
+
+
+class Checked(NamedTuple):
+    """A param group without a bad value.
+
+    Attributes:
+        values: the rule's fields and ``ema_decay`` as plain values, see :func:`plain_fields`.
+        hyper: the rule's hyper-parameters at the group's ``kappa``.
+    """
+
+    values: dict[str, Any]
+    hyper: Any
+
+
+Check: TypeAlias = Callable[[Group], Checked]
+
+
+class _Held:
+    """A tensor on a device, remembered as what it is: its value is not looked at."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.tensor or (isinstance(other, _Held) and other.tensor is self.tensor)
+
+
+class Folder:
+    """Scalars of every param group, at the step at hand.
+
+    ``refresh`` reads the groups once a step, and warns once of averages that a format of 16 bits
+    cannot follow where their decay is a number; calling the folder then gives a group's scalars
+    after ``step`` base steps. A group whose fields have not changed keeps its scaled
+    hyper-parameters.
+
+    Args:
+        rule: the optimizer's rule.
+        averaged: whether averages move; if not, there are no weights.
+
+    Attributes:
+        groups: the optimizer's param groups.
+        kappas: ``kappa`` of every param group, NaN where it is a tensor on a device.
+    """
+
+    def __init__(self, rule: Rule, averaged: bool = True) -> None:
+        self._rule = rule
+        self._averaged = averaged
+        self._given = itemgetter(*rule.hyper, "ema_decay", "max_grad_norm", *PLACING)
+        self._numbers = itemgetter(*rule.numbers, "ema_decay", "max_grad_norm", "ema_every")
+        self.groups: Sequence[Group] = ()
+        self._seen: list[tuple[Any, ...]] = []
+        self._scaled: list[_Scaled] = []
+        self.kappas: list[float] = []
+        self._asked: list[int] = []  # groups with schedules
+        self._rows: dict[tuple[int, float | None], Scalars] = {}
+        self._scheduled: dict[int, tuple[float, ...]] = {}
+        self._warned: set[str] = set()
+
+    def refresh(self, groups: Sequence[dict[str, Any]], check: Check) -> bool:
+        """Take in the groups' current fields; True if a parameter may belong to another bucket.
+
+        Args:
+            groups: the optimizer's param groups.
+            check: what a param group holds; raises ValueError for a bad value.
+
+        Raises:
+            ValueError: a field holds a bad value; nothing has been taken in.
+        """
+        self._rows.clear()
+        self._scheduled.clear()
+        self.groups = groups
+        fields = list(map(self._fields, groups))
+        if self._seen == fields:
+            return False
+        known = self._scaled if len(self._scaled) == len(groups) else [None] * len(groups)
+        scaled = [
+            old
+            if old is not None and old.fields == given
+            else self._scale(group, given, old, check)
+            for group, given, old in zip(groups, fields, known, strict=True)
+        ]
+        self._warn(known, scaled)
+        for group, new in zip(groups, scaled, strict=True):
+            if group.get("beta_scaling") == "linear":
+                follow_kappa(group, new.kappa)
+        moved = any(
+            old is not new and (old is None or old.place != new.place)
+            for old, new in zip(known, scaled, strict=True)
+        )
+        self._scaled = scaled
+        self._seen = [new.fields for new in scaled]
+        self.kappas = [new.kappa for new in scaled]
+        self._asked = [
+            i
+            for i, group in enumerate(groups)
+            if any(map(callable, decays(group["ema_decay"]))) and not group["capturable"]
+        ]
+        return moved
+
+    def _warn(self, known: Sequence[_Scaled | None], scaled: Sequence[_Scaled]) -> None:
+        """Once a format, of averages that move too slowly for it."""
+        if not self._averaged:
+            return
+        for group, old, new in zip(self.groups, known, scaled, strict=True):
+            if old is not None and old.weights is new.weights:
+                continue
+            form = group["ema_format"]
+            if form not in self._warned and is_too_slow(form, new.weights):
+                self._warned.add(form)
+                warn_of_rounding(form, new.weights or ())
+
+    def _fields(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What is compared from step to step, without looking at a device."""
+        if not KNOWN.issuperset(map(type, self._numbers(group))):
+            group.update(as_given(group))  # the user has written it
+        given: tuple[Any, ...] = self._given(group)
+        return _remembered(plain(given, group)) if group["capturable"] else given
+
+    def _scale(
+        self, group: dict[str, Any], given: tuple[Any, ...], old: _Scaled | None, check: Check
+    ) -> _Scaled:
+        count = len(self._rule.numbers)
+        numbers, others = given[:count], given[count:]
+        # what a capturable group holds may be a tensor where what was given is its value
+        if (
+            old is not None
+            and not group["capturable"]
+            and others == old.fields[count:]
+            and all(map(_is_plain, numbers))
+        ):
+            return self._rescale(group, numbers, old)
+        group.update(as_given(group))  # flags, too
+        values, hyper = check(group)
+        ema_decay, kappa = values["ema_decay"], values["kappa"]
+        place = others[-len(PLACING) :]
+        return _Scaled(
+            fields=_remembered((*values.values(), group["max_grad_norm"], *place)),
+            place=(self._rule.states(group), len(decays(ema_decay)), *place),
+            kappa=math.nan if isinstance(kappa, Tensor) else kappa,
+            hyper=hyper,
+            weights=_constant_weights(ema_decay, kappa),
+        )
+
+    def _rescale(self, group: Group, numbers: tuple[Any, ...], old: _Scaled) -> _Scaled:
+        """As :meth:`_scale` where only numbers have changed: most groups, at every step."""
+        self._rule.check(group)
+        kappa = group["kappa"]
+        same = kappa == old.kappa
+        return _Scaled(
+            fields=(*numbers, *old.fields[len(numbers) :]),
+            place=(self._rule.states(group), *old.place[1:]),
+            kappa=kappa,
+            hyper=self._rule.scale(group),
+            weights=old.weights if same else _constant_weights(group["ema_decay"], kappa),
+        )
+
+    def ask_schedules(self) -> None:
+        """Ask for the step at hand, once: code of the user's, which runs before tensors are read.
+
+        Raises:
+            ValueError: a schedule returns a number outside ``[0, 1]``.
+        """
+        for group in self._asked:
+            self.weights(group)
+
+    def __call__(self, group: int, step: float | None) -> Scalars:
+        """The rule's scalars after ``step`` base steps, empty for None, and the EMA weights."""
+        row = self._rows.get((group, step))
+        if row is None:
+            scaled = self._scaled[group]
+            scalars = () if step is None else self._rule.fold(scaled.hyper, step)
+            row = self._rows[group, step] = (scalars, self.weights(group))
+        return row
+
+    def seed(self, group: int) -> int:
+        """Of the random bits that round a group's averages at this step."""
+        fields = self.groups[group]
+        return int(step_seed(index(fields["ema_seed"]), fields["base_steps"]))
+
+    def weights(self, group: int) -> tuple[float, ...]:
+        """The EMA weights of a group at this step; a schedule is asked once."""
+        if not self._averaged:
+            return ()
+        scaled, fields = self._scaled[group], self.groups[group]
+        waited = fields.get("ema_waited", 0.0)
+        if scaled.weights is not None and waited == 0.0:
+            return scaled.weights
+        if group not in self._scheduled:
+            ema_decay, kappa = (plain(fields[name], fields) for name in ("ema_decay", "kappa"))
+            begin = fields["base_steps"]
+            if waited != 0.0:  # averages take the steps that they have let pass at once
+                begin, kappa = begin - waited, waited + kappa
+            self._scheduled[group] = ema_weights(ema_decay, begin, kappa)
+        return self._scheduled[group]
+
+
+def _constant_weights(ema_decay: EmaDecay, kappa: Any) -> tuple[float, ...] | None:
+    """The averages' weights, None where they depend on the step or lie on a device."""
+    numbers = (kappa, *decays(ema_decay))
+    if any(callable(number) or isinstance(number, Tensor) for number in numbers):
+        return None
+    return ema_weights(ema_decay, 0.0, kappa)
+
+
+def plain_fields(rule: Rule, group: Group) -> dict[str, Any]:
+    """The rule's fields of a param group and ``ema_decay``, as :func:`plain` values.
+
+    Raises:
+        ValueError: a tensor requires grad where gradients do not reach it, or holds more than one
+            element.
+    """
+    given = {name: group[name] for name in (*rule.hyper, "ema_decay")}
+    for name, value in given.items():
+        reached = group["differentiable"] and name not in ("kappa", "ema_decay")
+        _check_tensors(name, value, reached)
+    return {name: plain(value, group) for name, value in given.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether nothing of ``value`` is a tensor, as far as a look at the types tells."""
+    kind = type(value)
+    return kind in PLAIN or (kind is tuple and all([type(entry) in PLAIN for entry in value]))
+
+
+def _check_tensors(field: str, value: Any, reached: bool) -> None:
+    for tensor in value if isinstance(value, tuple | list) else (value,):
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.requires_grad and not reached:
+            raise ValueError(
+                f"{field} requires grad, but is folded into float64 numbers; allowed: a number, or "
+                "a tensor of one element that does not require grad (with differentiable=True "
+                "gradients reach the rule's own numbers, not kappa and ema_decay)"
+            )
+        if tensor.numel() != 1:
+            raise ValueError(
+                f"{field} is a tensor of shape {tuple(tensor.shape)}; allowed: one element"
+            )
+
+
+def plain(value: Any, group: Group) -> Any:
+    """``value`` with tensors as numbers and lists as tuples: nothing that may change.
+
+    In a capturable group tensors beside the parameters stay tensors: they are for the device. In
+    a differentiable one those that require grad do, as new float64 tensors: each step's own graph.
+    """
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, Tensor):
+        if value.requires_grad and group.get("differentiable"):
+            return value.double().reshape(())
+        params = group.get("params") if group.get("capturable") else None
+        # as given to a constructor or saved they may be anything: then the value is looked at once
+        first = params[0] if isinstance(params, list) and params else None
+        beside = isinstance(first, Tensor) and first.device.type == value.device.type
+        return value if beside else value.item()
+    if isinstance(value, tuple | list):
+        return tuple(plain(entry, group) for entry in value)
+    return value
+
+
+def _remembered(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Held(value)
+    return tuple(map(_remembered, value)) if isinstance(value, tuple) else value
