@@ -1,6 +1,6 @@
 // The optimizers' maths, once for C++, host and device: one functor per rule, and the EMA.
 //
-// fused_ema/rules/rule.py holds the same formulas under the same names and folds the scalars: a row
+// fused_ema/rules holds the same formulas under the same names and folds the scalars: a row
 // of doubles whose order is that of `scalars` here; `factor` multiplies every gradient. Kernels
 // load values, call update(), store them.
 #pragma once

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scaling import check_range
+from .checks import check_range
 
 
 def solve_weights(

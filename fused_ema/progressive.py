@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from .scaling import check_range
+from .checks import check_range
 
 UNITS = ("epochs", "samples")
 

@@ -7,9 +7,7 @@ in float64 and accept any ``kappa > 0``, also fractional and below one.
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
+from .checks import check_kappa, check_range
 from .realmath import Real, expm1, log, log1p, power, sqrt, surely, where
 
 
@@ -129,29 +127,3 @@ def decoupled_decay(lr: Real, scaled_lr: Real, weight_decay: Real, kappa: Real, 
             "one of them or set weight_decay_scaling='none'"
         )
     return where(kappa == 1.0, unscaled, -expm1(kappa * log1p(-lr * weight_decay)))
-
-
-def check_range(
-    name: str, value: Any, low: float, high: float, *, ends: tuple[str, str] = ("<=", "<=")
-) -> None:
-    """Raise ValueError unless ``low <= value <= high``, ``<`` for an end where ``ends`` has it.
-
-    A NaN, or what is no number, never passes. A tensor on a device always does: looking at it would
-    wait for the device.
-    """
-    if not getattr(value, "is_cpu", True):
-        return
-    what = "out of range"
-    try:
-        at_end = (value == low and ends[0] == "<") or (value == high and ends[1] == "<")
-        if low <= value <= high and not at_end:
-            return
-    except (TypeError, ValueError, RuntimeError):
-        what = "not a number"
-    allowed = f"{low} {ends[0]} {name} {ends[1]} {high}"
-    raise ValueError(f"{name}={value!r} is {what}; allowed: {allowed}")
-
-
-def check_kappa(kappa: Any) -> None:
-    """Raise ValueError unless ``kappa`` is finite and positive."""
-    check_range("kappa", kappa, 0, math.inf, ends=("<", "<"))

@@ -1,10 +1,10 @@
 """The optimizers' maths, once for Triton: one function per rule, and the EMA.
 
-``csrc/rules.h`` and :mod:`fused_ema.rules.rule` hold the same formulas under the same names.
+``csrc/rules.h`` and :mod:`fused_ema.rules` hold the same formulas under the same names.
 Operations are in the order of the C++ rules, so that both give the same bits. A rule takes and
 returns values:
 ``(param, grad, states, scalars) -> (param, states)``. States and scalars are tuples in the order of
-the records in :mod:`fused_ema.rules.rule`; flags are 0.0 or 1.0.
+the records in :mod:`fused_ema.rules`; flags are 0.0 or 1.0.
 """
 
 from __future__ import annotations

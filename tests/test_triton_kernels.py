@@ -21,7 +21,7 @@ from fused_ema.kernels.rules import RULES
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 
 RULE_STATES = (("frozen", 0), ("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3))
-# In the order of the records in fused_ema/rules/rule.py. Flags are off and on, decays are none and
+# In the order of the records in fused_ema/rules. Flags are off and on, decays are none and
 # some, and there are weights on both sides of 1/2, where lerp changes its formula.
 SCALARS = {
     "frozen": ((), (), ()),

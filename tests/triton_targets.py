@@ -24,9 +24,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fused_ema import rules
 from fused_ema.kernels import squares, step
 from fused_ema.kernels.rules import RULES
-from fused_ema.rules import rule as rules
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,7 +34,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-NUM_SCALARS = {"frozen": 0} | {r.name: len(r.scalars._fields) for r in (rules.SGD, rules.ADAM)}
+NUM_SCALARS = {name: len(rule.scalars._fields) for name, rule in rules.RULES.items()}
 ARGUMENTS = ("*fp64", "*fp64", "*i64", "*i64", "*i64", "*i32")
 SQUARES = "squares"  # the kernel that sums gradients' squares, which is no rule's
 SQUARES_ARGUMENTS = ("*i64", "*i64", "*i32", "*fp64")

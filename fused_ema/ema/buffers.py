@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..checks import check_choice
 from ..names import bare
 from ..realmath import surely
 from ..rules.blending import lerp
-from ..rules.rule import check_choice
 from ..sharding import check_plain, repeats
 from ..step.buckets import COMPUTE_DTYPE
 from ..step.gradients import Control

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from ..checks import check_range
 from ..realmath import (
     Real,
     at_least,
@@ -28,7 +29,7 @@ from ..realmath import (
     surely,
     where,
 )
-from ..scaling import check_range, decay_weight
+from ..scaling import decay_weight
 from ..values import several
 
 Schedule: TypeAlias = Callable[[Any], Any]

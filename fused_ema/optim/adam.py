@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from ..rules.rule import ADAM
+from ..rules.adam import ADAM
 from .base import FusedScaledOptimizer
 from .options import EmaOptions
 

@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import StateDict
 from torch.utils.hooks import RemovableHandle
 
+from ..checks import check_choice
 from ..ema.decay import EmaDecay
 from ..ema.teacher import Teacher
-from ..rules.rule import FROZEN, check_choice
+from ..rules.frozen import FROZEN
 from .base import FusedScaledOptimizer
 from .groups import KAPPA
 

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
+from ..checks import check_choice, check_range
 from ..ema.access import EmaAccess
 from ..ema.buffers import BUFFERS, EmaBuffers, Moves, moving, resolve
 from ..ema.decay import EmaDecay, decays, only_half_life
@@ -32,8 +33,8 @@ from ..ema.teacher import (
     resharding_modules,
 )
 from ..extension import native
-from ..rules.rule import FROZEN, Rule, check_choice
-from ..scaling import check_range
+from ..rules.frozen import FROZEN
+from ..rules.rule import Rule
 from ..sharding import reshard
 from ..step import clock
 from ..step.backends import NAMES

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from ..checks import check_choice, check_range
 from ..ema.decay import check_ema_decay
 from ..ema.formats import FORMATS, STATE_FORMATS
-from ..rules.rule import Rule, check_choice
-from ..scaling import check_range
+from ..rules.rule import Rule
 from ..step.backends import requested_backend
 from ..step.folding import Checked, Group, plain_fields
 from ..values import as_given

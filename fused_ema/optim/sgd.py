@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from ..rules.rule import SGD
+from ..rules.sgd import SGD
 from .base import FusedScaledOptimizer
 from .options import EmaOptions
 

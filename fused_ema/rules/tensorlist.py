@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class TensorList:
-    """Tensors updated together: what :mod:`fused_ema.rules.rule` uses, with torch's meaning.
+    """Tensors updated together: what :mod:`fused_ema.rules` uses, with torch's meaning.
 
     A trailing underscore modifies the tensors in place and returns the list itself.
     Torch's ``lerp`` gives NaN at infinities, and where the difference of two values overflows.

@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from ..ema.decay import decays, ema_keys
 from ..extension import native
-from ..rules.rule import FROZEN, Rule
+from ..rules.frozen import FROZEN
+from ..rules.rule import Rule
 from ..sharding import Spread, local, spread
 
 # Arithmetic and averages of every parameter dtype; half precision is computed in float32.

@@ -11,10 +11,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..checks import check_range
 from ..ema.decay import decay_at, decays
 from ..ema.formats import step_seed
 from ..rules.rule import Rule
-from ..scaling import check_range, decay_weight
+from ..scaling import decay_weight
 
 Group: TypeAlias = Mapping[str, Any]
 Name: TypeAlias = tuple[str, int]  # a field, and which of its numbers

@@ -1,4 +1,4 @@
-"""The specification: one parameter at a time, torch operations, :mod:`fused_ema.rules.rule`."""
+"""The specification: one parameter at a time, torch operations, :mod:`fused_ema.rules`."""
 
 from __future__ import annotations
 

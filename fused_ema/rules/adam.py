@@ -1,0 +1,136 @@
+"""Adam and AdamW: their numbers at ``kappa``, a step's scalars, the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .. import scaling
+from ..checks import check_choice, check_range
+from ..realmath import expm1, log1p, sqrt
+from .rule import (
+    Group,
+    Rule,
+    Values,
+    check_shared,
+    counts,
+    decayed,
+    directed,
+    lerp_,
+    lerp_square_,
+    sign,
+)
+
+
+class Scaled(NamedTuple):
+    """Adam's hyper-parameters at ``kappa``; ``log_beta`` is per base step, for bias correction."""
+
+    grad_factor: float
+    weight_decay: float
+    decay: float
+    weight1: float
+    weight2: float
+    log_beta1: float
+    log_beta2: float
+    lr: float
+    eps: float
+
+
+class Scalars(NamedTuple):
+    """``weight1``, ``weight2`` are 1 - beta; ``step_size``, ``eps`` hold the bias corrections."""
+
+    grad_factor: float
+    weight_decay: float
+    decay: float
+    weight1: float
+    weight2: float
+    step_size: float
+    eps: float
+
+
+def check(group: Group) -> None:
+    check_shared(group)
+    check_choice("beta_scaling", group["beta_scaling"], ("exponential", "linear"))
+    check_choice("weight_decay_scaling", group["weight_decay_scaling"], ("exact", "none"))
+    check_range("eps", group["eps"], 0.0, math.inf)
+    if not isinstance(group["betas"], tuple) or len(group["betas"]) != 2:
+        raise ValueError(f"betas={group['betas']!r} is not known; allowed: two numbers")
+    for i, beta in enumerate(group["betas"]):
+        check_range(f"betas[{i}]", beta, 0, 1, ends=("<=", "<"))
+
+
+def states(group: Group) -> tuple[str, ...]:
+    states = ("exp_avg", "exp_avg_sq")
+    return (*states, "max_exp_avg_sq") if group["amsgrad"] else states
+
+
+def scale(group: Group) -> Scaled:
+    kappa, base_lr, weight_decay = group["kappa"], group["lr"], group["weight_decay"]
+    lr = scaling.adaptive_lr(base_lr, kappa)
+    decoupled = group["decoupled_weight_decay"]
+    weights = [scaling.beta_weight(beta, kappa, group["beta_scaling"]) for beta in group["betas"]]
+    log_betas = [log1p(-weight) / kappa for weight in weights]
+    return Scaled(
+        grad_factor=sign(group["maximize"]),
+        weight_decay=0.0 if decoupled else weight_decay,
+        decay=scaling.decoupled_decay(
+            base_lr, lr, weight_decay, kappa, group["weight_decay_scaling"]
+        )
+        if decoupled
+        else 0.0,
+        weight1=weights[0],
+        weight2=weights[1],
+        log_beta1=log_betas[0],
+        log_beta2=log_betas[1],
+        lr=lr,
+        eps=scaling.adaptive_eps(group["eps"], kappa),
+    )
+
+
+def fold(hyper: Scaled, step: Any) -> Scalars:
+    """Fold ``1 - beta**step`` in: ``step_size*m/(sqrt(v) + eps)`` is Adam's corrected form."""
+    bias_correction1 = -expm1(step * hyper.log_beta1)
+    bias_correction2_sqrt = sqrt(-expm1(step * hyper.log_beta2))
+    return Scalars(
+        hyper.grad_factor,
+        hyper.weight_decay,
+        hyper.decay,
+        hyper.weight1,
+        hyper.weight2,
+        hyper.lr * bias_correction2_sqrt / bias_correction1,
+        hyper.eps * bias_correction2_sqrt,
+    )
+
+
+def update(param: Values, grad: Values, states: Sequence[Values], c: Scalars) -> None:
+    """``p <- p - (decay*p + step_size*m/(sqrt(v) + eps))``.
+
+    Kingma & Ba 2015; amsgrad: Reddi et al. 2018; decay: Loshchilov & Hutter 2019.
+    """
+    exp_avg, exp_avg_sq = states[:2]
+    grad = directed(grad, param, c.grad_factor, c.weight_decay)
+    lerp_(exp_avg, grad, c.weight1)
+    lerp_square_(exp_avg_sq, grad, c.weight2)
+    if len(states) == 3:
+        exp_avg_sq = states[2].clamp_min_(exp_avg_sq)
+    change = exp_avg.mul(c.step_size).div(exp_avg_sq.sqrt().add(c.eps))
+    if counts(c.decay):
+        change = decayed(change, param, c.decay)
+    param.sub_(change)
+
+
+ADAM = Rule(
+    name="adam",
+    numbers=("lr", "betas", "eps", "weight_decay", "kappa"),
+    flags=(
+        *("decoupled_weight_decay", "amsgrad", "maximize"),
+        *("beta_scaling", "weight_decay_scaling"),
+    ),
+    check=check,
+    states=states,
+    scale=scale,
+    fold=fold,
+    update=update,
+    scalars=Scalars,
+)
