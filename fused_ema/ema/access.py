@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from ..dtypes import is_fixed, is_there
 from ..sharding import fsdp_modules, is_sharded, reshard
-from ..step.buckets import is_fixed, is_there
 from ..step.state import held_average
 from . import averages
 from .buffers import EmaBuffers

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import sharding
+from ..dtypes import weight_of
 from ..names import renamed
-from ..step.state import check_shape, differences, weights
+from ..step.state import check_shape, differences
 from . import formats
 from .teacher import pair
 
@@ -153,7 +154,7 @@ class Rewrite:
         self._param = param
         self._value = value
         self._state = state
-        held = weights(param, state)
+        held = weight_of(param, state)
         self._averages = {key: formats.average(state[key], held) for key in differences(state)}
         for average in self._averages.values():
             formats.check_distance("copy_ema_to(): an average", average, value)
@@ -163,6 +164,6 @@ class Rewrite:
         """Let them follow, when the parameter has its new value."""
         if "master" in self._state:
             self._state["master"].copy_(self._value)
-        weight = weights(self._param, self._state)
+        weight = weight_of(self._param, self._state)
         for key, average in self._averages.items():
             self._state[key].copy_(formats.stored(average, weight, "delta"))

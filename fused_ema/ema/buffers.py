@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..checks import check_choice
+from ..dtypes import COMPUTE_DTYPE
 from ..names import bare
 from ..realmath import surely
 from ..rules.blending import lerp
 from ..sharding import check_plain, repeats
-from ..step.buckets import COMPUTE_DTYPE
 from ..step.gradients import Control
 from ..together import Call
 from .claims import claim

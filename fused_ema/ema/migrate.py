@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..dtypes import COMPUTE_DTYPE, weight_of
 from ..names import renamed
 from ..optim.base import FusedScaledOptimizer
-from ..step.buckets import COMPUTE_DTYPE, TEACHER
-from ..step.state import begin_average, weights
+from ..step.buckets import TEACHER
+from ..step.state import begin_average
 from .decay import ema_keys
 from .formats import DTYPES, average, check_distance, stored, write
 
@@ -227,7 +228,7 @@ def _differences(
         state = optimizer.state.get(param, {})
         if key in state and state[key].dtype == DTYPES["delta"]:
             teacher = state.get(TEACHER) if index == 0 else None
-            found[name] = _Difference(state[key], weights(param, state), teacher)
+            found[name] = _Difference(state[key], weight_of(param, state), teacher)
     return found
 
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from ..checks import check_choice, check_range
+from ..dtypes import is_fixed, is_there
 from ..ema.access import EmaAccess
 from ..ema.buffers import BUFFERS, EmaBuffers, Moves, moving, resolve
 from ..ema.decay import EmaDecay, decays, only_half_life
@@ -38,7 +39,6 @@ from ..rules.rule import Rule
 from ..sharding import reshard
 from ..step import clock
 from ..step.backends import NAMES
-from ..step.buckets import is_fixed, is_there
 from ..step.folding import Checked
 from ..step.gradients import Verdict, clipped, summed, unscaling
 from ..step.state import check_param, complete, reset

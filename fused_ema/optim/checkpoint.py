@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .. import sharding
+from ..dtypes import COMPUTE_DTYPE, is_fixed, is_there, weight_of
 from ..ema import formats
 from ..ema.buffers import BUFFERS, EmaBuffers, moving
 from ..ema.decay import decays, ema_keys, is_constant
 from ..names import bare
 from ..rules.rule import Rule
 from ..step import clock
-from ..step.buckets import COMPUTE_DTYPE, TEACHER, is_fixed, is_there, wants_master
-from ..step.state import differences, drop_master, state_dtype, weights
+from ..step.buckets import TEACHER, wants_master
+from ..step.state import differences, drop_master, state_dtype
 from ..together import together
 from ..values import as_given
 
@@ -84,7 +85,7 @@ def _entry_to_save(
     kept = {key: value for key, value in state.items() if key != TEACHER}
     if group["ema_format"] != "delta":  # loaded ones that no step has converted yet
         for key in differences(kept):
-            kept[key] = formats.average(kept[key], weights(param, kept))
+            kept[key] = formats.average(kept[key], weight_of(param, kept))
     return kept
 
 
@@ -216,7 +217,7 @@ def _teachers_values(
             if param not in teachers or "ema" not in entry:
                 continue
             teacher = teachers[param]
-            value = formats.average(entry["ema"], weights(param, entry)).to(teacher.dtype)
+            value = formats.average(entry["ema"], weight_of(param, entry)).to(teacher.dtype)
             targets.append(sharding.local(teacher).detach())
             sources.append(sharding.local(value))
             if group["ema_format"] != "delta":

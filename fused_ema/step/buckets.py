@@ -10,23 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
+from ..dtypes import COMPUTE_DTYPE, dense_order, is_there
 from ..ema.decay import decays, ema_keys
 from ..extension import native
 from ..rules.frozen import FROZEN
 from ..rules.rule import Rule
 from ..sharding import Spread, local, spread
 
-# Arithmetic and averages of every parameter dtype; half precision is computed in float32.
-COMPUTE_DTYPE = {
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-    torch.complex64: torch.complex64,
-    torch.complex128: torch.complex128,
-}
 # What a state holds of a teacher that is the rounded copy of an average.
 TEACHER = "ema_teacher"
 
@@ -169,24 +160,6 @@ def make_buckets(
     ]
 
 
-def is_there(param: Tensor) -> bool:
-    """Whether a parameter has values, or is asked to be stepped as if it had.
-
-    A lazy one has none before its module's first forward, one on the meta device never: without a
-    gradient it is left alone, and has no state.
-    """
-    return not is_lazy(param) and (param.device.type != "meta" or param.grad is not None)
-
-
-def is_fixed(param: Tensor) -> bool:
-    """Whether nothing is asked of the parameter: frozen integers, quantized weights and the like.
-
-    Its average is what it is, or what a teacher has in its place.
-    """
-    fixed = not param.requires_grad and param.grad is None
-    return fixed and param.dtype not in COMPUTE_DTYPE
-
-
 def _apart(key: Key, turn: int, slot: Slot) -> list[Key]:
     """What a parameter that shares memory with others is stepped in: its averages apart from it.
 
@@ -247,16 +220,3 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, average
 def _same_order(tensors: Iterable[Tensor]) -> bool:
     orders = {dense_order(tensor) for tensor in tensors}
     return len(orders) == 1 and None not in orders
-
-
-def dense_order(tensor: Tensor) -> tuple[int, ...] | None:
-    """Strides of the dimensions longer than one, or None where memory has gaps or overlaps."""
-    if tensor.numel() == 0:
-        return ()
-    spans = [(s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1]
-    expected = 1
-    for stride, size in sorted(spans):
-        if stride != expected:
-            return None
-        expected *= size
-    return tuple(stride for stride, _ in spans)

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .. import sharding
+from ..dtypes import COMPUTE_DTYPE, dense_order, is_fixed, weight_of
 from ..ema import formats
 from ..ema.decay import decays, ema_keys
 from ..rules.rule import Rule
-from .buckets import COMPUTE_DTYPE, TEACHER, dense_order, is_active, is_fixed, wants_master
+from .buckets import TEACHER, is_active, wants_master
 
 
 def complete(
@@ -64,7 +65,7 @@ def complete(
         state.pop(TEACHER, None)
     if teacher is not None and emas:
         _bind(teacher, param, state, form)
-    weight = weights(param, state)
+    weight = weight_of(param, state)
     _rest(state, weight, emas)
     for key in emas:
         if teacher is None or state.get(key) is not teacher:
@@ -120,12 +121,6 @@ def _master(held: Tensor | None, param: Tensor) -> Tensor:
     return _beside(held, param, dtype, "master")
 
 
-def weights(param: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """What the rule steps and averages follow: the master if there is one, or the parameter."""
-    held: Tensor = state["master"] if "master" in state else param.detach()
-    return held
-
-
 def held_average(
     key: str,
     param: Tensor,
@@ -145,7 +140,7 @@ def held_average(
     Raises:
         RuntimeError: the average has another shape than the parameter.
     """
-    weight = weights(param, state)
+    weight = weight_of(param, state)
     value: Tensor | None = state.get(key)
     if value is None:
         if teacher is None:
@@ -173,7 +168,7 @@ def begin_average(
     if teacher is not None:
         _bind(teacher, param, state, form)
     if teacher is None or state.get(key) is not teacher:
-        state[key] = _average(state.get(key), weights(param, state), param, form, key)
+        state[key] = _average(state.get(key), weight_of(param, state), param, form, key)
 
 
 def _rest(state: dict[str, Any], weight: Tensor, emas: tuple[str, ...]) -> None:
@@ -190,7 +185,7 @@ def _bind(teacher: Tensor, param: Tensor, state: dict[str, Any], form: str) -> N
         state["ema"] = teacher
         return
     if state.get("ema") is None or state["ema"] is teacher:
-        weight = weights(param, state)
+        weight = weight_of(param, state)
         formats.check_distance("ema: the teacher's tensor", teacher, weight, formats.begun)
         state["ema"] = _converted(formats.begun, teacher, weight, form)
     state[TEACHER] = teacher

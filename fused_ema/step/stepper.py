@@ -9,13 +9,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..dtypes import is_there
 from ..extension import native
 from ..rules.rule import Rule
 from ..sharding import Shards, Spread, local, total
 from ..together import Call
 from .backends import graphs, requested_backend, select
 from .backends.plan import Plan
-from .buckets import Bucket, is_there, make_buckets
+from .buckets import Bucket, make_buckets
 from .folding import Check, Folder
 from .gradients import Control
 from .overlap import turns

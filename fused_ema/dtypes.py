@@ -1,0 +1,57 @@
+"""What a parameter is: its dtypes, its memory, and the tensor that holds its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+# Arithmetic and averages of every parameter dtype; half precision is computed in float32.
+COMPUTE_DTYPE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.complex64: torch.complex64,
+    torch.complex128: torch.complex128,
+}
+
+
+def is_there(param: Tensor) -> bool:
+    """Whether a parameter has values, or is asked to be stepped as if it had.
+
+    A lazy one has none before its module's first forward, one on the meta device never: without a
+    gradient it is left alone, and has no state.
+    """
+    return not is_lazy(param) and (param.device.type != "meta" or param.grad is not None)
+
+
+def is_fixed(param: Tensor) -> bool:
+    """Whether nothing is asked of the parameter: frozen integers, quantized weights and the like.
+
+    Its average is what it is, or what a teacher has in its place.
+    """
+    fixed = not param.requires_grad and param.grad is None
+    return fixed and param.dtype not in COMPUTE_DTYPE
+
+
+def dense_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Strides of the dimensions longer than one, or None where memory has gaps or overlaps."""
+    if tensor.numel() == 0:
+        return ()
+    spans = [(s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1]
+    expected = 1
+    for stride, size in sorted(spans):
+        if stride != expected:
+            return None
+        expected *= size
+    return tuple(stride for stride, _ in spans)
+
+
+def weight_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """What the rule steps and averages follow: the master if there is one, or the parameter."""
+    held: Tensor = state["master"] if "master" in state else param.detach()
+    return held
