@@ -63,7 +63,7 @@ class Training:
         self.model = nn.Sequential(self.trunk, self.head).to(dtype)
         self.dtype = dtype
         cls, options = CASES[case]
-        shared = {"lr": 0.1, "weight_decay": 0.1, "kappa": 2.0, "base_batch_size": BATCH}
+        shared = {"lr": 0.1, "weight_decay": 0.1, "kappa": 2.0}
         self.opt = cls(self.model.parameters(), model=self.model, **shared, **options)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.opt, lambda step: 1 / (1 + step))
         self.compilations: list[int] = []
@@ -250,7 +250,7 @@ def test_what_else_changes_inside():
 
     def body(training, index, x, y):
         opt = training.opt
-        opt.set_batch_size(x.shape[0] * (1 + index % 3))
+        opt.kappa = x.shape[0] * (1 + index % 3) / BATCH
         loss = train_step(training, index, x, y)
         training.scheduler.step()
         return loss + opt.grad_norm + opt.kappa

@@ -11,7 +11,6 @@ import twins
 from torch import nn
 
 from fused_ema import CosineDecay, FusedScaledAdamW, FusedScaledSGD, PowerDecay
-from fused_ema.ema.decay import decay_from_half_life
 
 parameters = partial(twins.parameters, ((), (0,), (7,), (5, 3)), torch.float64)
 KAPPAS = (1.0, 2.0, 0.5, 3.0, 1.0, 4.0, 1.5, 1.0, 2.0, 1.0, 1.0)
@@ -132,18 +131,3 @@ def test_a_bad_ema_every_is_refused(bad):
 def test_a_graph_cannot_let_steps_pass():
     with pytest.raises(ValueError, match="ema_every=2 with capturable=True; allowed: 1"):
         FusedScaledSGD(parameters(), ema_every=2, capturable=True)
-
-
-def test_a_decay_told_in_samples():
-    opt = FusedScaledSGD(parameters(), half_life_samples=5e5, base_batch_size=256)
-    assert opt.param_groups[0]["ema_decay"] == decay_from_half_life(5e5, 256)
-    opt.set_batch_size(1024)
-    assert opt.kappa == 4.0
-    assert deepcopy(opt).base_batch_size == 256
-    for options in ({}, {"base_batch_size": 256, "ema_decay": 0.9}):
-        with pytest.raises(ValueError, match=r"half_life_samples=5\.0 with base_batch_size="):
-            FusedScaledSGD(parameters(), half_life_samples=5.0, **options)
-    with pytest.raises(ValueError, match="base_batch_size=None; allowed: a number"):
-        FusedScaledSGD(parameters()).set_batch_size(4)
-    with pytest.raises(ValueError, match="base_batch_size=0 is out of range"):
-        FusedScaledSGD(parameters(), base_batch_size=0)

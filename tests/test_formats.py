@@ -103,7 +103,7 @@ def test_bits_differ_by_seed_step_tensor_average_and_element():
 def run(form: str, backend: str, dtype=torch.float32, large: int = LARGE, **options):
     params = parameters(dtype, large)
     options = {"lr": 1e-2, "ema_decay": (0.9, 0.3), "kappa": 2.0, **options}
-    opt = FusedScaledAdamW(params, ema_format=form, ema_seed=5, backend=backend, **options)
+    opt = FusedScaledAdamW(params, ema_format=form, rounding_seed=5, backend=backend, **options)
     for step in range(4):
         twins.set_gradients(step, params)
         if step == 2:
@@ -261,8 +261,8 @@ def test_what_the_formats_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="ema_every=2 with ema_format='delta'; allowed: 1"):
         FusedScaledSGD(parameters(), ema_decay=0.9, ema_format="delta", ema_every=2)
     for seed in (-1, 2**32, 0.5):
-        with pytest.raises(ValueError, match=r"ema_seed=.* is out of range"):
-            FusedScaledSGD(parameters(), ema_decay=0.9, ema_format="bf16", ema_seed=seed)
+        with pytest.raises(ValueError, match=r"rounding_seed=.* is out of range"):
+            FusedScaledSGD(parameters(), ema_decay=0.9, ema_format="bf16", rounding_seed=seed)
     with pytest.raises(ValueError, match="ema_format='delta': another optimizer moves the weights"):
         FusedEMA(torch.optim.SGD(parameters(), lr=0.1), 0.9, ema_format="delta")
 

@@ -87,11 +87,13 @@ def assert_like(opt, **options) -> None:
 def test_any_number_enters_as_a_float(number):
     names = {"lr": 0.5, "eps": 0.25, "weight_decay": 0.125, "kappa": 2.0, "ema_decay": 0.75}
     options = {name: number(value) for name, value in names.items()}
-    opt = FusedScaledAdamW([parameter()], **options, ema_seed=np.int64(3), ema_every=np.int32(1))
+    opt = FusedScaledAdamW(
+        [parameter()], **options, rounding_seed=np.int64(3), ema_every=np.int32(1)
+    )
     assert opt.param_groups[0]["lr"] == 0.5
     assert type(opt.param_groups[0]["lr"]) is float
     assert type(opt.ema_every) is int
-    assert_like(opt, **names, ema_seed=3)
+    assert_like(opt, **names, rounding_seed=3)
     assert_plain(opt)
 
 
@@ -179,8 +181,8 @@ def test_a_flag_of_numpys_is_one_wherever_it_is_written(flag):
 def test_a_seed_of_numpys_gives_the_bits_of_pythons():
     options = {"ema_decay": 0.9, "ema_format": "bf16", "backend": "reference"}
     opt, twin = (FusedScaledSGD([parameter()], lr=0.1, **options) for _ in range(2))
-    opt.param_groups[0]["ema_seed"] = np.int32(7)
-    twin.param_groups[0]["ema_seed"] = 7
+    opt.param_groups[0]["rounding_seed"] = np.int32(7)
+    twin.param_groups[0]["rounding_seed"] = 7
     for each in (opt, twin, opt, twin):
         each.step()
     (p,), (q,) = (each.param_groups[0]["params"] for each in (opt, twin))

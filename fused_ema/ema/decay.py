@@ -211,16 +211,6 @@ def decay_from_half_life(half_life_samples: float, base_batch_size: float) -> fl
     return math.pow(0.5, base_batch_size / half_life_samples)
 
 
-def only_half_life(samples: float, base_batch_size: float | None, ema_decay: EmaDecay) -> float:
-    """:func:`decay_from_half_life`, where nothing else says what ``rho`` is."""
-    if base_batch_size is None or ema_decay is not None:
-        raise ValueError(
-            f"half_life_samples={samples} with base_batch_size={base_batch_size}, "
-            f"ema_decay={ema_decay}; allowed: a base batch size and no other decay"
-        )
-    return decay_from_half_life(samples, base_batch_size)
-
-
 def decays(ema_decay: EmaDecay) -> tuple[Decay, ...]:
     """``ema_decay`` as a tuple: one entry an average, empty for None."""
     if ema_decay is None:

@@ -41,7 +41,7 @@ class FusedEMA(FusedScaledOptimizer):
     ``ema_decay`` and ``kappa``. A step that a ``GradScaler`` skips moves nothing.
 
     It is used like the averages of the fused optimizers: :meth:`ema_weights`,
-    :meth:`ema_state_dict`, :meth:`copy_ema_to`, :attr:`kappa`, :meth:`set_batch_size`. Its
+    :meth:`ema_state_dict`, :meth:`copy_ema_to`, :attr:`kappa`. Its
     ``state_dict()`` holds the averages and their clock, and is saved beside the optimizer's. A copy
     or pickle of both together is a working pair.
 
@@ -50,8 +50,8 @@ class FusedEMA(FusedScaledOptimizer):
 
     Args:
         optimizer: steps the parameters; it is not modified but for the hook.
-        ema_decay, ema, ema_order, ema_every, ema_format, ema_seed, half_life_samples,
-            base_batch_size, kappa, model, ema_buffers, backend: see
+        ema_decay, ema, ema_order, ema_every, ema_format, rounding_seed, kappa,
+            model, ema_buffers, backend: see
             :class:`~fused_ema.optim.base.FusedScaledOptimizer`. With ``ema_order="before"`` the
             averages move before the step.
         capturable: fold the averages' weights on the device, for a captured step.
@@ -72,9 +72,7 @@ class FusedEMA(FusedScaledOptimizer):
         ema_order: str = "after",
         ema_every: int = 1,
         ema_format: str = "full",
-        ema_seed: int = 0,
-        half_life_samples: float | None = None,
-        base_batch_size: float | None = None,
+        rounding_seed: int = 0,
         kappa: float = KAPPA,
         model: nn.Module | None = None,
         ema_buffers: str | None = None,
@@ -93,7 +91,7 @@ class FusedEMA(FusedScaledOptimizer):
                 "to it"
             )
         check_choice("ema_order", ema_order, ("after", "before"))
-        if ema_decay is None and half_life_samples is None:
+        if ema_decay is None:
             raise ValueError("ema_decay=None; allowed: a decay, a schedule or a tuple of those")
         self._order = ema_order
         self._optimizer = optimizer
@@ -104,9 +102,7 @@ class FusedEMA(FusedScaledOptimizer):
             ema=ema,
             ema_every=ema_every,
             ema_format=ema_format,
-            ema_seed=ema_seed,
-            half_life_samples=half_life_samples,
-            base_batch_size=base_batch_size,
+            rounding_seed=rounding_seed,
             kappa=kappa,
             model=model,
             ema_buffers=ema_buffers,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -15,11 +14,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from ..checks import check_choice, check_range
+from ..checks import check_choice
 from ..dtypes import is_fixed, is_there
 from ..ema.access import EmaAccess
 from ..ema.buffers import BUFFERS, EmaBuffers, Moves, moving, resolve
-from ..ema.decay import EmaDecay, decays, only_half_life
+from ..ema.decay import EmaDecay, decays
 from ..ema.swap import Flag
 from ..ema.teacher import (
     Teacher,
@@ -106,11 +105,8 @@ class FusedScaledOptimizer(EmaAccess):
             memory, rounded stochastically, for a bfloat16 teacher; ``"delta"``: half the memory,
             as ``ema - p`` in float16, many times closer; a teacher is bfloat16, its rounded copy.
             See docs/numerics.md.
-        ema_seed: of the random bits of 16-bit formats, ``0 <= ema_seed < 2**32``; the same in every
-            process.
-        half_life_samples: another way to say a constant ``ema_decay``, with ``base_batch_size``:
-            :func:`~fused_ema.ema.decay.decay_from_half_life`.
-        base_batch_size: what ``kappa = 1`` stands for, for :meth:`set_batch_size`.
+        rounding_seed: seed of the random bits of 16-bit formats, ``0 <= rounding_seed < 2**32``;
+            the same in every process.
         kappa: batch size / base batch size, ``> 0``. Scales learning rate, betas, eps, weight decay
             and ``rho`` together, at every step, by :mod:`fused_ema.scaling`.
         model: the student module: gives parameters their names, and buffers to the average.
@@ -123,8 +119,8 @@ class FusedScaledOptimizer(EmaAccess):
             moments: ``state[p]["master"]``. The rule and the averages follow those, and the
             parameter becomes their rounded copy at every step.
         state_format: ``"bf16"`` keeps the rule's states (momentum, moments) in bfloat16, rounded
-            stochastically with ``ema_seed``: 4 bytes a parameter less for Adam. The weights must be
-            float32, or have float32 masters. ``"full"``: in the weights' dtype, as torch.
+            stochastically with ``rounding_seed``: 4 bytes a parameter less for Adam. The weights
+            must be float32, or have float32 masters. ``"full"``: in the weights' dtype, as torch.
         backend: ``"auto"`` or one of ``"native"``, ``"triton"``, ``"foreach"``, ``"reference"``.
 
     Raises:
@@ -146,9 +142,7 @@ class FusedScaledOptimizer(EmaAccess):
         ema_order: str = "after",
         ema_every: int = 1,
         ema_format: str = "full",
-        ema_seed: int = 0,
-        half_life_samples: float | None = None,
-        base_batch_size: float | None = None,
+        rounding_seed: int = 0,
         kappa: float = KAPPA,
         model: nn.Module | None = None,
         ema_buffers: str | None = None,
@@ -158,13 +152,7 @@ class FusedScaledOptimizer(EmaAccess):
         backend: str = "auto",
     ) -> None:
         check_choice("backend", backend, ("auto", *NAMES))
-        base_batch_size = number(base_batch_size)
-        if base_batch_size is not None:
-            check_range("base_batch_size", base_batch_size, 0, math.inf, ends=("<", "<"))
-        if half_life_samples is not None:
-            ema_decay = only_half_life(half_life_samples, base_batch_size, ema_decay)
         self.backend = backend
-        self.base_batch_size = base_batch_size
         self._grad_norm: Tensor | None = None
         self._teachers: dict[Tensor, Tensor] = {}
         self._whole_teacher: nn.Module | dict[str, Tensor] | None = None
@@ -177,7 +165,11 @@ class FusedScaledOptimizer(EmaAccess):
         self._squares: list[Tensor] | None = None
         self._make_stepper()
         shared = {"ema_decay": ema_decay, "ema_order": ema_order, "kappa": kappa, "base_steps": 0.0}
-        shared |= {"master_weights": master_weights, "ema_format": ema_format, "ema_seed": ema_seed}
+        shared |= {
+            "master_weights": master_weights,
+            "ema_format": ema_format,
+            "rounding_seed": rounding_seed,
+        }
         shared |= {"state_format": state_format, "max_grad_norm": max_grad_norm}
         shared |= {"ema_every": ema_every, "ema_skips": 0, "ema_waited": 0.0}
         self._given = _given(ema_decay=ema_decay, ema_order=ema_order, kappa=kappa)
@@ -254,16 +246,6 @@ class FusedScaledOptimizer(EmaAccess):
         self._check_groups([{**group, field: value} for group in self.param_groups])
         for fields in (self.defaults, *self.param_groups):
             fields[field] = value
-
-    def set_batch_size(self, batch_size: float) -> None:
-        """Set :attr:`kappa` to ``batch_size / base_batch_size``.
-
-        Raises:
-            ValueError: the optimizer was made without ``base_batch_size``, or as for :attr:`kappa`.
-        """
-        if self.base_batch_size is None:
-            raise ValueError("base_batch_size=None; allowed: a number, given to the optimizer")
-        self.kappa = batch_size / self.base_batch_size
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -558,7 +540,7 @@ class FusedScaledOptimizer(EmaAccess):
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_swapped("copying or pickling the optimizer")
         self._settle()
-        options = ("backend", "base_batch_size", "_given", "_asked", "_placed")
+        options = ("backend", "_given", "_asked", "_placed")
         own = (*options, "_teachers", "_whole_teacher", "_teacher_modules", "_names", "_buffers")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 

@@ -46,7 +46,7 @@ def check_group(rule: Rule, group: Group, backend: str) -> Checked:
     check_choice("ema_order", group["ema_order"], ("after", "before"))
     check_choice("ema_format", group["ema_format"], FORMATS)
     check_choice("state_format", group["state_format"], STATE_FORMATS)
-    _check_seed(group["ema_seed"])
+    _check_seed(group["rounding_seed"])
     requested_backend(group, backend)
     ema_every, max_grad_norm = group["ema_every"], group["max_grad_norm"]
     if not isinstance(ema_every, int) or ema_every < 1:
@@ -94,4 +94,4 @@ def agreed(groups: Sequence[Group], field: str) -> Any:
 
 def _check_seed(seed: Any) -> None:
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"ema_seed={seed!r} is out of range; allowed: an int in [0, 2**32)")
+        raise ValueError(f"rounding_seed={seed!r} is out of range; allowed: an int in [0, 2**32)")

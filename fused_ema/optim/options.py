@@ -18,9 +18,7 @@ class EmaOptions(TypedDict, total=False):
     ema_order: str
     ema_every: int
     ema_format: str
-    ema_seed: int
-    half_life_samples: float | None
-    base_batch_size: float | None
+    rounding_seed: int
     kappa: float
     model: nn.Module | None
     ema_buffers: str | None

@@ -21,7 +21,7 @@ Group: TypeAlias = Mapping[str, Any]
 Name: TypeAlias = tuple[str, int]  # a field, and which of its numbers
 
 # What the seed of a step is made from.
-SEEDING = ("ema_seed", "base_steps")
+SEEDING = ("rounding_seed", "base_steps")
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ class Folder:
     def seed(self, group: int) -> int:
         """Of the random bits that round a group's averages at this step."""
         fields = self.groups[group]
-        return int(step_seed(index(fields["ema_seed"]), fields["base_steps"]))
+        return int(step_seed(index(fields["rounding_seed"]), fields["base_steps"]))
 
     def weights(self, group: int) -> tuple[float, ...]:
         """The EMA weights of a group at this step; a schedule is asked once."""
