@@ -1,4 +1,4 @@
-"""Lets Markdown show what docstrings say for Python's help(): roles become code."""
+"""Lets Markdown show what docstrings say for help(): options have their texts, roles are code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 import griffe
+
+from fused_ema.optim.options import composed
 
 ROLE = re.compile(r":(?:class|func|meth|attr|mod|data):`~?(?:[\w.]*\.)?(\w+)`")
 
@@ -16,4 +18,5 @@ class Roles(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of what was read."""
         if obj.docstring is not None:
-            obj.docstring.value = ROLE.sub(r"`\1`", obj.docstring.value).replace("``", "`")
+            text = composed(obj.docstring.value)
+            obj.docstring.value = ROLE.sub(r"`\1`", text).replace("``", "`")

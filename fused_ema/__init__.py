@@ -12,12 +12,14 @@ from .optim.adam import FusedScaledAdam, FusedScaledAdamW
 from .optim.any_optimizer import FusedEMA
 from .optim.base import FusedScaledOptimizer
 from .optim.grad_scaler import GradScaler
+from .optim.options import EmaOptions
 from .optim.several import ema_state_dict
 from .optim.sgd import FusedScaledSGD
 from .progressive import ProgressiveScaling
 
 __all__ = [
     "CosineDecay",
+    "EmaOptions",
     "FusedEMA",
     "FusedScaledAdam",
     "FusedScaledAdamW",

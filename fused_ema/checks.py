@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 
 def check_range(
@@ -32,7 +32,8 @@ def check_kappa(kappa: Any) -> None:
     check_range("kappa", kappa, 0, math.inf, ends=("<", "<"))
 
 
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``allowed``."""
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise ValueError unless ``value`` is one of the strings of a ``Literal``."""
+    allowed = get_args(choices)
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(repr, allowed))}")

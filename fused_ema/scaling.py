@@ -7,8 +7,15 @@ in float64 and accept any ``kappa > 0``, also fractional and below one.
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 from .checks import check_kappa, check_range
 from .realmath import Real, expm1, log, log1p, power, sqrt, surely, where
+
+# How a rule's numbers may follow kappa, where there is more than one way.
+BetaScaling: TypeAlias = Literal["exponential", "linear"]
+MomentumScaling: TypeAlias = Literal["none", "exact"]
+WeightDecayScaling: TypeAlias = Literal["exact", "none"]
 
 
 def ema_weight(ema_decay: float, kappa: float = 1.0) -> float:
@@ -52,7 +59,7 @@ def adaptive_eps(eps: Real, kappa: Real) -> Real:
     return eps / sqrt(kappa)
 
 
-def beta_weight(beta: Real, kappa: Real, rule: str = "exponential") -> Real:
+def beta_weight(beta: Real, kappa: Real, rule: BetaScaling = "exponential") -> Real:
     """Weight ``1 - beta`` of the newest gradient after scaling.
 
     ``"exponential"``: ``1 - beta**kappa`` (the form of Busbridge et al. 2023, reconstructed);
@@ -81,12 +88,12 @@ def beta_weight(beta: Real, kappa: Real, rule: str = "exponential") -> Real:
     return weight
 
 
-def momentum(momentum: Real, kappa: Real, rule: str = "none") -> Real:
+def momentum(momentum: Real, kappa: Real, rule: MomentumScaling = "none") -> Real:
     """SGD momentum: unchanged (``"none"``, the paper's choice) or ``mu**kappa`` (``"exact"``)."""
     return power(momentum, kappa) if rule == "exact" else momentum
 
 
-def momentum_entry(mu: Real, kappa: Real, rule: str = "none") -> Real | float:
+def momentum_entry(mu: Real, kappa: Real, rule: MomentumScaling = "none") -> Real | float:
     """What a gradient adds to SGD's momentum buffer, in units of the base batch.
 
     ``"none"``: 1. ``"exact"``: ``(1 - mu**kappa)/(1 - mu)``, as much as ``kappa`` base steps with
@@ -100,7 +107,9 @@ def momentum_entry(mu: Real, kappa: Real, rule: str = "none") -> Real | float:
     return where(at_limit, kappa, ratio)
 
 
-def decoupled_decay(lr: Real, scaled_lr: Real, weight_decay: Real, kappa: Real, rule: str) -> Real:
+def decoupled_decay(
+    lr: Real, scaled_lr: Real, weight_decay: Real, kappa: Real, rule: WeightDecayScaling
+) -> Real:
     """Share of a weight that AdamW's decay removes in one scaled step.
 
     ``"exact"`` keeps ``kappa`` base steps: ``1 - (1 - lr*weight_decay)**kappa``; the weight decay

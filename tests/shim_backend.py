@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from fused_ema import _native
 from fused_ema.optim import base as optimizer
 from fused_ema.step import backends as package
@@ -20,4 +22,4 @@ def unsupported(bucket) -> str | None:
 def register() -> None:
     """Let `backend="shim"` be asked for; `"auto"` does not take it."""
     package.BACKENDS = (*package.BACKENDS, __import__(__name__))
-    package.NAMES = optimizer.NAMES = (*package.NAMES, NAME)
+    optimizer.BackendName = Literal[(*get_args(package.BackendName), NAME)]

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from operator import setitem
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..together import Call
 from .claims import claim
 from .swap import is_shown
 
-MODES = ("copy", "average", "leave")
+EmaBuffersMode: TypeAlias = Literal["copy", "average", "leave"]
 # Where a parameter's state holds averaged buffers: a dict by average, "0", "1", ..., and name.
 BUFFERS = "ema_buffers"
 
@@ -109,8 +109,9 @@ class EmaBuffers:
         ValueError: unknown mode, or the teacher's buffers do not match the model's.
     """
 
-    def __init__(self, model: nn.Module, mode: str, teacher: nn.Module | None = None) -> None:
-        check_choice("ema_buffers", mode, MODES)
+    def __init__(
+        self, model: nn.Module, mode: EmaBuffersMode, teacher: nn.Module | None = None
+    ) -> None:
         self.model = model
         self.mode = mode
         self.held: list[dict[str, Tensor]] = []
@@ -290,12 +291,16 @@ class EmaBuffers:
         return other
 
 
-def resolve(model: nn.Module | None, mode: str | None, teacher: Any) -> EmaBuffers | None:
+def resolve(
+    model: nn.Module | None, mode: EmaBuffersMode | None, teacher: Any
+) -> EmaBuffers | None:
     """The buffers to keep for an optimizer's arguments, None where there are none.
 
     Raises:
         ValueError: buffers were asked for, or exist in the teacher, and the student is unknown.
     """
+    if mode is not None:
+        check_choice("ema_buffers", mode, EmaBuffersMode)
     teacher = teacher if isinstance(teacher, nn.Module) else None
     if model is not None:
         return EmaBuffers(model, mode or "copy", teacher)

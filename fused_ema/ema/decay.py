@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from ..checks import check_range
 from ..realmath import (
@@ -35,6 +35,7 @@ from ..values import several
 Schedule: TypeAlias = Callable[[Any], Any]
 Decay: TypeAlias = float | Schedule
 EmaDecay: TypeAlias = Decay | tuple[Decay, ...] | None
+EmaOrder: TypeAlias = Literal["after", "before"]
 
 
 @dataclass(frozen=True)

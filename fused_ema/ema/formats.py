@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from torch import Tensor
 from ..rules.blending import lerp, moved
 from ..sharding import local
 
-FORMATS = ("full", "bf16", "delta")
-STATE_FORMATS = ("full", "bf16")
+EmaFormat: TypeAlias = Literal["full", "bf16", "delta"]
+StateFormat: TypeAlias = Literal["full", "bf16"]
 # Which average the first of the rule's states is to the hash.
 FIRST_STATE = 1 << 31
 DTYPES = {"bf16": torch.bfloat16, "delta": torch.float16}

@@ -45,13 +45,14 @@ def add_options(parser: argparse._ActionsContainer, presets: Mapping[str, Any]) 
             told = next(iter(values.values()))
         else:
             told = ", ".join(f"{name}: {value}" for name, value in values.items())
+        choices = field.metadata["choices"] or names_of(hints[field.name])
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             dest=field.name,
             type=reader(hints[field.name]),
-            choices=field.metadata["choices"] or None,
+            choices=choices or None,
             default=argparse.SUPPRESS,
-            metavar=None if field.metadata["choices"] else metavar(hints[field.name]),
+            metavar=None if choices else metavar(hints[field.name]),
             help=f"{field.metadata['help']} [{told}]".replace("%", "%%"),
         )
 
@@ -100,9 +101,16 @@ def reader(kind: Any) -> Callable[[str], Any]:
     if typing.get_origin(kind) is tuple:
         each = reader(typing.get_args(kind)[0])
         return lambda text: () if text == "none" else tuple(map(each, text.split(",")))
+    if names_of(kind):
+        return str
     readers: dict[Any, Callable[[str], Any]] = {bool: yes_or_no, float: number}
     reads: Callable[[str], Any] = readers.get(kind, kind)
     return reads
+
+
+def names_of(kind: Any) -> tuple[str, ...]:
+    """The strings of a ``Literal``; none of another type."""
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
 
 
 def metavar(kind: Any) -> str:

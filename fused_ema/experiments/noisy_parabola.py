@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from .. import FusedScaledSGD
+from ..ema.decay import EmaOrder
 from ..scaling import ema_weight
+from ..step.backends import BackendName
 from .config import option, positive
 from .distributed import Group
 from .folder import Folder
 
-ORDERS = ("before", "after")
+ORDERS: tuple[EmaOrder, ...] = ("before", "after")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Config:
     start: float = option(1.0, "where weights and average start (our choice)")
     parabolas: int = option(1024, "independent parabolas of the simulation")
     seed: int = option(0, "seed of the simulation's noise")
-    backend: str = option("auto", "backend of the optimizer", identity=False)
+    backend: BackendName = option("auto", "backend of the optimizer", identity=False)
 
     def __post_init__(self) -> None:
         positive(self, "kappas", "lr", "base_steps", "a", "parabolas")
@@ -73,7 +75,7 @@ class Moments(NamedTuple):
 
 
 def moments(
-    config: Config, kappa: int, weight: float, order: str, noise_kappa: float | None = None
+    config: Config, kappa: int, weight: float, order: EmaOrder, noise_kappa: float | None = None
 ) -> Iterator[Moments]:
     """The moments at the start and after each step at ``kappa``.
 
@@ -103,7 +105,7 @@ def moments(
         yield m
 
 
-def simulate(config: Config, kappa: int, order: str) -> tuple[Tensor, Tensor]:
+def simulate(config: Config, kappa: int, order: EmaOrder) -> tuple[Tensor, Tensor]:
     """Weights and averages ``[parabolas]`` at the end of a run of the real optimizer."""
     generator = torch.Generator().manual_seed(config.seed)
     theta = torch.full((config.parabolas,), config.start, dtype=torch.float64)
@@ -124,7 +126,7 @@ def simulate(config: Config, kappa: int, order: str) -> tuple[Tensor, Tensor]:
     return theta, optimizer.state[theta]["ema"]
 
 
-def error(config: Config, base: list[Moments], kappa: int, weight: float, order: str) -> float:
+def error(config: Config, base: list[Moments], kappa: int, weight: float, order: EmaOrder) -> float:
     """Largest difference of the expected gradient at the average to the base run's."""
     scaled = moments(config, kappa, weight, order)
     pairs = zip(base[::kappa], scaled, strict=True)
@@ -145,7 +147,7 @@ def best_weight(config: Config, base: list[Moments], kappa: int) -> float:
     return float(found.x) * rule
 
 
-def deviation(config: Config, kappa: int, order: str) -> dict[str, float]:
+def deviation(config: Config, kappa: int, order: EmaOrder) -> dict[str, float]:
     """How far the simulated average is from its moments, in standard errors."""
     *_, expected = moments(config, kappa, ema_weight(config.rho, kappa), order)
     _, ema = simulate(config, kappa, order)
@@ -157,7 +159,7 @@ def deviation(config: Config, kappa: int, order: str) -> dict[str, float]:
     }
 
 
-def measure(config: Config, base: dict[str, list[Moments]], kappa: int) -> dict[str, Any]:
+def measure(config: Config, base: dict[EmaOrder, list[Moments]], kappa: int) -> dict[str, Any]:
     """Everything about one ``kappa``: a row of the metrics."""
     before, rule = base["before"], ema_weight(config.rho, kappa)
     best = best_weight(config, before, kappa)

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..ema.buffers import EmaBuffersMode
 from ..ema.decay import Decay
+from ..step.backends import BackendName
 from .config import option, positive
 
 SCHEDULES = ("constant", "cosine", "steps")
@@ -35,7 +37,7 @@ class Resources:
     workers: int = option(
         0, "processes that load images, for each training process", identity=False
     )
-    backend: str = option(
+    backend: BackendName = option(
         "auto", "backend of the optimizer: auto, native, triton, foreach, reference"
     )
     checkpoint_epochs: int = option(1, "epochs between checkpoints", identity=False)
@@ -68,7 +70,7 @@ class Recipe(Resources):
     schedule: str = option("cosine", "learning rate over the samples seen", choices=SCHEDULES)
     warmup_epochs: float = option(1.0, "epochs in which the learning rate rises from 0")
     rho: float = option(0.99, "base decay of the average")
-    ema_buffers: str = option(
+    ema_buffers: EmaBuffersMode = option(
         "average", "BatchNorm's statistics beside the average", choices=("average", "copy")
     )
 

@@ -9,10 +9,12 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from ..rules.adam import ADAM
+from ..scaling import BetaScaling, WeightDecayScaling
 from .base import FusedScaledOptimizer
-from .options import EmaOptions
+from .options import EmaOptions, documented
 
 
+@documented
 class FusedScaledAdam(FusedScaledOptimizer):
     """``torch.optim.Adam`` and a model EMA in one pass, both scaled by ``kappa``.
 
@@ -22,19 +24,12 @@ class FusedScaledAdam(FusedScaledOptimizer):
     right when ``kappa`` changes.
 
     Args:
-        params: as in torch; see :class:`~fused_ema.optim.base.FusedScaledOptimizer`.
-        lr: learning rate at the base batch size, ``>= 0``; a float or a tensor of one element.
+        {params, lr}
         betas: decays of the gradient's and the squared gradient's averages, each in ``[0, 1)``.
         eps: added to the denominator, ``>= 0``.
         weight_decay: L2 penalty, or decoupled decay, ``>= 0``.
         amsgrad: use the running maximum of the second moment.
-        maximize: ascend instead.
-        foreach, fused, differentiable: as in torch; see
-            :func:`~fused_ema.step.backends.requested_backend`.
-        capturable: fold the scalars on the device, in float64, so that ``step()`` can be captured
-            in a CUDA graph. ``lr``, ``kappa``, the betas, ``weight_decay`` and ``ema_decay`` may
-            then be tensors on the device, read at every replay; floats are constants of the graph.
-            A schedule gets the samples seen as a 0-dim tensor there, and gives one.
+        {foreach, maximize, capturable, differentiable, fused}
         decoupled_weight_decay: AdamW's decay instead of the L2 penalty.
         beta_scaling: ``"exponential"``, ``beta**kappa``, or ``"linear"``, ``1 - kappa*(1 - beta)``.
             With ``"linear"``, bias correction after a change of ``kappa`` is that of the same
@@ -42,8 +37,7 @@ class FusedScaledAdam(FusedScaledOptimizer):
             length by more than 0.2 %; with ``"exponential"`` it is exact.
         weight_decay_scaling: decoupled decay alone: ``"exact"`` keeps
             ``(1 - lr*weight_decay)**kappa``, ``"none"`` the coefficient.
-        options: ``ema_decay``, ``ema``, ``ema_order``, ``kappa``, ``model``, ``ema_buffers``,
-            ``backend`` of :class:`~fused_ema.optim.base.FusedScaledOptimizer`.
+        {options}
 
     Raises:
         ValueError: a bad value; the message names the argument, the value and what is allowed.
@@ -66,8 +60,8 @@ class FusedScaledAdam(FusedScaledOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        beta_scaling: str = "exponential",
-        weight_decay_scaling: str = "exact",
+        beta_scaling: BetaScaling = "exponential",
+        weight_decay_scaling: WeightDecayScaling = "exact",
         **options: Unpack[EmaOptions],
     ) -> None:
         defaults = {
@@ -88,11 +82,25 @@ class FusedScaledAdam(FusedScaledOptimizer):
         super().__init__(params, defaults, **options)
 
 
+@documented
 class FusedScaledAdamW(FusedScaledAdam):
     """``torch.optim.AdamW`` and a model EMA in one pass, both scaled by ``kappa``.
 
     :class:`FusedScaledAdam` with decoupled weight decay (Loshchilov & Hutter 2019): a step keeps
-    ``(1 - lr*weight_decay)**kappa`` of a weight. Arguments, errors and effects are the same.
+    ``(1 - lr*weight_decay)**kappa`` of a weight.
+
+    Args:
+        {params, lr}
+        betas: decays of the gradient's and the squared gradient's averages, each in ``[0, 1)``.
+        eps: added to the denominator, ``>= 0``.
+        weight_decay: decoupled decay, ``>= 0``.
+        amsgrad: use the running maximum of the second moment.
+        {maximize, foreach, capturable, differentiable, fused}
+        beta_scaling, weight_decay_scaling: see :class:`FusedScaledAdam`.
+        {options}
+
+    Raises:
+        ValueError: a bad value; the message names the argument, the value and what is allowed.
     """
 
     def __init__(
@@ -109,8 +117,8 @@ class FusedScaledAdamW(FusedScaledAdam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        beta_scaling: str = "exponential",
-        weight_decay_scaling: str = "exact",
+        beta_scaling: BetaScaling = "exponential",
+        weight_decay_scaling: WeightDecayScaling = "exact",
         **options: Unpack[EmaOptions],
     ) -> None:
         super().__init__(

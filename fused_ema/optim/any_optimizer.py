@@ -19,11 +19,15 @@ from torch.optim.optimizer import StateDict
 from torch.utils.hooks import RemovableHandle
 
 from ..checks import check_choice
-from ..ema.decay import EmaDecay
+from ..ema.buffers import EmaBuffersMode
+from ..ema.decay import EmaDecay, EmaOrder
+from ..ema.formats import EmaFormat
 from ..ema.teacher import Teacher
 from ..rules.frozen import FROZEN
+from ..step.backends import BackendName
 from .base import FusedScaledOptimizer
 from .groups import KAPPA
+from .options import documented
 
 # Where torch.optim.Optimizer's constructor keeps the hooks of its step.
 HOOKS = "_optimizer_step_post_hooks"
@@ -31,6 +35,7 @@ HOOKS = "_optimizer_step_post_hooks"
 STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
+@documented
 class FusedEMA(FusedScaledOptimizer):
     """Averages of the parameters of any ``torch.optim.Optimizer``, moved when it steps.
 
@@ -50,11 +55,9 @@ class FusedEMA(FusedScaledOptimizer):
 
     Args:
         optimizer: steps the parameters; it is not modified but for the hook.
-        ema_decay, ema, ema_order, ema_every, ema_format, rounding_seed, kappa,
-            model, ema_buffers, backend: see
-            :class:`~fused_ema.optim.base.FusedScaledOptimizer`. With ``ema_order="before"`` the
-            averages move before the step.
-        capturable: fold the averages' weights on the device, for a captured step.
+        {ema_decay, ema, ema_order, ema_every, ema_format, rounding_seed}
+        kappa: batch size / base batch size, a number ``> 0``; scales ``rho`` alone.
+        {model, ema_buffers, capturable, backend}
 
     Raises:
         TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, whose hooks are needed.
@@ -69,15 +72,15 @@ class FusedEMA(FusedScaledOptimizer):
         ema_decay: EmaDecay = None,
         *,
         ema: Teacher | None = None,
-        ema_order: str = "after",
+        ema_order: EmaOrder = "after",
         ema_every: int = 1,
-        ema_format: str = "full",
+        ema_format: EmaFormat = "full",
         rounding_seed: int = 0,
         kappa: float = KAPPA,
         model: nn.Module | None = None,
-        ema_buffers: str | None = None,
+        ema_buffers: EmaBuffersMode | None = None,
         capturable: bool = False,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         # a wrapper may look like an optimizer without being made as one
         if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, HOOKS):
@@ -90,7 +93,7 @@ class FusedEMA(FusedScaledOptimizer):
                 f"optimizer: a {type(optimizer).__name__} has averages of its own; pass ema_decay "
                 "to it"
             )
-        check_choice("ema_order", ema_order, ("after", "before"))
+        check_choice("ema_order", ema_order, EmaOrder)
         if ema_decay is None:
             raise ValueError("ema_decay=None; allowed: a decay, a schedule or a tuple of those")
         self._order = ema_order

@@ -17,8 +17,9 @@ from torch.optim.optimizer import ParamsT, StateDict
 from ..checks import check_choice
 from ..dtypes import is_fixed, is_there
 from ..ema.access import EmaAccess
-from ..ema.buffers import BUFFERS, EmaBuffers, Moves, moving, resolve
-from ..ema.decay import EmaDecay, decays
+from ..ema.buffers import BUFFERS, EmaBuffers, EmaBuffersMode, Moves, moving, resolve
+from ..ema.decay import EmaDecay, EmaOrder, decays
+from ..ema.formats import EmaFormat, StateFormat
 from ..ema.swap import Flag
 from ..ema.teacher import (
     Teacher,
@@ -37,7 +38,7 @@ from ..rules.frozen import FROZEN
 from ..rules.rule import Rule
 from ..sharding import reshard
 from ..step import clock
-from ..step.backends import NAMES
+from ..step.backends import BackendName
 from ..step.folding import Checked
 from ..step.gradients import Verdict, clipped, summed, unscaling
 from ..step.state import check_param, complete, reset
@@ -47,6 +48,7 @@ from ..values import as_given, number
 from . import checkpoint, replaced
 from .checkpoint import ASKED
 from .groups import KAPPA, agreed, check_group, check_groups
+from .options import documented
 
 
 class _Begun(NamedTuple):
@@ -77,6 +79,7 @@ class _UnscalesItself:
         return optimizer is not None and all(group["fused"] for group in optimizer.param_groups)
 
 
+@documented
 class FusedScaledOptimizer(EmaAccess):
     """Base of the optimizers: one fused pass a bucket for the step and every average.
 
@@ -88,40 +91,9 @@ class FusedScaledOptimizer(EmaAccess):
     Subclasses set :attr:`rule` and give the defaults of torch's namesake.
 
     Args:
-        params: parameters, named parameters or param groups, as torch takes them. A group may set
-            any hyper-parameter for itself, and ``ema``: its own teacher tensors.
+        {params}
         defaults: the rule's hyper-parameters at the base batch size.
-        ema_decay: ``rho`` at the base batch size, in ``[0, 1]``; or a schedule ``t -> rho`` of the
-            samples seen in base batches; or a tuple of those, one an average; None: no average.
-        ema: a teacher that is the (first) average: a module, or its parameters. It is modified in
-            place at every step and keeps its present values as the start. None: the optimizer
-            keeps the average, starting at the weights.
-        ema_order: ``"after"``: the average takes in the new weights (the paper's Algorithm 1);
-            ``"before"``: the old ones (its theory).
-        ema_every: the averages move at every ``ema_every``-th step, ``>= 1``, by
-            ``rho**(kappa*ema_every)``; steps between save their traffic. Not with ``"delta"``. A
-            field of the param groups, the same in all, as is ``max_grad_norm``.
-        ema_format: ``"full"``: in float32 (float64 for float64 parameters); ``"bf16"``: half the
-            memory, rounded stochastically, for a bfloat16 teacher; ``"delta"``: half the memory,
-            as ``ema - p`` in float16, many times closer; a teacher is bfloat16, its rounded copy.
-            See docs/numerics.md.
-        rounding_seed: seed of the random bits of 16-bit formats, ``0 <= rounding_seed < 2**32``;
-            the same in every process.
-        kappa: batch size / base batch size, ``> 0``. Scales learning rate, betas, eps, weight decay
-            and ``rho`` together, at every step, by :mod:`fused_ema.scaling`.
-        model: the student module: gives parameters their names, and buffers to the average.
-        ema_buffers: ``"copy"`` (default with ``model``), ``"average"`` or ``"leave"``; see
-            :class:`~fused_ema.ema.buffers.EmaBuffers`.
-        max_grad_norm: gradients are scaled down to this norm, over all parameters, where theirs is
-            larger, as by ``torch.nn.utils.clip_grad_norm_``; ``.grad`` is not written. ``>= 0``;
-            None: not at all.
-        master_weights: hold the weights of bfloat16 and float16 parameters in float32, with their
-            moments: ``state[p]["master"]``. The rule and the averages follow those, and the
-            parameter becomes their rounded copy at every step.
-        state_format: ``"bf16"`` keeps the rule's states (momentum, moments) in bfloat16, rounded
-            stochastically with ``rounding_seed``: 4 bytes a parameter less for Adam. The weights
-            must be float32, or have float32 masters. ``"full"``: in the weights' dtype, as torch.
-        backend: ``"auto"`` or one of ``"native"``, ``"triton"``, ``"foreach"``, ``"reference"``.
+        {options}
 
     Raises:
         ValueError: a bad value; the message names the argument, the value and what is allowed.
@@ -139,19 +111,19 @@ class FusedScaledOptimizer(EmaAccess):
         *,
         ema_decay: EmaDecay = None,
         ema: Teacher | None = None,
-        ema_order: str = "after",
+        ema_order: EmaOrder = "after",
         ema_every: int = 1,
-        ema_format: str = "full",
+        ema_format: EmaFormat = "full",
         rounding_seed: int = 0,
         kappa: float = KAPPA,
         model: nn.Module | None = None,
-        ema_buffers: str | None = None,
+        ema_buffers: EmaBuffersMode | None = None,
         max_grad_norm: float | None = None,
         master_weights: bool = False,
-        state_format: str = "full",
-        backend: str = "auto",
+        state_format: StateFormat = "full",
+        backend: BackendName = "auto",
     ) -> None:
-        check_choice("backend", backend, ("auto", *NAMES))
+        check_choice("backend", backend, BackendName)
         self.backend = backend
         self._grad_norm: Tensor | None = None
         self._teachers: dict[Tensor, Tensor] = {}
@@ -164,14 +136,18 @@ class FusedScaledOptimizer(EmaAccess):
         self._begun: _Begun | None = None  # by a step that is not taken yet
         self._squares: list[Tensor] | None = None
         self._make_stepper()
-        shared = {"ema_decay": ema_decay, "ema_order": ema_order, "kappa": kappa, "base_steps": 0.0}
-        shared |= {
-            "master_weights": master_weights,
+        shared: dict[str, Any] = {
+            "ema_decay": ema_decay,
+            "ema_order": ema_order,
+            "ema_every": ema_every,
             "ema_format": ema_format,
+            "kappa": kappa,
+            "max_grad_norm": max_grad_norm,
+            "master_weights": master_weights,
+            "state_format": state_format,
             "rounding_seed": rounding_seed,
         }
-        shared |= {"state_format": state_format, "max_grad_norm": max_grad_norm}
-        shared |= {"ema_every": ema_every, "ema_skips": 0, "ema_waited": 0.0}
+        shared |= {"base_steps": 0.0, "ema_skips": 0, "ema_waited": 0.0}
         self._given = _given(ema_decay=ema_decay, ema_order=ema_order, kappa=kappa)
         self._asked: list[dict[str, Any]] = []
         self._placed: list[list[Tensor]] = []

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..checks import check_choice, check_range
-from ..ema.decay import check_ema_decay
-from ..ema.formats import FORMATS, STATE_FORMATS
+from ..ema.decay import EmaOrder, check_ema_decay
+from ..ema.formats import EmaFormat, StateFormat
 from ..rules.rule import Rule
 from ..step.backends import requested_backend
 from ..step.folding import Checked, Group, plain_fields
@@ -43,9 +43,9 @@ def check_group(rule: Rule, group: Group, backend: str) -> Checked:
         values = plain_fields(rule, group)
     rule.check({**group, **values})
     check_ema_decay(values["ema_decay"])
-    check_choice("ema_order", group["ema_order"], ("after", "before"))
-    check_choice("ema_format", group["ema_format"], FORMATS)
-    check_choice("state_format", group["state_format"], STATE_FORMATS)
+    check_choice("ema_order", group["ema_order"], EmaOrder)
+    check_choice("ema_format", group["ema_format"], EmaFormat)
+    check_choice("state_format", group["state_format"], StateFormat)
     _check_seed(group["rounding_seed"])
     requested_backend(group, backend)
     ema_every, max_grad_norm = group["ema_every"], group["max_grad_norm"]

@@ -1,13 +1,20 @@
-"""The keyword arguments of every optimizer here, as a type."""
+"""The arguments that every optimizer here takes: their types, and one text each for ``help()``."""
 
 from __future__ import annotations
 
-from typing import TypedDict
+import re
+from textwrap import indent, wrap
+from typing import TypedDict, TypeVar
 
 from torch import nn
 
-from ..ema.decay import EmaDecay
+from ..ema.buffers import EmaBuffersMode
+from ..ema.decay import EmaDecay, EmaOrder
+from ..ema.formats import EmaFormat, StateFormat
 from ..ema.teacher import Teacher
+from ..step.backends import BackendName
+
+Class = TypeVar("Class", bound=type)
 
 
 class EmaOptions(TypedDict, total=False):
@@ -15,14 +22,99 @@ class EmaOptions(TypedDict, total=False):
 
     ema_decay: EmaDecay
     ema: Teacher | None
-    ema_order: str
+    ema_order: EmaOrder
     ema_every: int
-    ema_format: str
-    rounding_seed: int
+    ema_format: EmaFormat
+    ema_buffers: EmaBuffersMode | None
     kappa: float
     model: nn.Module | None
-    ema_buffers: str | None
     max_grad_norm: float | None
     master_weights: bool
-    state_format: str
-    backend: str
+    state_format: StateFormat
+    rounding_seed: int
+    backend: BackendName
+
+
+# What each option means, as every class that takes it says it.
+EMA = {
+    "ema_decay": """``rho`` at the base batch size, in ``[0, 1]``; or a schedule ``t -> rho``
+        of the steps so far, counted in base batches; or a tuple of those, one an average;
+        None: no average. ``rho = 0.9999`` has a mean age of 10,000 base steps: a run that is
+        not many times longer wants a smaller one, or ``WarmUpDecay``.""",
+    "ema": """a teacher that is the (first) average: a module, its parameters or its named
+        parameters. It is modified in place at every step and keeps its present values as the
+        start. None: the optimizer keeps the average, which starts at the weights.""",
+    "ema_order": """``"after"``: the average takes in the new weights (the paper's Algorithm
+        1); ``"before"``: the old ones (the paper's theory).""",
+    "ema_every": """the averages move at every ``ema_every``-th step, an int ``>= 1``, by
+        ``rho**(kappa*ema_every)``; the steps between save their traffic. Only 1 with
+        ``"delta"`` and with ``capturable=True``. The same in all param groups.""",
+    "ema_format": """``"full"``: averages in float32 (float64 for float64 parameters);
+        ``"bf16"``: half the memory, rounded stochastically; ``"delta"``: half the memory, as
+        ``ema - p`` in float16, many times closer. docs/numerics.md says where each format
+        ends.""",
+    "ema_buffers": """what the averaged model has for the buffers of ``model``: ``"copy"`` (the
+        default with ``model``): the student's; ``"average"``: averages of floating-point
+        ones; ``"leave"``: a teacher's own.""",
+    "kappa": """batch size / base batch size, a number ``> 0``. Scales learning rate, betas,
+        eps, weight decay and ``rho`` together, at every step, by :mod:`fused_ema.scaling`.""",
+    "model": """the student module. It gives parameters their names, by which teachers and
+        checkpoints are paired, and its buffers to the average.""",
+    "max_grad_norm": """gradients are scaled down to this norm, taken over all parameters,
+        where theirs is larger, as by ``torch.nn.utils.clip_grad_norm_``; ``.grad`` is not
+        written. A number ``>= 0``; None: no clipping. The same in all param groups.""",
+    "master_weights": """hold the weights of bfloat16 and float16 parameters in float32, with
+        their moments, in ``state[p]["master"]``. The rule and the averages follow those, and
+        the parameter becomes their rounded copy at every step.""",
+    "state_format": """``"full"``: the rule's states (momentum, moments) in the weights' dtype,
+        as in torch. ``"bf16"``: in bfloat16, rounded stochastically: 4 bytes a parameter less
+        for Adam; the weights must be float32, or have float32 masters.""",
+    "rounding_seed": """seed of the random bits of the 16-bit formats, an int in ``[0,
+        2**32)``; the same in every process.""",
+    "backend": """``"auto"`` takes the first of ``"native"``, ``"triton"``, ``"foreach"`` and
+        ``"reference"`` that can; a name takes that one, or raises RuntimeError at the first
+        step.""",
+}
+TORCH = {
+    "params": """parameters, named parameters or param groups, as torch takes them. A group may
+        set any hyper-parameter for itself, and ``"ema"``: its own teacher tensors.""",
+    "lr": """learning rate at the base batch size, ``>= 0``; a float or a tensor of one
+        element.""",
+    "maximize": """ascend instead of descending.""",
+    "foreach": """as in torch; True asks for the ``"foreach"`` backend. An explicit ``backend``
+        wins.""",
+    "fused": """as in torch; False asks for the ``"foreach"`` backend, and True lets the step
+        unscale gradients itself under torch's ``GradScaler``.""",
+    "differentiable": """as in torch: gradients flow through the step, by the ``"reference"``
+        backend.""",
+    "capturable": """fold the scalars on the device, in float64, so that ``step()`` can be
+        captured in a CUDA graph. The rule's numbers, ``kappa`` and ``ema_decay`` may then be
+        tensors on the device, read at every replay; floats are constants of the graph. A
+        schedule gets the base steps so far as a 0-dim tensor there, and gives one.""",
+}
+TEXTS = {**TORCH, **EMA}
+
+_PLACEHOLDER = re.compile(r"^( *)\{([\w, ]+)\}$", re.MULTILINE)
+
+
+def documented(cls: Class) -> Class:
+    """Put the options' texts where the class docstring names them: ``{lr, foreach, options}``."""
+    if cls.__doc__ is not None:
+        cls.__doc__ = composed(cls.__doc__)
+    return cls
+
+
+def composed(doc: str) -> str:
+    """A docstring with the options' texts in place of their names."""
+    return _PLACEHOLDER.sub(lambda found: _entries(found[1], found[2]), doc)
+
+
+def _entries(margin: str, names: str) -> str:
+    chosen = [name.strip() for name in names.split(",")]
+    entries = [name for n in chosen for name in (EMA if n == "options" else (n,))]
+    return "\n".join(indent(_entry(name), margin) for name in entries)
+
+
+def _entry(name: str) -> str:
+    text = " ".join(TEXTS[name].split())
+    return "\n".join(wrap(f"{name}: {text}", 88, subsequent_indent="    ", break_on_hyphens=False))

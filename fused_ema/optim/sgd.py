@@ -9,10 +9,12 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from ..rules.sgd import SGD
+from ..scaling import MomentumScaling
 from .base import FusedScaledOptimizer
-from .options import EmaOptions
+from .options import EmaOptions, documented
 
 
+@documented
 class FusedScaledSGD(FusedScaledOptimizer):
     """``torch.optim.SGD`` and a model EMA in one pass, both scaled by ``kappa``.
 
@@ -20,23 +22,17 @@ class FusedScaledSGD(FusedScaledOptimizer):
     2023); the L2 ``weight_decay`` stays.
 
     Args:
-        params: as in torch; see :class:`~fused_ema.optim.base.FusedScaledOptimizer`.
-        lr: learning rate at the base batch size, ``>= 0``; a float or a tensor of one element.
+        {params, lr}
         momentum: ``>= 0``.
         dampening: the gradient enters the momentum with weight ``1 - dampening``.
         weight_decay: L2 penalty, ``>= 0``.
         nesterov: needs ``momentum > 0`` and ``dampening = 0``.
-        maximize: ascend instead.
-        capturable: safe under CUDA graph capture: see
-            :class:`~fused_ema.optim.adam.FusedScaledAdam`.
-        foreach, fused, differentiable: as in torch; see
-            :func:`~fused_ema.step.backends.requested_backend`.
+        {maximize, foreach, capturable, differentiable, fused}
         momentum_scaling: ``"none"`` keeps the momentum (the paper's experiments); ``"exact"`` uses
             ``mu**kappa``, and lets a gradient count ``(1 - mu**kappa)/(1 - mu)`` times, as it does
             in ``kappa`` base steps. ``momentum_buffer`` is that of the base batch, so that it goes
             on through changes of ``kappa``.
-        options: ``ema_decay``, ``ema``, ``ema_order``, ``kappa``, ``model``, ``ema_buffers``,
-            ``backend`` of :class:`~fused_ema.optim.base.FusedScaledOptimizer`.
+        {options}
 
     Raises:
         ValueError: a bad value; the message names the argument, the value and what is allowed.
@@ -58,7 +54,7 @@ class FusedScaledSGD(FusedScaledOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        momentum_scaling: str = "none",
+        momentum_scaling: MomentumScaling = "none",
         **options: Unpack[EmaOptions],
     ) -> None:
         defaults = {

@@ -51,8 +51,8 @@ class Scalars(NamedTuple):
 
 def check(group: Group) -> None:
     check_shared(group)
-    check_choice("beta_scaling", group["beta_scaling"], ("exponential", "linear"))
-    check_choice("weight_decay_scaling", group["weight_decay_scaling"], ("exact", "none"))
+    check_choice("beta_scaling", group["beta_scaling"], scaling.BetaScaling)
+    check_choice("weight_decay_scaling", group["weight_decay_scaling"], scaling.WeightDecayScaling)
     check_range("eps", group["eps"], 0.0, math.inf)
     if not isinstance(group["betas"], tuple) or len(group["betas"]) != 2:
         raise ValueError(f"betas={group['betas']!r} is not known; allowed: two numbers")

@@ -51,7 +51,7 @@ class Scalars(NamedTuple):
 def check(group: Group) -> None:
     check_shared(group)
     check_range("momentum", group["momentum"], 0.0, math.inf)
-    check_choice("momentum_scaling", group["momentum_scaling"], ("none", "exact"))
+    check_choice("momentum_scaling", group["momentum_scaling"], scaling.MomentumScaling)
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
             f"nesterov=True requires momentum > 0 and dampening = 0; received "

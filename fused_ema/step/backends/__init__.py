@@ -7,7 +7,7 @@ A backend is a module with ``NAME``, ``unsupported(bucket) -> reason | None`` an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from ..buckets import Bucket
 from . import foreach, native, reference, triton
@@ -27,7 +27,7 @@ class Backend(Protocol):
 
 
 BACKENDS: tuple[Backend, ...] = (native, triton, foreach, reference)
-NAMES = tuple(backend.NAME for backend in BACKENDS)
+BackendName: TypeAlias = Literal["auto", "native", "triton", "foreach", "reference"]
 
 
 def select(bucket: Bucket) -> Backend:
