@@ -59,11 +59,10 @@ PYBIND11_MODULE(_native, module) {
   using py::arg;
   module.attr("TORCH_VERSION") = TORCH_VERSION;
   py::class_<Slots>(module, "Slots", collected<Slots>())
-      .def(py::init<int, bool, bool, bool, bool, bool, Objects, Objects, ObjectLists, ObjectLists,
+      .def(py::init<int, bool, bool, bool, bool, Objects, Objects, ObjectLists, ObjectLists,
                     std::vector<int>, std::vector<int64_t>>(),
            arg("num_scalars"), arg("frozen"), arg("takes_grads"), arg("capturable"), arg("master"),
-           arg("teacher"), arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"),
-           arg("places"))
+           arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"), arg("places"))
       .def("prepare", &Slots::prepare)
       .def("begin", &Slots::begin)
       .def("begin_gradients", &Slots::begin_gradients)

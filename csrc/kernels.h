@@ -26,12 +26,11 @@ struct Storage {
 };
 
 // Elements [begin, end) of one parameter.
-//   pointers: param, its master if there is one, the rule's states, the averages, the teacher
+//   pointers: param, its master if there is one, the rule's states, the averages
 //   grad: null where the averages alone move
 //   row: the rule's scalars, then a weight per average
 //   grad_factor: what gradients are multiplied by
 //   key: of the random bits, where something is rounded by them
-//   teacher: whether the first average, kept as a difference, is written to a copy, too
 struct Piece {
   void* const* pointers;
   const void* grad;
@@ -43,7 +42,6 @@ struct Piece {
   bool ema_before;
   EmaFormat ema_format;
   uint32_t key;
-  bool teacher;
 };
 
 using Kernel = void (*)(const Piece&);

@@ -82,11 +82,6 @@ FUSED_EMA_INLINE Half rounded_ema_delta(Half delta, float change, float weight, 
   return round_half(ema_delta<before>(held, change, weight) * delta_scale, bits);
 }
 
-// The average that a stored difference to the weights stands for, rounded to nearest.
-FUSED_EMA_INLINE BFloat16 taught(float param, Half delta) {
-  return store<BFloat16>(param + load(delta) * (1 / delta_scale));
-}
-
 // The gradient to descend: grad_factor * grad, plus the L2 penalty's weight_decay * param.
 template <class T>
 FUSED_EMA_INLINE T directed(T grad, T param, T grad_factor, T weight_decay) {

@@ -162,7 +162,7 @@ void bump_version(const py::object& object) {
 }  // namespace
 
 Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bool master,
-             bool teacher, std::vector<py::object> params, std::vector<py::object> steps,
+             std::vector<py::object> params, std::vector<py::object> steps,
              std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
              std::vector<int> groups, const std::vector<int64_t>& places)
     : num_scalars_(num_scalars),
@@ -170,11 +170,10 @@ Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bo
       takes_grads_(takes_grads),
       capturable_(capturable),
       master_(master),
-      teacher_(teacher),
       stored_(unpack(params.at(0)).scalar_type()),
       device_(unpack(params.at(0)).device()),
       num_states_(static_cast<int>(states.at(0).size())),
-      num_emas_(static_cast<int>(emas.at(0).size()) - teacher),
+      num_emas_(static_cast<int>(emas.at(0).size())),
       kinds_{stored_, Kind(at::kDouble)},
       groups_(std::move(groups)) {
   const at::ScalarType average = at::toOpMathType(stored_.dtype);
@@ -184,8 +183,6 @@ Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bo
   storage_ = {stored_type(stored_.dtype), master,
               num_states() > 0 && is_rounded(kinds_[1 + num_states_].dtype, weight),
               num_emas_ > 0 ? ema_format(kinds_[2 + num_states_].dtype, average) : EmaFormat::full};
-  if (teacher_ && (storage_.ema_format != EmaFormat::delta || kinds_.back().dtype != at::kBFloat16))
-    throw std::invalid_argument("no kernel for a teacher but in bfloat16, beside differences");
   rounds_ = storage_.rounds();
   offsets_.push_back(0);
   for (size_t i = 0; i < params.size(); ++i) {

@@ -28,15 +28,14 @@ namespace py = pybind11;
 //   grads    each slot's gradient, null without one: the averages alone move. One that has elements
 //            is never null, and without elements nothing is read.
 //   slots    numel, which of the optimizer's parameters it is; addresses: param, its master if
-//            there is one, the rule's states, the averages, the first one's copy if there is one
+//            there is one, the rule's states, the averages
 class Slots {
  public:
   //   frozen: a gradient means that the bucket must be made anew
   //   takes_grads: gradients are looked at
   //   states: the first is the master where there is one
-  //   emas: the last is a bfloat16 copy of the first average where there is a teacher
   //   places: which of the optimizer's parameters each is, for its random bits
-  Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bool master, bool teacher,
+  Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bool master,
         std::vector<py::object> params, std::vector<py::object> steps,
         std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
         std::vector<int> groups, const std::vector<int64_t>& places);
@@ -105,14 +104,13 @@ class Slots {
   int num_states() const { return num_states_ - master_; }
   Storage storage() const { return storage_; }
   int num_emas() const { return num_emas_; }
-  bool teacher() const { return teacher_; }
   int num_rows() const { return static_cast<int>(rows_.size()); }
   const std::vector<int64_t>& offsets() const { return offsets_; }
   int64_t numel(size_t i) const { return offsets_[i + 1] - offsets_[i]; }
   int group(size_t i) const { return groups_[i]; }
   const double* row(size_t i) const { return table_.data() + row_of_[i] * row_size(); }
   const void* grad(size_t i) const { return reinterpret_cast<const void*>(grads_[i]); }
-  // param, its master if there is one, the rule's states, the averages, their copy
+  // param, its master if there is one, the rule's states, the averages
   void* const* pointers(size_t i) const {
     return reinterpret_cast<void* const*>(&slots_[i * slot_size() + 2]);
   }
@@ -149,7 +147,7 @@ class Slots {
     size_t strides;  // where its strides begin in strides_
   };
 
-  size_t num_tensors() const { return 2 + num_states_ + num_emas_ + teacher_; }
+  size_t num_tensors() const { return 2 + num_states_ + num_emas_; }
   size_t row_size() const { return num_scalars_ + num_emas_ + rounds_; }
   const py::object* tensors(size_t i) const { return &tensors_[i * num_tensors()]; }
   int64_t find_row(const Row& row);
@@ -169,12 +167,11 @@ class Slots {
   bool takes_grads_;
   bool capturable_;
   bool master_;
-  bool teacher_;
   Kind stored_;  // parameters and gradients
   c10::Device device_;
   int num_states_;  // with the master
   int num_emas_;
-  std::vector<py::object> tensors_;  // per slot: param, step, states, averages, copy
+  std::vector<py::object> tensors_;  // per slot: param, step, states, averages
   std::vector<Kind> kinds_;          // of those
   Storage storage_;
   bool rounds_;

@@ -12,8 +12,7 @@ class Slots:
     scalars and a weight per average; where averages or states are rounded stochastically, the
     step's seed comes last. A slot is its number of elements, its place among the optimizer's
     parameters, then addresses: parameter, states, averages. The first of the states is the master
-    where there is one, the last of the averages a bfloat16 copy of the first where there is a
-    teacher beside differences.
+    where there is one.
     """
 
     def __init__(
@@ -23,7 +22,6 @@ class Slots:
         takes_grads: bool,
         capturable: bool,
         master: bool,
-        teacher: bool,
         params: Sequence[Tensor],
         steps: Sequence[Tensor],
         states: Sequence[Sequence[Tensor]],

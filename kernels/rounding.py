@@ -50,12 +50,6 @@ def round_bfloat16(value, bits):
 
 
 @device
-def taught(param, delta):
-    """The average that a stored difference to the weights stands for, rounded to nearest."""
-    return (param + delta.to(tl.float32) * (1.0 / DELTA_SCALE)).to(tl.bfloat16)
-
-
-@device
 def round_float16(value, bits):
     """float32 to float16 likewise; cut off at its largest number."""
     pattern = value.to(tl.uint32, bitcast=True)

@@ -24,7 +24,6 @@ from .rounding import (
     random_bits,
     round_bfloat16,
     round_float16,
-    taught,
 )
 from .rules import RULES, ema, ema_delta, frozen, moved
 
@@ -128,7 +127,7 @@ def step_block(
     end,
 ):
     """Step a slot's elements from ``start`` on: BLOCK of them, unless ``end`` comes first."""
-    param, copy, grad, states, averages, teacher, scalars, weights, key = slot
+    param, copy, grad, states, averages, scalars, weights, key = slot
     # 64 bits, and the same for all tensors: a running pointer for each costs more registers
     o_block = start + tl.arange(0, BLOCK).to(tl.int64)
     m_block = None if WHOLE else o_block < end
@@ -164,9 +163,6 @@ def step_block(
         b_average = tl.load(p_average, m_block)
         b_average = follow(b_average, b_old, b_new, weights[k], key, o_block, k, EMA_BEFORE)
         tl.store(p_average, b_average, m_block)
-        if k < len(teacher):
-            p_teacher = pointer(teacher[k], o_block, tl.bfloat16, WHOLE)
-            tl.store(p_teacher, taught(b_new, b_average), m_block)
 
 
 @device
@@ -184,14 +180,12 @@ def step_slot(
     end,
 ):
     """Step a slot's elements from ``start`` to ``end``: whole blocks of aligned tensors first."""
-    param, copy, grad, states, averages, teacher, _, _, _ = slot
+    param, copy, grad, states, averages, _, _, _ = slot
     bits = param | copy | grad
     for k in tl.static_range(len(states)):
         bits |= states[k]
     for k in tl.static_range(len(averages)):
         bits |= averages[k]
-    for k in tl.static_range(len(teacher)):
-        bits |= teacher[k]
     whole = tl.where(bits % 16 == 0, (end - start) // BLOCK * BLOCK, 0)
     first, tail, last = bound(start), bound(start + whole), bound(end)
     for i in range(first, tail, BLOCK):
@@ -245,7 +239,6 @@ def step_kernel(
     NUM_SCALARS: tl.constexpr,
     NUM_STATES: tl.constexpr,
     NUM_AVERAGES: tl.constexpr,
-    TEACHER: tl.constexpr,
     EMA_BEFORE: tl.constexpr,
     STORED: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -265,12 +258,11 @@ def step_kernel(
     STATES: tl.constexpr = 4 if WEIGHT != STORED else 3
     ROUNDS: tl.constexpr = STATE != WEIGHT or AVERAGE != COMPUTE
     AVERAGES: tl.constexpr = STATES + NUM_STATES
-    p_slot = p_slots + i_slot * (AVERAGES + NUM_AVERAGES + TEACHER)
+    p_slot = p_slots + i_slot * (AVERAGES + NUM_AVERAGES)
     end = tl.minimum(start + CHUNK, tl.load(p_slot))
     copy = tl.load(p_slot + 2)
     param = tl.load(p_slot + STATES - 1)
     averages = load_each(p_slot + AVERAGES, NUM_AVERAGES)
-    teacher = load_each(p_slot + AVERAGES + NUM_AVERAGES, TEACHER)
     grad = tl.load(p_grads + i_slot)
     WIDTH: tl.constexpr = NUM_SCALARS + NUM_AVERAGES
     p_row = p_scalars + tl.load(p_rows + i_slot) * (WIDTH + (1 if ROUNDS else 0))
@@ -279,7 +271,7 @@ def step_kernel(
     if grad != 0:
         states = load_each(p_slot + STATES, NUM_STATES)
         scalars = rule_scalars(p_row, tl.load(p_control), COMPUTE, NUM_SCALARS)
-        moving = (param, copy, grad, states, averages, teacher, scalars, weights, key)
+        moving = (param, copy, grad, states, averages, scalars, weights, key)
         step_slot(
             RULE,
             EMA_BEFORE,
@@ -294,7 +286,7 @@ def step_kernel(
             end,
         )
     else:
-        resting = (param, copy, grad, (), averages, teacher, (), weights, key)
+        resting = (param, copy, grad, (), averages, (), weights, key)
         step_slot(
             frozen,
             EMA_BEFORE,
@@ -339,7 +331,6 @@ def launch(
     num_scalars: int,
     num_states: int,
     num_averages: int,
-    teacher: bool,
     ema_before: bool,
     control: Tensor,
     scalars: Tensor,
@@ -357,7 +348,6 @@ def launch(
         rounded_states: whether states are in bfloat16, rounded stochastically, not as the weights.
         average: dtype of averages that are rounded stochastically: bfloat16, or float16 for
             differences to the weights; None: in that of the arithmetic.
-        teacher: whether a bfloat16 copy of the first average is written beside its difference.
         num_scalars: how many scalars the rule takes.
         control: float64, what gradients are multiplied by, and not 0 if nothing shall move.
         scalars: float64, rows of the rule's scalars and each average's weight, then, where
@@ -365,7 +355,7 @@ def launch(
         rows: int64, each slot's row.
         grads: int64, the address of each slot's gradient, 0 for none: then the averages alone move.
         slots: int64, each slot's ``numel``, its place among the optimizer's parameters and
-            addresses of parameter, its master if there is one, states, averages, and that copy.
+            addresses of parameter, its master if there is one, states, averages.
         chunks: int32 pairs, slot and which CHUNK elements of it; every element is in one chunk.
     """
     if not chunks.shape[0]:
@@ -376,7 +366,7 @@ def launch(
         step_kernel[(chunks.shape[0],)](
             *(control, scalars, rows, grads, slots, chunks),
             RULES[rule],
-            *(num_scalars, num_states, num_averages, int(teacher), ema_before),
+            *(num_scalars, num_states, num_averages, ema_before),
             *(stored, weight, tl.bfloat16 if rounded_states else weight),
             *(compute if average is None else TYPES[average][0], compute),
             *(block_size(compute), CHUNK),

@@ -96,26 +96,6 @@ def a_teacher_is_loaded_in_place(tmp_path: Path) -> None:
         assert torch.equal(t.to_local(), other.to_local())
 
 
-def with_bfloat16_teacher(seed: int):
-    model = shard(make_model(seed).float(), line())
-    teacher = shard(make_model(seed).bfloat16(), line())
-    opt = optimizer("AdamW", model, model=model, ema=teacher, ema_format="delta")
-    return model, opt, teacher
-
-
-def a_bfloat16_teacher_beside_differences_is_written(tmp_path: Path) -> None:
-    model, opt, teacher = with_bfloat16_teacher(1)
-    train(model, opt, range(2), lambda data: mine(data).float())
-    for p, t in zip(model.parameters(), teacher.parameters(), strict=True):
-        average = p.to_local() + opt.state[p]["ema"].to_local().float() / 1024
-        assert torch.equal(t.to_local(), average.bfloat16())
-    save(model, opt, tmp_path / "copied")
-    again, resumed, loaded = with_bfloat16_teacher(2)
-    load(again, resumed, tmp_path / "copied")
-    for t, other in zip(loaded.parameters(), teacher.parameters(), strict=True):
-        assert torch.equal(t.to_local(), other.to_local())
-
-
 def a_loaded_teacher_is_used_at_once(tmp_path: Path) -> None:
     model, opt, teacher = with_teacher(1)
     train(model, opt, range(2), mine)
@@ -161,7 +141,6 @@ SCENARIOS = (
     checkpoints_go_from_two_processes_to_one_and_back,
     resuming_is_bit_exact,
     a_teacher_is_loaded_in_place,
-    a_bfloat16_teacher_beside_differences_is_written,
     a_loaded_teacher_is_used_at_once,
     a_whole_state_dict_is_distributed,
     the_documented_example_runs,

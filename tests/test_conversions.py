@@ -82,22 +82,14 @@ def test_a_state_begins_without_copies(dtype, master, form, layout, monkeypatch)
     assert torch.equal(read.float(), param.detach().float().to(read.dtype).float())
 
 
-@pytest.mark.parametrize("form", ["bf16", "delta"])
-def test_a_teachers_average_begins_without_copies(form, monkeypatch):
+def test_a_teachers_average_begins_without_copies(monkeypatch):
     monkeypatch.setattr(formats, "BLOCK", BLOCK)
     param = parameter(torch.float32)
     teacher = (param.detach() + torch.randn(SHAPE) * (torch.rand(SHAPE) < 0.5)).bfloat16()
     held, state = teacher.clone(), {}
-    assert above_what_remains(param, state, teacher, ema_format=form) <= ALLOWED
+    assert above_what_remains(param, state, teacher, ema_format="bf16") <= ALLOWED
     assert torch.equal(teacher, held)
-    if form == "bf16":
-        assert state["ema"] is teacher
-        return
-    w = param.detach()
-    expected = torch.where(held == w.bfloat16(), w, held.float()).double()
-    # a difference of at most 8 is kept in 11 bits, and summed in float32
-    error = (formats.average(state["ema"], w).double() - expected).abs()
-    assert float(error.max()) <= 8 * 2.0**-11
+    assert state["ema"] is teacher
 
 
 @pytest.mark.parametrize("old", ["full", "bf16", "delta"])

@@ -246,8 +246,92 @@ def test_a_bfloat16_teacher():
     twins.set_gradients(0, list(model.parameters()))
     opt.step()
     assert opt.state[model.weight]["ema"] is teacher.weight
-    with pytest.raises(ValueError, match=r"has dtype torch\.bfloat16"):
-        FusedScaledSGD(model.parameters(), ema_decay=0.5, ema=teacher)
+    for form, dtype in (("full", torch.bfloat16), ("bf16", torch.float32), ("bf16", torch.half)):
+        with pytest.raises(ValueError, match=rf"has dtype torch\.{str(dtype)[6:]}; allowed"):
+            FusedScaledSGD(
+                model.parameters(), ema_decay=0.5, ema=teacher.to(dtype), ema_format=form
+            )
+
+
+def test_a_difference_takes_no_teacher():
+    """Whichever way the two come together; nothing has moved then."""
+    model = nn.Linear(4, 3)
+    refused = pytest.raises(
+        ValueError, match=r"ema: received a teacher .*'delta'; allowed: .*'full', or 'bf16'"
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        teacher = copy.deepcopy(model).to(dtype)
+        with refused:
+            FusedScaledSGD(model.parameters(), ema_decay=0.5, ema=teacher, ema_format="delta")
+    opt = FusedScaledSGD([model.weight], ema_decay=0.5, ema_format="delta")
+    with refused:
+        opt.add_param_group({"params": [model.bias], "ema": [teacher.bias]})
+    assert len(opt.param_groups) == 1
+    opt = FusedScaledSGD(model.parameters(), ema_decay=0.5, ema=teacher, ema_format="bf16")
+    opt.param_groups[0]["ema_format"] = "delta"
+    twins.set_gradients(0, list(model.parameters()))
+    before = deepcopy([*model.parameters(), *teacher.parameters()])
+    with refused:
+        opt.step()
+    assert all(map(torch.equal, before, [*model.parameters(), *teacher.parameters()]))
+    assert not opt.state_dict()["state"]
+
+
+def test_a_teachers_groups_have_one_format():
+    model = nn.Linear(4, 3)
+    groups = [
+        {"params": [p], "ema_format": form}
+        for p, form in zip(model.parameters(), ("full", "bf16"), strict=True)
+    ]
+    with pytest.raises(ValueError, match="allowed: the same in all groups"):
+        FusedScaledSGD(groups, ema_decay=0.5, ema=copy.deepcopy(model), model=model)
+
+
+def test_a_bfloat16_teachers_buffers_are_averaged_in_full_or_not_at_all():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    teacher = copy.deepcopy(model).bfloat16()
+    options = {"ema_decay": 0.9, "ema_format": "bf16", "model": model}
+    with pytest.raises(ValueError, match=r"ema_buffers='average': .*running_mean.*bfloat16"):
+        FusedScaledSGD(model.parameters(), ema=teacher, ema_buffers="average", **options)
+    FusedScaledSGD(model.parameters(), ema=teacher, ema_buffers="copy", **options)
+    for name in ("running_mean", "running_var"):
+        setattr(teacher[1], name, getattr(teacher[1], name).float())
+    FusedScaledSGD(model.parameters(), ema=teacher, ema_buffers="average", **options)
+
+
+@pytest.mark.parametrize("forms", [("delta", "full"), ("delta", "bf16"), ("full", "bf16")])
+def test_a_checkpoint_of_another_format_becomes_the_teachers(forms):
+    saved, held = forms
+    p, q = (nn.Parameter(torch.ones(2)) for _ in "pq")
+    opt = FusedScaledSGD([p], lr=0.1, ema_decay=0.75, ema_format=saved)
+    teacher = torch.zeros(2, dtype=torch.float32 if held == "full" else torch.bfloat16)
+    other = FusedScaledSGD([q], lr=0.1, ema_decay=0.75, ema=[teacher], ema_format=held)
+    for _ in range(2):
+        p.grad = torch.ones(2)
+        opt.step()
+    with torch.no_grad():
+        q.copy_(p)
+    other.load_state_dict(opt.state_dict())
+    average = 0.75 * (0.75 + 0.25 * 0.9) + 0.25 * 0.8
+    tolerance = 2**-12 if held == "full" else 2**-8
+    torch.testing.assert_close(teacher.float(), torch.full((2,), average), rtol=tolerance, atol=0)
+    assert other.param_groups[0]["ema_format"] == held
+    q.grad = torch.ones(2)
+    other.step()
+    average = 0.75 * average + 0.25 * 0.7
+    tolerance = 2**-12 if held == "full" else 2**-7
+    torch.testing.assert_close(teacher.float(), torch.full((2,), average), rtol=tolerance, atol=0)
+
+
+def test_a_difference_that_rests_does_not_follow_the_weights(backend):
+    p = nn.Parameter(torch.zeros(2))
+    opt = FusedScaledSGD([p], lr=1.0, ema_decay=1.0, ema_format="delta", backend=backend)
+    for decay in (1.0, None, None, 1.0):
+        opt.param_groups[0]["ema_decay"] = decay
+        p.grad = torch.full((2,), -1.0)
+        opt.step()
+    assert torch.equal(p.detach(), torch.full((2,), 4.0))
+    assert torch.equal(formats.average(opt.state[p]["ema"], p.detach()), torch.zeros(2))
 
 
 def test_what_the_formats_cannot_hold_is_refused():

@@ -635,10 +635,10 @@ def test_reading_before_the_first_step_begins_nothing():
         whole.check(versions=False)
 
 
-@pytest.mark.parametrize("form", ["full", "delta"])
+@pytest.mark.parametrize("form", ["full", "bf16"])
 def test_reading_a_teacher_before_the_first_step_sees_the_teacher(form):
     model, teacher = nn.Linear(3, 2), nn.Linear(3, 2).requires_grad_(False)
-    teacher.to(torch.bfloat16 if form == "delta" else torch.float32)
+    teacher.to(torch.bfloat16 if form == "bf16" else torch.float32)
     opt = FusedScaledSGD(model.parameters(), ema_decay=0.5, ema=teacher, ema_format=form)
     with opt.ema_weights():
         assert torch.equal(model.weight, teacher.weight.float())

@@ -43,10 +43,7 @@ SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -2e-8, 7
 
 @dataclass
 class Slot:
-    """A parameter with all that belongs to it; `row` is that of its scalars.
-
-    averages: a teacher that is a copy of the first comes last.
-    """
+    """A parameter with all that belongs to it; `row` is that of its scalars."""
 
     param: Tensor
     states: list[Tensor]
@@ -77,7 +74,6 @@ class Variant:
     ema_before: bool = False
     rounded_states: bool = False
     rounded_average: torch.dtype | None = None
-    teacher: bool = False
 
     @property
     def average_dtype(self) -> torch.dtype:
@@ -117,8 +113,6 @@ class Variant:
                 draw(size, self.average_dtype, generator, next(shift_turns))
                 for _ in range(self.averages)
             ]
-            if self.teacher:
-                averages.append(draw(size, torch.bfloat16, generator, next(shift_turns)))
             if next(turns) and self.rule != "frozen":
                 param.grad = grad
             found.append(Slot(param, states, averages, next(rows), 3 * len(found) + 7))
@@ -147,7 +141,6 @@ def step_natively(variant: Variant, slots: list[Slot]) -> None:
         takes_grads=True,
         capturable=False,
         master=False,
-        teacher=variant.teacher,
         params=[slot.param for slot in slots],
         steps=[torch.zeros((), dtype=torch.float64) for _ in slots],
         states=[slot.states for slot in slots],
@@ -195,7 +188,6 @@ def launch(
         len(SCALARS[variant.rule][0]),
         variant.states,
         variant.averages,
-        variant.teacher,
         variant.ema_before,
         torch.tensor([1.0, 0.0], dtype=torch.float64),
         scalars.view(torch.float64),
@@ -262,8 +254,7 @@ ROUNDING = [
 @pytest.mark.parametrize("ema_before", [False, True], ids=["after", "before"])
 @pytest.mark.parametrize(("rule", "states", "dtype", "rounded", "average"), ROUNDING, ids=name_of)
 def test_rounded_bits_are_the_native_ones(rule, states, dtype, rounded, average, ema_before):
-    teacher = average == torch.float16
-    variant = Variant(rule, states, dtype, 2, ema_before, rounded, average, teacher)
+    variant = Variant(rule, states, dtype, 2, ema_before, rounded, average)
     sizes = (1, variant.block + 1, step.CHUNK + 3, 7, variant.block + 2)
     active = (True, True, True, False, False)
     slots, others = variant.slots(sizes, active), variant.slots(sizes, active)

@@ -69,7 +69,7 @@ def test_whole_blocks_are_read_in_the_widest_accesses(rows):
 def test_whole_blocks_are_written_in_the_widest_accesses(rows):
     for row in rows:
         v = row.variant
-        averages = [*[v.average] * v.averages, *[tl.bfloat16] * v.teacher]
+        averages = [v.average] * v.averages
         moving = []
         if v.rule not in ("frozen", SQUARES):
             moving = [v.weight, *[v.types[0]] * v.master, *[v.state] * v.states]

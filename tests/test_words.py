@@ -32,7 +32,7 @@ class Both:
 
     def __init__(self, dtype=torch.float32, **changed) -> None:
         arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-        master, teacher = changed.get("master", False), changed.get("teacher", False)
+        master = changed.get("master", False)
         state = changed.pop("state", arithmetic if master else dtype)
         average = changed.pop("average", arithmetic)
         self.params = [torch.nn.Parameter(torch.ones(s, dtype=dtype)) for s in SIZES]
@@ -41,12 +41,11 @@ class Both:
         self.params.append(torch.nn.Parameter(torch.ones(2, 3, 4, dtype=dtype).permute(2, 0, 1)))
         kinds = [arithmetic] * master + [state]
         held = [[torch.zeros_like(p, dtype=kind) for kind in kinds] for p in self.params]
-        kinds = [average, average] + [torch.bfloat16] * teacher
-        emas = [[torch.zeros_like(p, dtype=kind) for kind in kinds] for p in self.params]
+        emas = [[torch.zeros_like(p, dtype=average) for _ in range(2)] for p in self.params]
         self.tensors = held, emas
         self.steps = [[torch.zeros((), dtype=torch.float64) for _ in self.params] for _ in range(2)]
         fields = {"frozen": False, "takes_grads": True, "capturable": False}
-        fields |= {"master": False, "teacher": False, **changed}
+        fields |= {"master": False, **changed}
         count = len(self.params)
         self.slots = [
             kind(
@@ -105,7 +104,7 @@ KINDS = {
     "master": {"dtype": torch.bfloat16, "master": True},
     "rounded states": {"state": torch.bfloat16},
     "rounded averages": {"average": torch.bfloat16},
-    "differences and a teacher": {"average": torch.float16, "teacher": True},
+    "differences": {"average": torch.float16},
     "capturable": {"capturable": True},
     "averages alone": {"takes_grads": False},
 }
@@ -215,7 +214,7 @@ def test_errors_are_alike():
         slots.release()
         with pytest.raises(RuntimeError, match="dropped by another"):
             slots.begin()
-    for kind in ({"dtype": torch.complex64}, {"state": torch.float16}, {"teacher": True}):
+    for kind in ({"dtype": torch.complex64}, {"state": torch.float16}):
         with pytest.raises(ValueError, match="no kernel"):
             Both(**kind)
 

@@ -53,7 +53,6 @@ class Variant:
     master: bool = False
     rounded_states: bool = False
     rounded_average: str | None = None
-    teacher: bool = False
 
     @property
     def types(self) -> tuple[tl.dtype, tl.dtype]:
@@ -93,7 +92,7 @@ VARIANTS = (
         for rounded, average in ((True, None), (False, "bfloat16"), (True, "float16"))
     ),
     *(
-        Variant("adam", 2, dtype, 2, False, dtype != "float32", True, "float16", teacher=True)
+        Variant("adam", 2, dtype, 2, False, dtype != "float32", True, "float16")
         for dtype in ("float32", "bfloat16")
     ),
     *(Variant(SQUARES, 0, dtype, averages=0) for dtype in DTYPES),
@@ -141,7 +140,7 @@ def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.Compi
     else:
         kernel, pointers = step.step_kernel, ARGUMENTS
         scalars = (RULES[variant.rule], NUM_SCALARS[variant.rule])
-        counts = (variant.states, variant.averages, int(variant.teacher))
+        counts = (variant.states, variant.averages)
         kind = (*scalars, *counts, variant.ema_before)
         constants = (*kind, stored, variant.weight, variant.state, variant.average, *constants)
     types = (*pointers, *("constexpr" for _ in constants))
@@ -246,7 +245,6 @@ def print_table(rows: Iterable[Row]) -> None:
         dtype = f"{v.dtype}, master" if v.master else v.dtype
         states = f"{v.states}, bf16" if v.rounded_states else v.states
         averages = f"{v.averages}, {v.average.name}" if v.rounded_average else v.averages
-        averages = f"{averages}, +bf16" if v.teacher else averages
         cells = (row.target, v.rule, states, dtype, averages, order, row.registers)
         accesses = (summary(row.loads), summary(row.stores))
         print(form.format(*cells, f"{row.occupancy:.0%}", row.spilled, row.shared, *accesses))

@@ -100,11 +100,6 @@ void delta_loop(Half* delta, const float* old, const Weight* param, int64_t coun
   });
 }
 
-template <class Weight>
-void teacher_loop(BFloat16* teacher, const Half* delta, const Weight* param, int64_t count) {
-  average_loop(teacher, param, count, [=](int64_t i) { return taught(load(param[i]), delta[i]); });
-}
-
 template <class Layout>
 void ema_loops(const Piece& piece, void* const* emas, const double* weights, int64_t begin,
                int64_t count) {
@@ -136,9 +131,6 @@ void delta_block(const Piece& piece, void* const* emas, const double* weights, i
       move(static_cast<Half*>(emas[k]) + begin, old, param, count, static_cast<float>(weights[k]),
            RandomBits(piece.key, k, begin));
     }
-    if (piece.teacher)
-      teacher_loop<Weight>(static_cast<BFloat16*>(emas[piece.num_emas]) + begin,
-                           static_cast<const Half*>(emas[0]) + begin, param, count);
   }
 }
 

@@ -72,7 +72,7 @@ void Plan::run_elements(int64_t begin, int64_t end, double grad_factor) const {
     if (stop == begin) continue;
     kernel_.kernel({slots_->pointers(i), slots_->grad(i), begin - offsets[i], stop - offsets[i],
                     slots_->row(i), grad_factor, slots_->num_emas(), ema_before_,
-                    slots_->storage().ema_format, slots_->key(i), slots_->teacher()});
+                    slots_->storage().ema_format, slots_->key(i)});
     begin = stop;
   }
 }

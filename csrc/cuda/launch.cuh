@@ -51,7 +51,7 @@ void launch_sized(const Launch& launch) {
   Parameters<bytes> parameters;
   parameters.task = {launch.chunks,   launch.num_chunks, launch.slots,     launch.scalars,
                      launch.words,    launch.control,    launch.num_slots, launch.num_rows,
-                     launch.num_emas, launch.ema_before, launch.teacher};
+                     launch.num_emas, launch.ema_before};
   if (launch.words == nullptr)
     std::memcpy(parameters.words, launch.host_words, launch.num_words * sizeof(int64_t));
   void* arguments[] = {&parameters};

@@ -28,7 +28,7 @@ constexpr int64_t chunk_elements(StoredType stored) {
 // One launch: a bucket of slots, each a parameter with what belongs to it.
 //   chunks:     device, [num_chunks][2]: slot, and which chunk of it
 //   slots:      device, per slot: numel, its place; addresses of param, its master if there is one,
-//               the rule's states, the averages and, where `teacher`, the copy of the first average
+//               the rule's states, the averages
 //   host_words: what may change at each step: the scalar table (as in `scalars`; left out where
 //               that is set), each slot's row in it, each slot's gradient, 0 where it has none
 //   words:      a device copy of host_words, or null: then they travel by value, see fits()
@@ -43,7 +43,6 @@ struct Launch {
   int num_rows;
   int num_emas;
   bool ema_before;
-  bool teacher;
   const double* scalars;
   const int64_t* words;
   const int64_t* host_words;

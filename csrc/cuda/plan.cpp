@@ -40,13 +40,12 @@ void Plan::run(const std::optional<at::Tensor>& control, const std::optional<at:
   const Stream stream = current_stream(slots_->device());
   slots_->begin();
   pack(stream.capturing);
-  kernel_.kernel({chunks_.const_data_ptr<int32_t>(), chunks_.size(0),
-                  slot_table_.const_data_ptr<int64_t>(), static_cast<int>(slots_->size()),
-                  slots_->num_rows(), slots_->num_emas(), ema_before_, slots_->teacher(),
-                  scalars ? scalars->const_data_ptr<double>() : nullptr, device_words(),
-                  words_.data(), slots_->num_changing(),
-                  (control ? *control : neutral_).const_data_ptr<double>(),
-                  slots_->device().index(), stream.handle});
+  kernel_.kernel(
+      {chunks_.const_data_ptr<int32_t>(), chunks_.size(0), slot_table_.const_data_ptr<int64_t>(),
+       static_cast<int>(slots_->size()), slots_->num_rows(), slots_->num_emas(), ema_before_,
+       scalars ? scalars->const_data_ptr<double>() : nullptr, device_words(), words_.data(),
+       slots_->num_changing(), (control ? *control : neutral_).const_data_ptr<double>(),
+       slots_->device().index(), stream.handle});
   slots_->advance();
 }
 

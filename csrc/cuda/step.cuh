@@ -28,7 +28,6 @@ struct Task {
   int num_rows;
   int num_emas;
   bool ema_before;
-  bool teacher;
 };
 
 template <int bytes>
@@ -65,19 +64,17 @@ struct Chunk {
   int64_t begin;
   int count;
   int num_emas;
-  bool teacher;      // a copy of the first average comes after them
   bool aligned;      // to the widest access, all tensors
   uint32_t key = 0;  // of random bits
 
   __device__ Chunk(const Task& task, const int64_t* words, int64_t index) {
     const int64_t slot = task.chunks[2 * index];
-    const int last = first_average + task.num_emas + task.teacher;
+    const int last = first_average + task.num_emas;
     begin = task.chunks[2 * index + 1] * elements;
     tensors = task.slots + slot * last;
     const int64_t left = tensors[0] - begin;
     count = static_cast<int>(left < elements ? left : elements);
     num_emas = task.num_emas;
-    teacher = task.teacher;
 
     const int row_size = num_scalars + task.num_emas + rounds;
     const bool in_words = task.scalars == nullptr;
@@ -106,7 +103,6 @@ struct Chunk {
   __device__ Weight* param() const { return at<Weight>(first_state - 1); }
   __device__ State* state(int k) const { return at<State>(first_state + k); }
   __device__ Average* average(int k) const { return at<Average>(first_average + k); }
-  __device__ BFloat16* copy_of_average() const { return at<BFloat16>(first_average + num_emas); }
   __device__ Compute<Weight> weight(int k) const {
     return static_cast<Compute<Weight>>(row[num_scalars + k]);
   }
@@ -233,23 +229,6 @@ __device__ void follow(const Chunk& chunk, int at, const MotionOf<Chunk>& motion
   }
 }
 
-// Writes the copy of the first average, a difference in memory by then, as the weights are: kept,
-// either would take the registers of what comes before.
-template <int n, class Chunk>
-__device__ void write_teacher(const Chunk& chunk, int at) {
-  if constexpr (Chunk::format == EmaFormat::delta) {
-    if (!chunk.teacher) return;
-    Pack<typename Chunk::Weight, n> param;
-    Pack<Half, n> delta;
-    Pack<BFloat16, n> copy;
-    param.read(chunk.param() + at);
-    delta.read(chunk.average(0) + at);
-#pragma unroll
-    for (int i = 0; i < n; ++i) copy.set(i, taught(load(param.get(i)), delta.get(i)));
-    copy.write(chunk.copy_of_average() + at);
-  }
-}
-
 // Steps n neighbours, and moves their first average where `averaged`: all of them where they are
 // differences, for which the old weights are gone after the step.
 template <bool averaged, int n, class Chunk>
@@ -307,7 +286,6 @@ __device__ void step_pack(const Chunk& chunk, int at, const ScalarsOf<Chunk>& sc
 #pragma unroll 1
     for (int k = 0; k < chunk.num_emas; ++k)
       move_average({k, chunk.weight(k), first.before}, target);
-    write_teacher<n>(chunk, at);
   } else {
     write_param();
     // the new parameter as it is in memory: rounded
@@ -354,7 +332,6 @@ __device__ void follow_chunk(const Chunk& chunk, int k, bool ema_before) {
     follow(chunk, at, motion, average,
            differences ? Target<Chunk, n>(param, param) : Target<Chunk, n>(param));
     average.write(chunk.average(k) + at);
-    if (k == 0) write_teacher<n>(chunk, at);
   });
 }
 

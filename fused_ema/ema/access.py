@@ -191,7 +191,7 @@ class EmaAccess(Optimizer):
                 param: teachers.get(param, param)
                 if is_fixed(param)
                 # .get() of a defaultdict makes no entry
-                else held_average(key, param, self.state.get(param, {}), group, teachers.get(param))
+                else held_average(key, param, self.state.get(param, {}), teachers.get(param))
                 for group in groups
                 for param in filter(is_there, group["params"])
             }

@@ -26,8 +26,6 @@ StateFormat: TypeAlias = Literal["full", "bf16"]
 # Which average the first of the rule's states is to the hash.
 FIRST_STATE = 1 << 31
 DTYPES = {"bf16": torch.bfloat16, "delta": torch.float16}
-# Of the teacher: the average itself, or what is written beside a difference.
-TEACHER_DTYPES = {"bf16": torch.bfloat16, "delta": torch.bfloat16}
 # Differences from 6e-8 to 64 have all bits of a float16, smaller ones lose some down to 6e-11.
 SCALE = 1024.0
 LARGEST = 65504.0  # of float16; larger differences are cut off
@@ -131,11 +129,6 @@ def average(stored: Tensor, param: Tensor) -> Tensor:
     return param.float() + stored.to(param.device).float() * (1.0 / SCALE)
 
 
-def begun(teacher: Tensor, param: Tensor) -> Tensor:
-    """The float32 average that a bfloat16 teacher starts as: its copy of ``param`` is ``param``."""
-    return torch.where(teacher == param.to(teacher.dtype), param.float(), teacher.float())
-
-
 def is_too_slow(form: str, weights: Sequence[float] | None) -> bool:
     """Whether rounding an average in a format loses too much of the steps that it takes."""
     smallest = 0.99 * SMALLEST_WEIGHT.get(form, 0.0)
@@ -154,16 +147,11 @@ def warn_of_rounding(form: str, weights: Sequence[float]) -> None:
     )
 
 
-def check_distance(
-    what: str, value: Tensor, param: Tensor, read: Compute = lambda value, _: value
-) -> None:
-    """Raise ValueError where a difference to ``param`` would be cut off, or is a NaN.
-
-    ``read(value, param)``, which goes element by element, gives what the difference is of.
-    """
+def check_distance(what: str, value: Tensor, param: Tensor) -> None:
+    """Raise ValueError where a difference to ``param`` would be cut off, or is a NaN."""
     largest = torch.zeros((), device=param.device)
     for part, weight in blocks(value, param):
-        away = moved(weight.float(), read(part.to(weight.device), weight).float()).abs()
+        away = moved(weight.float(), part.to(weight.device).float()).abs()
         if away.numel() > 0:
             largest = torch.maximum(largest, away.max())
     if not float(largest) <= LARGEST / SCALE:

@@ -13,10 +13,9 @@ from torch.nn.parameter import is_lazy
 from ..dtypes import COMPUTE_DTYPE, weight_of
 from ..names import renamed
 from ..optim.base import FusedScaledOptimizer
-from ..step.buckets import TEACHER
 from ..step.state import begin_average
 from .decay import ema_keys
-from .formats import DTYPES, average, check_distance, stored, write
+from .formats import DTYPES, check_distance, stored, write
 
 
 class LoadedEma(NamedTuple):
@@ -211,12 +210,9 @@ class _Difference(NamedTuple):
 
     held: Tensor
     weight: Tensor
-    teacher: Tensor | None  # a copy of the average itself
 
     def hold(self, value: Tensor) -> None:
         write(self.held, lambda v, w: stored(v.to(w.device), w, "delta"), value, self.weight)
-        if self.teacher is not None:
-            write(self.teacher, average, self.held, self.weight)
 
 
 def _differences(
@@ -227,8 +223,7 @@ def _differences(
     for name, param in _named_parameters(model):
         state = optimizer.state.get(param, {})
         if key in state and state[key].dtype == DTYPES["delta"]:
-            teacher = state.get(TEACHER) if index == 0 else None
-            found[name] = _Difference(state[key], weight_of(param, state), teacher)
+            found[name] = _Difference(state[key], weight_of(param, state))
     return found
 
 

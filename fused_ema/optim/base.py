@@ -477,8 +477,8 @@ class FusedScaledOptimizer(EmaAccess):
         state is converted: moments and averages at once, differences and masters that the state
         lacks at the next step, from the weights as they are then. So do averages begin that it
         lacks (torch's has none); beside a teacher that is warned of. A teacher's tensors take the
-        saved values in place, beside differences their sum with the present weights: load those
-        first. Where both sides have ``param_names``, these say which state is whose.
+        saved values in place. Where both sides have ``param_names``, these say which state is
+        whose.
 
         Raises:
             ValueError: groups, names or shapes do not match, or a bad value. Nothing has changed

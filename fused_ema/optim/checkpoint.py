@@ -19,7 +19,7 @@ from ..ema.decay import decays, ema_keys, is_constant
 from ..names import bare
 from ..rules.rule import Rule
 from ..step import clock
-from ..step.buckets import TEACHER, wants_master
+from ..step.buckets import wants_master
 from ..step.state import differences, drop_master, state_dtype
 from ..together import together
 from ..values import as_given
@@ -81,8 +81,8 @@ def _group_to_save(group: Mapping[str, Any]) -> dict[str, Any]:
 def _entry_to_save(
     state: Mapping[str, Any], group: Mapping[str, Any], param: Tensor
 ) -> dict[str, Any]:
-    """One parameter's state without what a step makes of the rest of it."""
-    kept = {key: value for key, value in state.items() if key != TEACHER}
+    """One parameter's state; averages are in the format that its group names."""
+    kept = dict(state)
     if group["ema_format"] != "delta":  # loaded ones that no step has converted yet
         for key in differences(kept):
             kept[key] = formats.average(kept[key], weight_of(param, kept))
@@ -220,8 +220,7 @@ def _teachers_values(
             value = formats.average(entry["ema"], weight_of(param, entry)).to(teacher.dtype)
             targets.append(sharding.local(teacher).detach())
             sources.append(sharding.local(value))
-            if group["ema_format"] != "delta":
-                entry["ema"] = teacher
+            entry["ema"] = teacher
     return targets, sources
 
 
@@ -293,7 +292,7 @@ def _entry(
     }
     entry: dict[str, Any] = {}
     for key, value in saved.items():
-        if key == TEACHER or (key in dtypes and (value is None or _is_empty(value))):
+        if key in dtypes and (value is None or _is_empty(value)):
             continue
         if key == "step":
             count = clock.number("state_dict: 'step'", value)

@@ -18,9 +18,6 @@ from ..rules.frozen import FROZEN
 from ..rules.rule import Rule
 from ..sharding import Spread, local, spread
 
-# What a state holds of a teacher that is the rounded copy of an average.
-TEACHER = "ema_teacher"
-
 # Turns of averages that move apart from their parameters, before and behind all steps.
 BEFORE_ALL, AFTER_ALL = -1, sys.maxsize
 
@@ -40,8 +37,7 @@ class Key(NamedTuple):
     ``states`` are the rule's state tensors, None for frozen parameters, whose averages alone move,
     and which must not have a gradient.
     ``state_format`` tells whether they are rounded.
-    ``master`` tells whether parameters are rounded copies of weights that the optimizer holds,
-    ``teacher`` whether a rounded copy of the first average is written beside its difference.
+    ``master`` tells whether parameters are rounded copies of weights that the optimizer holds.
     ``layout`` is ``"dense"`` when parameter, states and averages are plain memory in the same order
     without gaps, else ``"strided"``: views with gaps, and tensor subclasses. Of DTensors it is
     that of the local tensors, and ``spread`` says where the others lie.
@@ -58,7 +54,6 @@ class Key(NamedTuple):
     emas: tuple[str, ...]
     ema_order: str
     ema_format: str
-    teacher: bool
     differentiable: bool
     capturable: bool
     backend: str
@@ -99,11 +94,6 @@ class Bucket:
         """Names of the states that kernels take: the master if there is one, then the rule's."""
         return _state_keys(self.key.states, self.key.master)
 
-    @property
-    def average_keys(self) -> tuple[str, ...]:
-        """Names of what moves with the averages: those, and a teacher that is a copy."""
-        return _average_keys(self.key.emas, self.key.teacher)
-
     def __str__(self) -> str:
         key = self.key
         return f"{len(self.slots)} {key.layout} {key.dtype} parameter(s) on {key.device}"
@@ -111,10 +101,6 @@ class Bucket:
 
 def _state_keys(states: tuple[str, ...] | None, master: bool) -> tuple[str, ...]:
     return (*(("master",) if master else ()), *(states or ()))
-
-
-def _average_keys(emas: tuple[str, ...], teacher: bool) -> tuple[str, ...]:
-    return (*emas, *((TEACHER,) if teacher else ()))
 
 
 def wants_master(group: Mapping[str, Any], param: Tensor) -> bool:
@@ -175,7 +161,7 @@ def _apart(key: Key, turn: int, slot: Slot) -> list[Key]:
         )
     last = BEFORE_ALL if key.ema_order == "before" else AFTER_ALL
     alone = key._replace(turn=last, states=None if key.states is None else (), state_format="full")
-    stepped = key._replace(turn=turn, emas=(), ema_format="full", teacher=False)
+    stepped = key._replace(turn=turn, emas=(), ema_format="full")
     return [*([] if key.states is None else [stepped]), *([alone] if key.emas else [])]
 
 
@@ -194,8 +180,7 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, average
     states = rule.states(group) if active else None
     emas = ema_keys(len(decays(group["ema_decay"])) if averaged else 0)
     master = "master" in slot.state
-    teacher = bool(emas) and TEACHER in slot.state
-    keys = (*_state_keys(states, master), *_average_keys(emas, teacher))
+    keys = (*_state_keys(states, master), *emas)
     held = [slot.state[key] for key in keys]
     tensors = [local(tensor) for tensor in (slot.param, *held)]
     return Key(
@@ -208,7 +193,6 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, average
         emas,
         group["ema_order"],
         group["ema_format"] if emas else "full",
-        teacher,
         group["differentiable"],
         group["capturable"],
         backend,

@@ -14,7 +14,7 @@ from ..dtypes import COMPUTE_DTYPE, dense_order, is_fixed, weight_of
 from ..ema import formats
 from ..ema.decay import decays, ema_keys
 from ..rules.rule import Rule
-from .buckets import TEACHER, is_active, wants_master
+from .buckets import is_active, wants_master
 
 
 def complete(
@@ -29,8 +29,7 @@ def complete(
     Moments start at zero in the parameter's dtype, as in torch, in its master's or, where they are
     rounded, in bfloat16; a master and
     averages start as a copy of the weights in the compute dtype, the first average is ``teacher``
-    where there is one or, kept as a difference, starts there and is copied to it, the state's
-    ``"ema_teacher"``; ``step`` counts base steps (``kappa`` a step) in float64, on the parameter's
+    where there is one; ``step`` counts base steps (``kappa`` a step) in float64, on the parameter's
     device if the group is capturable, else on the CPU. Tensors left behind by ``model.to(...)``
     follow their parameter, a teacher never does. A master and what belongs to it stay while the
     parameter is frozen.
@@ -61,10 +60,9 @@ def complete(
             f"ema_format={form!r}: a parameter has dtype {param.dtype}; allowed: float32, bfloat16 "
             "or float16 parameters"
         )
-    if teacher is None or not emas or form != "delta":
-        state.pop(TEACHER, None)
     if teacher is not None and emas:
-        _bind(teacher, param, state, form)
+        check_teacher(teacher, param, "the teacher's tensor", form)
+        state["ema"] = teacher
     weight = weight_of(param, state)
     _rest(state, weight, emas)
     for key in emas:
@@ -125,7 +123,6 @@ def held_average(
     key: str,
     param: Tensor,
     state: Mapping[str, Any],
-    group: Mapping[str, Any],
     teacher: Tensor | None = None,
 ) -> Tensor:
     """The average ``key`` of a parameter; what has not begun yet is the weights or the teacher.
@@ -134,7 +131,6 @@ def held_average(
         key: ``"ema"``, ``"ema_1"``, ...
         param: the parameter.
         state: its state, which may be empty.
-        group: its param group.
         teacher: the tensor that is the first average, for that one.
 
     Raises:
@@ -143,9 +139,7 @@ def held_average(
     weight = weight_of(param, state)
     value: Tensor | None = state.get(key)
     if value is None:
-        if teacher is None:
-            return weight
-        return formats.begun(teacher, weight) if group["ema_format"] == "delta" else teacher
+        return weight if teacher is None else teacher
     if value.shape != param.shape:
         raise RuntimeError(
             f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
@@ -162,13 +156,15 @@ def begin_average(
 ) -> None:
     """Let one average begin, for values that are about to be put there.
 
-    The arguments are those of :func:`held_average`. Masters and moments begin at the first step.
+    The arguments are those of :func:`held_average`, and the parameter's group. Masters and moments
+    begin at the first step.
     """
     form = group["ema_format"]
-    if teacher is not None:
-        _bind(teacher, param, state, form)
-    if teacher is None or state.get(key) is not teacher:
+    if teacher is None:
         state[key] = _average(state.get(key), weight_of(param, state), param, form, key)
+    else:
+        check_teacher(teacher, param, "the teacher's tensor", form)
+        state[key] = teacher
 
 
 def _rest(state: dict[str, Any], weight: Tensor, emas: tuple[str, ...]) -> None:
@@ -176,19 +172,6 @@ def _rest(state: dict[str, Any], weight: Tensor, emas: tuple[str, ...]) -> None:
     for key in differences(state):
         if key not in emas:
             state[key] = _full(state[key], weight)
-
-
-def _bind(teacher: Tensor, param: Tensor, state: dict[str, Any], form: str) -> None:
-    """Make a teacher the first average, or the copy of one that is kept as a difference."""
-    check_teacher(teacher, param, "the teacher's tensor", form)
-    if form != "delta":
-        state["ema"] = teacher
-        return
-    if state.get("ema") is None or state["ema"] is teacher:
-        weight = weight_of(param, state)
-        formats.check_distance("ema: the teacher's tensor", teacher, weight, formats.begun)
-        state["ema"] = _converted(formats.begun, teacher, weight, form)
-    state[TEACHER] = teacher
 
 
 def _average(value: Tensor | None, weight: Tensor, param: Tensor, form: str, key: str) -> Tensor:
@@ -301,8 +284,14 @@ def check_shape(teacher: Tensor, param: Tensor, name: str) -> None:
 
 def check_teacher(teacher: Tensor, param: Tensor, name: str, form: str = "full") -> None:
     """Raise ValueError unless ``teacher`` can hold the average of ``param``."""
+    if form == "delta":
+        raise ValueError(
+            f"ema: received a teacher with ema_format={form!r}; allowed: ema_format='full', or "
+            "'bf16' for a bfloat16 teacher (a difference to the weights is not what a module "
+            "computes with)"
+        )
     check_shape(teacher, param, name)
-    dtype = formats.TEACHER_DTYPES.get(form, COMPUTE_DTYPE.get(param.dtype))
+    dtype = formats.DTYPES.get(form, COMPUTE_DTYPE.get(param.dtype))
     if is_fixed(param):
         dtype = param.dtype
     if teacher.device != param.device:
@@ -315,5 +304,5 @@ def check_teacher(teacher: Tensor, param: Tensor, name: str, form: str = "full")
         raise ValueError(
             f"ema: {name} has dtype {teacher.dtype}; allowed for a {param.dtype} parameter with "
             f"ema_format={form!r}: {dtype} (rounded to nearest in fewer bits an average stops "
-            "moving; a bfloat16 teacher takes ema_format='bf16' or 'delta')"
+            "moving; a bfloat16 teacher takes ema_format='bf16')"
         )

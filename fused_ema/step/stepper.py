@@ -199,7 +199,7 @@ def _averages(buckets: Sequence[Bucket]) -> list[Tensor]:
         local(slot.state[key])
         for bucket in buckets
         for slot in bucket.slots
-        for key in bucket.average_keys
+        for key in bucket.key.emas
     ]
 
 
@@ -207,6 +207,6 @@ def _shards(buckets: Sequence[Bucket]) -> Shards:
     slots = [(bucket, slot) for bucket in buckets for slot in bucket.slots]
     return Shards(
         params=[slot.param for _, slot in slots],
-        averages=[slot.state[key] for bucket, slot in slots for key in bucket.average_keys],
+        averages=[slot.state[key] for bucket, slot in slots for key in bucket.key.emas],
         states=[slot.state[key] for bucket, slot in slots for key in bucket.state_keys],
     )

@@ -50,14 +50,12 @@ struct Kind {
   bool master = false;
   bool rounded_states = false;
   EmaFormat ema_format = EmaFormat::full;
-  bool teacher = false;
 
   Storage storage() const { return {stored, master, rounded_states, ema_format}; }
   int first_average() const { return 2 + master + num_states; }
-  int num_tensors() const { return first_average() + num_emas + teacher; }
+  int num_tensors() const { return first_average() + num_emas; }
 
-  // How tensor k is stored: the parameter, its gradient, master and states, the averages, the
-  // teacher.
+  // How tensor k is stored: the parameter, its gradient, master and states, the averages.
   StoredType type_of(int k) const {
     const bool wide = stored == StoredType::float64;
     const StoredType arithmetic = wide ? StoredType::float64 : StoredType::float32;
@@ -65,8 +63,7 @@ struct Kind {
     if (k < 2 + master) return arithmetic;
     if (k < first_average())
       return rounded_states ? StoredType::bfloat16 : (master ? arithmetic : stored);
-    if (k == first_average() + num_emas || ema_format == EmaFormat::bf16)
-      return StoredType::bfloat16;
+    if (ema_format == EmaFormat::bf16) return StoredType::bfloat16;
     return ema_format == EmaFormat::delta ? StoredType::float16 : arithmetic;
   }
 };
@@ -125,7 +122,6 @@ class Bucket {
     launch.num_rows = num_rows;
     launch.num_emas = kind_.num_emas;
     launch.ema_before = kind_.ema_before;
-    launch.teacher = kind_.teacher;
     if (how.scalars_on_device) launch.scalars = static_cast<const double*>(scalars.data());
     if (how.words_on_device) launch.words = static_cast<const int64_t*>(words.data());
     launch.host_words = static_cast<const int64_t*>(host_words.data());
@@ -148,7 +144,7 @@ class Bucket {
       pointers.erase(pointers.begin() + 1);
       const double* row = table_.data() + i % num_rows * row_size_;
       cpu.kernel({pointers.data(), grad, 0, sizes_[i].numel, row, grad_factor, kind_.num_emas,
-                  kind_.ema_before, kind_.ema_format, key(i), kind_.teacher});
+                  kind_.ema_before, kind_.ema_format, key(i)});
     }
   }
 

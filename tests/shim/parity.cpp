@@ -76,10 +76,8 @@ int step_rounding_kinds(StoredType stored, bool master) {
       for (bool before : {false, true}) {
         const auto step = [&](const char* rule, int num_states, bool rounded_states) {
           if (!rounded_states && (format == EmaFormat::full || num_emas == 0)) return;
-          Kind kind{rule, num_states, stored, num_emas, before, master, rounded_states, format};
-          // every other kind of them has one: both ways would take a minute more
-          kind.teacher = format == EmaFormat::delta && num_emas > 0 && before == (num_emas > 1);
-          buckets += step_kind(kind);
+          buckets += step_kind(
+              {rule, num_states, stored, num_emas, before, master, rounded_states, format});
         };
         if (!master) step("frozen", 0, false);
         step("sgd", 0, false);

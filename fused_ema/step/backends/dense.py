@@ -43,11 +43,10 @@ def slots(bucket: Bucket) -> native.Slots:
         takes_grads=bucket.takes_grads,
         capturable=key.capturable,
         master=key.master,
-        teacher=key.teacher,
         params=[local(slot.param) for slot in members],
         steps=[slot.state["step"] for slot in members],
         states=[[local(slot.state[name]) for name in bucket.state_keys] for slot in members],
-        emas=[[local(slot.state[name]) for name in bucket.average_keys] for slot in members],
+        emas=[[local(slot.state[name]) for name in bucket.key.emas] for slot in members],
         groups=[slot.group for slot in members],
         places=[slot.place for slot in members],
     )

@@ -14,7 +14,7 @@ from ...rules.blending import moved
 from ...rules.rule import ema_update
 from ...rules.tensorlist import TensorList
 from ...sharding import local
-from ..buckets import TEACHER, Bucket, Slot
+from ..buckets import Bucket, Slot
 from ..gradients import is_fake, taken
 from .plan import Fold
 
@@ -96,7 +96,7 @@ class EagerPlan:
             and param.device == key.device
             and all(
                 slot.state[k].shape == param.shape
-                for k in (*self.bucket.state_keys, *self.bucket.average_keys)
+                for k in (*self.bucket.state_keys, *self.bucket.key.emas)
             )
         )
 
@@ -186,10 +186,6 @@ class EagerPlan:
                 bits = formats.element_bits(row.seed, slot.place, k, real(slot.param))
                 change = moved(was.float(), param.float())
                 formats.follow_delta(real(slot.state[key]), change, weight, bits, before)
-        if self.bucket.key.teacher:
-            for slot, param in zip(row.slots, self._weights(row), strict=True):
-                held, teacher = (real(slot.state[key]) for key in ("ema", TEACHER))
-                formats.write(teacher, formats.average, held, param)
 
 
 def as_list(operand: Tensor | TensorList) -> list[Tensor]:

@@ -122,7 +122,7 @@ class TritonPlan:
         self._words = DeviceWords(self._slots, row_size, key.device)
         self._control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=key.device)
         chunks = self._slots.chunks(CHUNK).to(key.device)
-        slot_size = 3 + len(bucket.state_keys) + len(bucket.average_keys)
+        slot_size = 3 + len(bucket.state_keys) + len(bucket.key.emas)
         self._squares = partial(squares, dtype=key.dtype, slot_size=slot_size, chunks=chunks)
         self._launch = partial(
             launch,
@@ -134,7 +134,6 @@ class TritonPlan:
             average=formats.DTYPES.get(key.ema_format),
             num_states=len(key.states or ()),
             num_averages=len(key.emas),
-            teacher=key.teacher,
             ema_before=key.ema_order == "before",
             chunks=chunks,
         )

@@ -53,7 +53,6 @@ class Slots:
         takes_grads: bool,
         capturable: bool,
         master: bool,
-        teacher: bool,
         params: Sequence[Tensor],
         steps: Sequence[Tensor],
         states: Sequence[Sequence[Tensor]],
@@ -63,10 +62,10 @@ class Slots:
     ) -> None:
         self._num_scalars = num_scalars
         self._frozen, self._takes_grads, self._capturable = frozen, takes_grads, capturable
-        self._num_states, self._num_emas = len(states[0]), len(emas[0]) - teacher
+        self._num_states, self._num_emas = len(states[0]), len(emas[0])
         self._dtype, self._device = params[0].dtype, params[0].device
         self._kinds = [tensor.dtype for tensor in (*states[0], *emas[0])]
-        self._rounds = self._check_kinds(master, teacher)
+        self._rounds = self._check_kinds(master)
         self._params, self._steps = list(params), list(steps)
         self._held = [[*s, *e] for s, e in zip(states, emas, strict=True)]
         self._groups, self._places = list(groups), list(places)
@@ -85,7 +84,7 @@ class Slots:
         # since the last pack()
         self._new_table = self._new_rows = self._new_slots = True
 
-    def _check_kinds(self, master: bool, teacher: bool) -> bool:
+    def _check_kinds(self, master: bool) -> bool:
         """Whether a step takes random bits.
 
         Raises:
@@ -104,9 +103,6 @@ class Slots:
         average = self._kinds[self._num_states] if self._num_emas else arithmetic
         if average != arithmetic and not (arithmetic == torch.float32 and average in _ROUNDED):
             raise ValueError(f"no kernel for averages of {average} in arithmetic of {arithmetic}")
-        delta = average == torch.float16 != arithmetic
-        if teacher and not (delta and self._kinds[-1] == torch.bfloat16):
-            raise ValueError("no kernel for a teacher but in bfloat16, beside differences")
         return rounds or average != arithmetic
 
     def prepare(self, fold: Fold) -> bool:
