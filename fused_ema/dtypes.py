@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from . import sharding
+
 # Arithmetic and averages of every parameter dtype; half precision is computed in float32.
 COMPUTE_DTYPE = {
     torch.float32: torch.float32,
@@ -55,3 +57,16 @@ def weight_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     """What the rule steps and averages follow: the master if there is one, or the parameter."""
     held: Tensor = state["master"] if "master" in state else param.detach()
     return held
+
+
+def beside(value: Tensor, param: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    """``value`` where the kernels want it: on the parameter's device, in its memory order."""
+    if value.shape != param.shape:
+        raise RuntimeError(
+            f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
+        )
+    in_order = value.stride() == param.stride() or dense_order(param) is None
+    in_order = in_order and sharding.placed_alike(value, param)
+    if in_order and value.device == param.device and value.dtype == dtype:
+        return value
+    return sharding.copy(torch.empty_like(param, dtype=dtype).detach(), value)

@@ -104,8 +104,8 @@ def a_sharded_teacher_is_stepped_and_used(tmp_path: Path) -> None:
         model, other = shard(make_model(), line()), make_model()
         teacher, theirs = shard(make_model(1), line()), make_model(1)
         teacher(batch(0)[0])
-        opt = optimizer(name, model, model=model, ema=teacher)
-        twin = optimizer(name, other, model=other, ema=theirs)
+        opt = optimizer(name, model, model=model, teacher=teacher)
+        twin = optimizer(name, other, model=other, teacher=theirs)
         for step in range(4):
             with torch.no_grad():
                 assert_close(teacher(batch(step)[0]), theirs(batch(step)[0]))
@@ -125,7 +125,7 @@ def teachers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (list(shard(make_model(1), line()).parameters()), "without their module"),
     ):
         with pytest.raises(ValueError, match=text):
-            optimizer("SGD", model, model=model, ema=wrong)
+            optimizer("SGD", model, model=model, teacher=wrong)
 
 
 SCENARIOS = (

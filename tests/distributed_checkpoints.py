@@ -82,7 +82,7 @@ def resuming_is_bit_exact(tmp_path: Path) -> None:
 
 def with_teacher(seed: int):
     model, teacher = shard(make_model(), line()), shard(make_model(seed), line())
-    return model, optimizer("AdamW", model, model=model, ema=teacher), teacher
+    return model, optimizer("AdamW", model, model=model, teacher=teacher), teacher
 
 
 def a_teacher_is_loaded_in_place(tmp_path: Path) -> None:

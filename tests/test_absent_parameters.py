@@ -173,7 +173,7 @@ def test_what_needs_shapes_says_so():
     lazy, its = lazy_network()
     for call in (
         lambda: opt.copy_ema_to(lazy),
-        lambda: lazy_network(ema=lazy),
+        lambda: lazy_network(teacher=lazy),
         lambda: fused_ema.load_ema(its, lazy, opt.ema_state_dict(module)),
     ):
         with pytest.raises(ValueError, match="has no shape yet; allowed: after the first forward"):

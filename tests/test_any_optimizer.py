@@ -114,7 +114,7 @@ def test_a_teacher_with_buffers_and_the_rest_of_the_interface():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     teacher = copy.deepcopy(model)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
-    ema = FusedEMA(opt, 0.5, ema=teacher, model=model)
+    ema = FusedEMA(opt, 0.5, teacher=teacher, model=model)
     ema.kappa = 16 / 8
     expected = [p.detach().clone() for p in model.parameters()]
     for _ in range(2):

@@ -105,6 +105,23 @@ def test_a_format_is_converted_in_blocks(old, new, monkeypatch):
     assert torch.equal(state["ema"], expected)
 
 
+@pytest.mark.parametrize("old", ["full", "bf16"])
+@pytest.mark.parametrize("far", [65.0, float("inf"), float("nan")])
+def test_an_average_that_a_difference_cannot_hold_is_not_cut_off(old, far):
+    param = torch.nn.Parameter(torch.zeros(3))
+    trained = FusedScaledAdamW([param], ema_decay=0.9, ema_format=old)
+    param.grad = torch.ones(3)
+    trained.step()
+    trained.state[param]["ema"][1] = far
+    other = FusedScaledAdamW([param], ema_decay=0.9, ema_format="delta")
+    other.load_state_dict(trained.state_dict())
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match=r"state 'ema' is up to .* from the weights; allowed: 64"):
+        other.step()
+    assert torch.equal(param.detach(), before)
+    assert other.state[param]["step"] == 1.0
+
+
 def test_averages_that_rest_are_converted_in_blocks(monkeypatch):
     param = parameter(torch.bfloat16)
     ema = torch.randn(SHAPE)

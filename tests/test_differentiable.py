@@ -35,7 +35,9 @@ def test_gradients_through_several_steps_equal_torchs(ours, theirs, kwargs):
 def test_averages_stay_out_of_the_graph():
     teacher = torch.nn.Parameter(torch.ones(3))
     param = torch.ones(3, requires_grad=True).clone()
-    optimizer = FusedScaledSGD([param], lr=0.1, differentiable=True, ema_decay=0.9, ema=[teacher])
+    optimizer = FusedScaledSGD(
+        [param], lr=0.1, differentiable=True, ema_decay=0.9, teacher=[teacher]
+    )
     param.grad = torch.ones(3, requires_grad=True).clone()
     optimizer.step()
     assert param.requires_grad

@@ -39,7 +39,11 @@ def weights() -> list[nn.Parameter]:
         (FusedScaledSGD, {"lr": torch.ones((), requires_grad=True)}, "lr requires grad"),
         (FusedScaledSGD, {"kappa": "8"}, "kappa='8' is not a number"),
         (FusedScaledSGD, {"ema_decay": "0.9"}, r"ema_decay='0\.9' is not a number"),
-        (FusedScaledSGD, {"ema_decay": 0.9, "ema": 5}, "ema: received a int; allowed: a module"),
+        (
+            FusedScaledSGD,
+            {"ema_decay": 0.9, "teacher": 5},
+            "teacher: received a int; allowed: a module",
+        ),
         (FusedScaledAdamW, {"ema_decay": 1.5}, r"ema_decay=1\.5 is out of range"),
         (FusedScaledAdamW, {"ema_decay": (0.9, -0.1)}, r"ema_decay=-0\.1 is out of range"),
         (FusedScaledAdamW, {"ema_order": "during"}, "ema_order='during' is not known; allowed: "),

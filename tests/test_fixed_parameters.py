@@ -78,7 +78,7 @@ def test_its_average_is_what_it_is(kind, base):
 
 def test_a_teachers_own_is_its_average():
     model, teacher = Adapter(torch.arange(6)), Adapter(torch.arange(6) * 2)
-    opt = FusedScaledSGD(model.parameters(), lr=0.5, ema_decay=0.75, ema=teacher)
+    opt = FusedScaledSGD(model.parameters(), lr=0.5, ema_decay=0.75, teacher=teacher)
     take_steps(model, opt)
     assert torch.equal(teacher.base, torch.arange(6) * 2)
     assert torch.equal(opt.ema_state_dict(model)["base"], teacher.base)
@@ -91,13 +91,13 @@ def test_a_teachers_own_is_its_average():
 def test_a_teacher_may_share_it_but_not_differ_in_dtype():
     model, teacher = Adapter(torch.arange(6)), Adapter(torch.arange(6))
     teacher.base = model.base
-    opt = FusedScaledSGD(model.parameters(), lr=0.5, ema_decay=0.75, ema=teacher)
+    opt = FusedScaledSGD(model.parameters(), lr=0.5, ema_decay=0.75, teacher=teacher)
     take_steps(model, opt)
     with opt.ema_weights():
         assert torch.equal(model.base, torch.arange(6))
     other = Adapter(torch.arange(6, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"dtype torch\.uint8; allowed for a torch\.int64"):
-        FusedScaledSGD(model.parameters(), ema_decay=0.75, ema=other)
+        FusedScaledSGD(model.parameters(), ema_decay=0.75, teacher=other)
 
 
 def test_one_that_requires_grad_is_refused_with_the_way_out():

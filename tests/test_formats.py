@@ -242,14 +242,14 @@ def test_the_format_may_change():
 def test_a_bfloat16_teacher():
     model = nn.Linear(4, 3)
     teacher = copy.deepcopy(model).bfloat16()
-    opt = FusedScaledSGD(model.parameters(), ema_decay=0.5, ema=teacher, ema_format="bf16")
+    opt = FusedScaledSGD(model.parameters(), ema_decay=0.5, teacher=teacher, ema_format="bf16")
     twins.set_gradients(0, list(model.parameters()))
     opt.step()
     assert opt.state[model.weight]["ema"] is teacher.weight
     for form, dtype in (("full", torch.bfloat16), ("bf16", torch.float32), ("bf16", torch.half)):
         with pytest.raises(ValueError, match=rf"has dtype torch\.{str(dtype)[6:]}; allowed"):
             FusedScaledSGD(
-                model.parameters(), ema_decay=0.5, ema=teacher.to(dtype), ema_format=form
+                model.parameters(), ema_decay=0.5, teacher=teacher.to(dtype), ema_format=form
             )
 
 
@@ -257,17 +257,17 @@ def test_a_difference_takes_no_teacher():
     """Whichever way the two come together; nothing has moved then."""
     model = nn.Linear(4, 3)
     refused = pytest.raises(
-        ValueError, match=r"ema: received a teacher .*'delta'; allowed: .*'full', or 'bf16'"
+        ValueError, match=r"teacher: received a teacher .*'delta'; allowed: .*'full', or 'bf16'"
     )
     for dtype in (torch.float32, torch.bfloat16):
         teacher = copy.deepcopy(model).to(dtype)
         with refused:
-            FusedScaledSGD(model.parameters(), ema_decay=0.5, ema=teacher, ema_format="delta")
+            FusedScaledSGD(model.parameters(), ema_decay=0.5, teacher=teacher, ema_format="delta")
     opt = FusedScaledSGD([model.weight], ema_decay=0.5, ema_format="delta")
     with refused:
-        opt.add_param_group({"params": [model.bias], "ema": [teacher.bias]})
+        opt.add_param_group({"params": [model.bias], "teacher": [teacher.bias]})
     assert len(opt.param_groups) == 1
-    opt = FusedScaledSGD(model.parameters(), ema_decay=0.5, ema=teacher, ema_format="bf16")
+    opt = FusedScaledSGD(model.parameters(), ema_decay=0.5, teacher=teacher, ema_format="bf16")
     opt.param_groups[0]["ema_format"] = "delta"
     twins.set_gradients(0, list(model.parameters()))
     before = deepcopy([*model.parameters(), *teacher.parameters()])
@@ -284,7 +284,7 @@ def test_a_teachers_groups_have_one_format():
         for p, form in zip(model.parameters(), ("full", "bf16"), strict=True)
     ]
     with pytest.raises(ValueError, match="allowed: the same in all groups"):
-        FusedScaledSGD(groups, ema_decay=0.5, ema=copy.deepcopy(model), model=model)
+        FusedScaledSGD(groups, ema_decay=0.5, teacher=copy.deepcopy(model), model=model)
 
 
 def test_a_bfloat16_teachers_buffers_are_averaged_in_full_or_not_at_all():
@@ -292,11 +292,11 @@ def test_a_bfloat16_teachers_buffers_are_averaged_in_full_or_not_at_all():
     teacher = copy.deepcopy(model).bfloat16()
     options = {"ema_decay": 0.9, "ema_format": "bf16", "model": model}
     with pytest.raises(ValueError, match=r"ema_buffers='average': .*running_mean.*bfloat16"):
-        FusedScaledSGD(model.parameters(), ema=teacher, ema_buffers="average", **options)
-    FusedScaledSGD(model.parameters(), ema=teacher, ema_buffers="copy", **options)
+        FusedScaledSGD(model.parameters(), teacher=teacher, ema_buffers="average", **options)
+    FusedScaledSGD(model.parameters(), teacher=teacher, ema_buffers="copy", **options)
     for name in ("running_mean", "running_var"):
         setattr(teacher[1], name, getattr(teacher[1], name).float())
-    FusedScaledSGD(model.parameters(), ema=teacher, ema_buffers="average", **options)
+    FusedScaledSGD(model.parameters(), teacher=teacher, ema_buffers="average", **options)
 
 
 @pytest.mark.parametrize("forms", [("delta", "full"), ("delta", "bf16"), ("full", "bf16")])
@@ -305,7 +305,7 @@ def test_a_checkpoint_of_another_format_becomes_the_teachers(forms):
     p, q = (nn.Parameter(torch.ones(2)) for _ in "pq")
     opt = FusedScaledSGD([p], lr=0.1, ema_decay=0.75, ema_format=saved)
     teacher = torch.zeros(2, dtype=torch.float32 if held == "full" else torch.bfloat16)
-    other = FusedScaledSGD([q], lr=0.1, ema_decay=0.75, ema=[teacher], ema_format=held)
+    other = FusedScaledSGD([q], lr=0.1, ema_decay=0.75, teacher=[teacher], ema_format=held)
     for _ in range(2):
         p.grad = torch.ones(2)
         opt.step()

@@ -118,7 +118,7 @@ def test_replaced_parameters_keep_their_teacher_and_averages_by_name():
         model, teacher = net(), net()
         named = model.parameters() if by_module else model.named_parameters()
         options = {"model": model} if by_module else {}
-        opt = FusedScaledAdamW(named, lr=0.1, ema_decay=(0.5, 0.9), ema=teacher, **options)
+        opt = FusedScaledAdamW(named, lr=0.1, ema_decay=(0.5, 0.9), teacher=teacher, **options)
         take(opt, list(model.parameters()))
         old = {name: opt.state[p] for name, p in model.named_parameters()}
         for module in model:
@@ -138,7 +138,7 @@ def test_replaced_parameters_keep_their_teacher_and_averages_by_name():
 def test_replaced_parameters_without_names_are_refused(held):
     model = net().bfloat16() if held == "masters" else net()
     options = {
-        "teacher": {"ema_decay": 0.5, "ema": net()},
+        "teacher": {"ema_decay": 0.5, "teacher": net()},
         "averages": {"ema_decay": 0.5},
         "masters": {"master_weights": True},
     }[held]
@@ -156,7 +156,7 @@ def test_replaced_parameters_without_names_are_refused(held):
 
 def test_a_replacement_must_fit():
     model, teacher = net(), net()
-    opt = FusedScaledSGD(model.named_parameters(), lr=0.1, ema_decay=0.5, ema=teacher)
+    opt = FusedScaledSGD(model.named_parameters(), lr=0.1, ema_decay=0.5, teacher=teacher)
     others = [nn.Parameter(p.detach().double()) for p in model.parameters()]
     opt.param_groups[0]["params"] = others
     with pytest.raises(ValueError, match=r"dtype torch\.float32; allowed"):

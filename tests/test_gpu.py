@@ -269,9 +269,9 @@ def test_16_bits_are_rounded_as_on_the_cpu(kernels, form, capturable):
     )
     options = {"ema_decay": (0.9, 0.99), "ema_format": form, "state_format": "bf16", "kappa": 2.0}
     opt = fused_ema.FusedScaledAdamW(
-        params, ema=teacher, backend=kernels, capturable=capturable, **options
+        params, teacher=teacher, backend=kernels, capturable=capturable, **options
     )
-    twin = fused_ema.FusedScaledAdamW(others, ema=theirs, backend="native", **options)
+    twin = fused_ema.FusedScaledAdamW(others, teacher=theirs, backend="native", **options)
     for step in range(3):
         set_gradients(step, others, params)
         opt.step()

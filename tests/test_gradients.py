@@ -258,7 +258,7 @@ def test_a_skipped_step_moves_nothing(buffers, capturable, kind, backend):
         pytest.skip("needs a backend that folds on the device")
     model = nn.BatchNorm1d(4)
     teacher = deepcopy(model)
-    options = {"ema": teacher, "ema_buffers": buffers, "model": model, "capturable": capturable}
+    options = {"teacher": teacher, "ema_buffers": buffers, "model": model, "capturable": capturable}
     options |= {"fused": True}
     opt = fused_ema.FusedScaledAdamW(
         model.parameters(), ema_decay=0.9, kappa=2.0, max_grad_norm=1.0, backend=backend, **options

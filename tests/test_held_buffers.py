@@ -42,7 +42,7 @@ def make(model, kind: str = "average", decay=0.5, **options):
     teacher = copy.deepcopy(model).requires_grad_(False)
     options.setdefault("ema_buffers", "average" if kind == "averaging teacher" else "copy")
     opt = FusedScaledSGD(
-        model.parameters(), lr=0.1, ema_decay=decay, model=model, ema=teacher, **options
+        model.parameters(), lr=0.1, ema_decay=decay, model=model, teacher=teacher, **options
     )
     opt.teacher_for_test = teacher
     return opt

@@ -203,10 +203,12 @@ def test_a_teacher_without_a_saved_average_is_told():
     twins.set_gradients(0, params)
     torchs.step()
     teacher = [torch.zeros_like(p) for p in params]
-    opt = FusedScaledAdamW(params, ema_decay=0.9, ema=teacher)
+    opt = FusedScaledAdamW(params, ema_decay=0.9, teacher=teacher)
     with pytest.warns(UserWarning, match="no average for the teacher .* copy the weights into it"):
         opt.load_state_dict(torchs.state_dict())
-    fresh_one = FusedScaledAdamW(params, ema_decay=0.9, ema=[torch.zeros_like(p) for p in params])
+    fresh_one = FusedScaledAdamW(
+        params, ema_decay=0.9, teacher=[torch.zeros_like(p) for p in params]
+    )
     fresh_one.load_state_dict(trained(0)[1].state_dict())  # saved before its first step
 
 
@@ -283,11 +285,11 @@ def test_averaged_buffers_pass_through_distributed_checkpoints(flags):
 def test_a_loaded_state_is_saved_as_it_was():
     for teacher in (None, network()):
         model = network()
-        opt = with_buffers(model, ema=teacher)
+        opt = with_buffers(model, teacher=teacher)
         train(model, opt, 2)
         saved = copy.deepcopy(opt.state_dict())
         other = network()
-        resumed = with_buffers(other, ema=None if teacher is None else network())
+        resumed = with_buffers(other, teacher=None if teacher is None else network())
         resumed.load_state_dict(saved)
         assert str(resumed.state_dict()["state"]) == str(saved["state"])
         assert "1.running_mean" in saved["state"][0]["ema_buffers"]["0"]
@@ -354,7 +356,7 @@ DAMAGES = {
 def test_what_no_step_could_go_on_from_changes_nothing(name, decay):
     model, teacher = network(), network()
     opt = with_buffers(model, ema_decay=decay)
-    taught = FusedScaledAdamW(model.parameters(), ema_decay=decay, ema=teacher, model=model)
+    taught = FusedScaledAdamW(model.parameters(), ema_decay=decay, teacher=teacher, model=model)
     train(model, opt, 1)
     train(model, taught, 1)
     for victim in (opt, taught):
@@ -407,7 +409,7 @@ def test_an_interrupt_leaves_the_old_or_the_new_state(kind):
         return (
             model,
             teacher,
-            FusedScaledAdamW(model.parameters(), ema_decay=0.9, ema=teacher, model=model),
+            FusedScaledAdamW(model.parameters(), ema_decay=0.9, teacher=teacher, model=model),
         )
 
     model, teacher, opt = make()

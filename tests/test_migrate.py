@@ -73,7 +73,7 @@ def test_held_buffers_are_loaded(package):
 def test_a_teacher_stays_the_average(package):
     model, teacher, source = network(), network(), network(seed=1)
     teacher.requires_grad_(False)
-    opt = FusedScaledSGD(model.parameters(), lr=0.0, ema_decay=1.0, ema=teacher, model=model)
+    opt = FusedScaledSGD(model.parameters(), lr=0.0, ema_decay=1.0, teacher=teacher, model=model)
     load_ema(opt, model, written_by_hand(package, source))
     for param in model.parameters():
         param.grad = torch.ones_like(param)

@@ -71,11 +71,13 @@ def train(model: nn.Module, opt: FusedScaledSGD, steps: int = 2) -> None:
 @pytest.mark.parametrize("which", ["student", "teacher", "both"])
 def test_teachers(wrap, which):
     model, teacher, right, following = network(), network(1), network(), network(1)
-    plain = FusedScaledSGD(right.parameters(), lr=0.1, ema_decay=0.5, ema=following, model=right)
+    plain = FusedScaledSGD(
+        right.parameters(), lr=0.1, ema_decay=0.5, teacher=following, model=right
+    )
     train(right, plain)
     student = wrap(model) if which != "teacher" else model
     target = wrap(teacher) if which != "student" else teacher
-    opt = FusedScaledSGD(student.parameters(), lr=0.1, ema_decay=0.5, ema=target, model=student)
+    opt = FusedScaledSGD(student.parameters(), lr=0.1, ema_decay=0.5, teacher=target, model=student)
     train(student, opt)
     assert all(map(torch.equal, values(target), values(following)))
     with opt.ema_weights():
@@ -85,10 +87,10 @@ def test_teachers(wrap, which):
 @wraps
 def test_names_alone_and_the_teacher_of_a_group(wrap):
     model, teacher = wrap(network()), network(1)
-    groups = [{"params": list(model.named_parameters()), "ema": teacher}]
+    groups = [{"params": list(model.named_parameters()), "teacher": teacher}]
     with pytest.warns(UserWarning, match=r"with buffers \(first: '1\.running_mean'\)"):
         FusedScaledSGD(groups, lr=0.1, ema_decay=0.0)
-    groups[0]["ema"] = list(teacher.named_parameters())
+    groups[0]["teacher"] = list(teacher.named_parameters())
     opt = FusedScaledSGD(groups, lr=0.1, ema_decay=0.0)
     train(model, opt)
     assert all(map(torch.equal, teacher.parameters(), model.parameters()))
@@ -113,7 +115,7 @@ def test_copies_and_foreign_averages(wrap, mode):
 
 def test_a_wrapper_put_in_later():
     model, teacher = network(), network(1)
-    opt = FusedScaledSGD(model.parameters(), ema_decay=0.5, ema=teacher, model=model)
+    opt = FusedScaledSGD(model.parameters(), ema_decay=0.5, teacher=teacher, model=model)
     compiled_inside(ddp_inside(model))
     train(model, opt)
     assert torch.equal(teacher[1].running_mean, torch.ones(3))
@@ -139,7 +141,7 @@ def test_the_students_names_are_the_modules():
     student = ddp(model)
     # names given are the inner module's, and the student knows parameters that are not given
     named = [entry for entry in model.named_parameters() if "bias" not in entry[0]]
-    opt = FusedScaledSGD(named, lr=0.1, ema_decay=0.0, model=student, ema=teacher)
+    opt = FusedScaledSGD(named, lr=0.1, ema_decay=0.0, model=student, teacher=teacher)
     train(model, opt)
     assert torch.equal(teacher[0].weight, model[0].weight)
 
@@ -161,11 +163,11 @@ def test_a_part_that_is_called_module_is_told_apart():
     # the teacher lacks the head, so that all of its names start with "module."
     tensors = [entry for entry in teacher.named_parameters() if entry[0].startswith("module")]
     options = {"lr": 0.1, "ema_decay": 0.0, "model": model, "ema_buffers": "leave"}
-    opt = FusedScaledSGD(groups, ema=tensors, **options)
+    opt = FusedScaledSGD(groups, teacher=tensors, **options)
     train(model, opt)
     assert torch.equal(teacher.module[0].weight, model.module[0].weight)
-    with pytest.raises(ValueError, match=r"the teacher's parameter '0\.weight' is not in the stud"):
-        FusedScaledSGD(groups, ema=model.module, **options)
+    with pytest.raises(ValueError, match=r"teacher: its parameter '0\.weight' is not in the stud"):
+        FusedScaledSGD(groups, teacher=model.module, **options)
 
 
 def test_an_equal_name_is_never_given_away():

@@ -145,7 +145,7 @@ def test_an_average_that_comes_to_share_memory_is_refused(other, engine):
     student, teacher = (
         nn.ParameterList([nn.Parameter(torch.ones(8)) for _ in range(2)]) for _ in "ab"
     )
-    opt = FusedScaledSGD(student, lr=0.5, ema_decay=0.5, ema=teacher, backend=engine)
+    opt = FusedScaledSGD(student, lr=0.5, ema_decay=0.5, teacher=teacher, backend=engine)
     for param in student:
         param.grad = torch.ones(8)
     opt.step()

@@ -112,7 +112,7 @@ def test_an_added_group_finds_its_part_of_the_teacher(given):
     model, teacher = Net(), Net(1)
     params = list(model.parameters())
     ema = teacher if given == "module" else teacher.named_parameters()
-    opt = FusedScaledSGD(params[:4], lr=0.1, ema_decay=0.0, ema=ema, model=model)
+    opt = FusedScaledSGD(params[:4], lr=0.1, ema_decay=0.0, teacher=ema, model=model)
     opt.add_param_group({"params": params[4:]})
     backward(model)
     opt.step()
@@ -123,17 +123,17 @@ def test_an_added_group_finds_its_part_of_the_teacher(given):
 def test_an_added_group_that_the_teacher_lacks():
     model, teacher = Net(), Net(1)
     params, theirs = (list(m.named_parameters()) for m in (model, teacher))
-    opt = FusedScaledSGD(params[:4], ema_decay=0.0, ema=theirs[:4])
-    with pytest.raises(ValueError, match=r"the teacher has no parameter 'b\.weight'"):
+    opt = FusedScaledSGD(params[:4], ema_decay=0.0, teacher=theirs[:4])
+    with pytest.raises(ValueError, match=r"teacher: it has no parameter 'b\.weight'"):
         opt.add_param_group({"params": params[4:]})
     assert len(opt.param_groups) == 1
 
 
 def test_a_network_that_grows_with_its_teacher():
     model, teacher = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
-    opt = FusedScaledSGD(model.parameters(), lr=0.1, ema_decay=0.0, ema=teacher, model=model)
+    opt = FusedScaledSGD(model.parameters(), lr=0.1, ema_decay=0.0, teacher=teacher, model=model)
     model.append(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"the teacher has no parameter '1\.weight'"):
+    with pytest.raises(ValueError, match=r"teacher: it has no parameter '1\.weight'"):
         opt.add_param_group({"params": model[1].parameters()})
     teacher.append(nn.Linear(2, 2))
     opt.add_param_group({"params": model[1].parameters()})
@@ -151,11 +151,11 @@ def test_an_added_group_is_never_forgotten_by_the_teacher(kind):
     group = {"params": list(second.parameters())}
     if kind == "FusedEMA":
         opt = torch.optim.SGD(first.parameters(), lr=0.1)
-        access = FusedEMA(opt, 0.0, ema=given)
+        access = FusedEMA(opt, 0.0, teacher=given)
         opt.add_param_group(dict(group))
         refused = opt.step
     else:
-        opt = access = FusedScaledSGD(first.parameters(), lr=0.1, ema_decay=0.0, ema=given)
+        opt = access = FusedScaledSGD(first.parameters(), lr=0.1, ema_decay=0.0, teacher=given)
 
         def refused():
             opt.add_param_group(dict(group))
@@ -163,11 +163,11 @@ def test_an_added_group_is_never_forgotten_by_the_teacher(kind):
     for param in (*first.parameters(), *second.parameters()):
         param.grad = torch.ones_like(param)
     before = copy.deepcopy(first)
-    with pytest.raises(ValueError, match=r"made with a teacher.*'ema'.*ema_decay=None"):
+    with pytest.raises(ValueError, match=r"made with a teacher.*'teacher'.*ema_decay=None"):
         refused()
     assert same(first, before)
     assert len(access.param_groups) == 1
-    access.add_param_group({**group, "ema": teachers[1].parameters()})
+    access.add_param_group({**group, "teacher": teachers[1].parameters()})
     opt.step()
     assert same(teachers[1], second)
     assert same(teachers[0], first)
@@ -175,7 +175,7 @@ def test_an_added_group_is_never_forgotten_by_the_teacher(kind):
 
 def test_an_added_group_without_an_average_needs_no_teacher():
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
-    opt = FusedScaledSGD(first.parameters(), ema_decay=0.9, ema=nn.Linear(2, 2))
+    opt = FusedScaledSGD(first.parameters(), ema_decay=0.9, teacher=nn.Linear(2, 2))
     opt.add_param_group({"params": second.parameters(), "ema_decay": None})
     opt.step()
     assert "ema" not in opt.state[second.weight]
@@ -186,7 +186,7 @@ def test_an_added_group_without_an_average_needs_no_teacher():
 
 def two(model: Net, teacher: Net, **options):
     matrices, rest = split(model)
-    options = {"ema_decay": 0.5, "ema": teacher, "model": model, **options}
+    options = {"ema_decay": 0.5, "teacher": teacher, "model": model, **options}
     sgd = FusedScaledSGD(matrices, lr=0.1, **options)
     adamw = torch.optim.AdamW(rest, lr=0.1)
     return sgd, adamw, FusedEMA(adamw, **options)

@@ -212,7 +212,7 @@ def test_users_hooks_see_the_loaded_state():
 def test_deepcopy_and_pickle_train_on_alike(name, clone, backend):
     params = parameters()
     teacher = [p.detach().clone() for p in params]
-    optimizer = make(name, params, ours=True, ema_decay=0.9, ema=teacher, backend=backend)
+    optimizer = make(name, params, ours=True, ema_decay=0.9, teacher=teacher, backend=backend)
     advance(params, optimizer, 3, seed=1)
     other = clone(optimizer)
     others = other.param_groups[0]["params"]
@@ -223,7 +223,7 @@ def test_deepcopy_and_pickle_train_on_alike(name, clone, backend):
         assert p is not q
         assert torch.equal(p, q)
         assert torch.equal(optimizer.state[p]["ema"], other.state[q]["ema"])
-        assert other.state[q]["ema"] is other._teachers[q]
+        assert other.state[q]["ema"] is other._teachers.tensors[q]
 
 
 def test_an_empty_state_loads():

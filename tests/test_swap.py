@@ -639,7 +639,7 @@ def test_reading_before_the_first_step_begins_nothing():
 def test_reading_a_teacher_before_the_first_step_sees_the_teacher(form):
     model, teacher = nn.Linear(3, 2), nn.Linear(3, 2).requires_grad_(False)
     teacher.to(torch.bfloat16 if form == "bf16" else torch.float32)
-    opt = FusedScaledSGD(model.parameters(), ema_decay=0.5, ema=teacher, ema_format=form)
+    opt = FusedScaledSGD(model.parameters(), ema_decay=0.5, teacher=teacher, ema_format=form)
     with opt.ema_weights():
         assert torch.equal(model.weight, teacher.weight.float())
         model.half()

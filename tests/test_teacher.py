@@ -34,7 +34,7 @@ def test_teacher_parameters_are_the_average(backend):
     teacher = copy.deepcopy(model)
     expected = [p.detach().clone() for p in teacher.parameters()]
     optimizer = FusedScaledSGD(
-        model.parameters(), lr=0.1, ema_decay=0.9, ema=teacher.parameters(), backend=backend
+        model.parameters(), lr=0.1, ema_decay=0.9, teacher=teacher.parameters(), backend=backend
     )
     for _ in range(3):
         give_gradients(model)
@@ -53,7 +53,7 @@ def test_teacher_keeps_its_own_start():
         for param in teacher.parameters():
             param.fill_(7.0)
     optimizer = FusedScaledSGD(
-        model.parameters(), lr=0.0, ema_decay=1.0, ema=teacher.parameters(), backend="native"
+        model.parameters(), lr=0.0, ema_decay=1.0, teacher=teacher.parameters(), backend="native"
     )
     give_gradients(model)
     optimizer.step()
@@ -62,31 +62,33 @@ def test_teacher_keeps_its_own_start():
 
 def test_count_and_shape_mismatches_name_the_first():
     model = student()
-    with pytest.raises(ValueError, match="teacher has 5 tensors, the optimizer averages 6"):
-        FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=list(student().parameters())[:5])
+    with pytest.raises(ValueError, match="it has 5 tensors, the optimizer averages 6"):
+        FusedScaledSGD(model.parameters(), ema_decay=0.9, teacher=list(student().parameters())[:5])
     other = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 5))
     with pytest.raises(
         ValueError, match=r"'2.weight'.* has shape \(5, 3\), its parameter \(2, 3\)"
     ):
-        FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=other, ema_buffers="leave")
+        FusedScaledSGD(model.parameters(), ema_decay=0.9, teacher=other, ema_buffers="leave")
     with pytest.raises(ValueError, match=r"no parameter '1\.weight'"):
-        FusedScaledSGD(model.named_parameters(), ema_decay=0.9, ema=nn.Sequential(nn.Linear(4, 3)))
-    with pytest.raises(ValueError, match="teacher's parameter 'weight' is not in the student"):
-        FusedScaledSGD(model.named_parameters(), ema_decay=0.9, ema=nn.Linear(4, 3))
+        FusedScaledSGD(
+            model.named_parameters(), ema_decay=0.9, teacher=nn.Sequential(nn.Linear(4, 3))
+        )
+    with pytest.raises(ValueError, match="its parameter 'weight' is not in the student"):
+        FusedScaledSGD(model.named_parameters(), ema_decay=0.9, teacher=nn.Linear(4, 3))
 
 
 def test_rejects_a_teacher_that_cannot_hold_the_average():
     model = student()
     with pytest.raises(ValueError, match=r"bfloat16; allowed .*torch\.float32"):
-        FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=student().bfloat16().parameters())
+        FusedScaledSGD(model.parameters(), ema_decay=0.9, teacher=student().bfloat16().parameters())
     with pytest.raises(ValueError, match="shares memory"):
-        FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=model.parameters())
+        FusedScaledSGD(model.parameters(), ema_decay=0.9, teacher=model.parameters())
     shared = torch.zeros(10)
     pair = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))]
     with pytest.raises(ValueError, match="shares memory"):
-        FusedScaledSGD(pair, ema_decay=0.9, ema=[shared[:4], shared[3:7]])
+        FusedScaledSGD(pair, ema_decay=0.9, teacher=[shared[:4], shared[3:7]])
     with pytest.raises(ValueError, match="ema_decay=None"):
-        FusedScaledSGD(model.parameters(), ema=student().parameters())
+        FusedScaledSGD(model.parameters(), teacher=student().parameters())
 
 
 def test_several_groups_need_names():
@@ -94,9 +96,9 @@ def test_several_groups_need_names():
     groups = [{"params": list(model[i].parameters())} for i in (0, 2)]
     for given in (teacher, list(teacher.parameters())):
         with pytest.raises(ValueError, match="pass model="):
-            FusedScaledSGD(groups, ema_decay=0.9, ema=given, ema_buffers="leave")
+            FusedScaledSGD(groups, ema_decay=0.9, teacher=given, ema_buffers="leave")
     groups = [{"params": model[2].parameters()}, {"params": model[0].parameters(), "lr": 1.0}]
-    optimizer = FusedScaledSGD(groups, ema_decay=0.0, ema=teacher, model=model)
+    optimizer = FusedScaledSGD(groups, ema_decay=0.0, teacher=teacher, model=model)
     give_gradients(model)
     optimizer.step()
     torch.testing.assert_close(teacher[2].weight, model[2].weight, rtol=0, atol=0)
@@ -107,7 +109,7 @@ def test_a_predictor_without_an_average_as_in_byol():
     online, target, predictor = student(), student(), nn.Linear(2, 2)
     optimizer = FusedScaledSGD(
         [
-            {"params": online.parameters(), "ema": target.parameters()},
+            {"params": online.parameters(), "teacher": target.parameters()},
             {"params": predictor.parameters(), "ema_decay": None},
         ],
         lr=0.1,
@@ -118,17 +120,17 @@ def test_a_predictor_without_an_average_as_in_byol():
     optimizer.step()
     assert torch.equal(target[0].weight, online[0].weight)
     assert "ema" not in optimizer.state[predictor.weight]
-    assert "ema" not in optimizer.param_groups[0]
+    assert "teacher" not in optimizer.param_groups[0]
 
 
 def test_group_dicts_can_be_used_again():
     model = student()
-    group = {"params": list(model.parameters()), "ema": list(student().parameters())}
+    group = {"params": list(model.parameters()), "teacher": list(student().parameters())}
     for _ in range(2):
         optimizer = FusedScaledSGD([group], lr=0.1, ema_decay=0.0)
         give_gradients(model)
         optimizer.step()
-        assert optimizer.state[model[0].weight]["ema"] is group["ema"][0]
+        assert optimizer.state[model[0].weight]["ema"] is group["teacher"][0]
 
 
 def test_a_bad_step_with_buffers_moves_nothing():
@@ -179,9 +181,9 @@ def test_added_group_brings_its_teacher_or_is_not_added():
     first, second, teacher = nn.Linear(2, 2), nn.Linear(3, 3), nn.Linear(3, 3)
     optimizer = FusedScaledSGD(first.parameters(), lr=0.1, ema_decay=0.0)
     with pytest.raises(ValueError, match="shape"):
-        optimizer.add_param_group({"params": second.parameters(), "ema": first.parameters()})
+        optimizer.add_param_group({"params": second.parameters(), "teacher": first.parameters()})
     assert len(optimizer.param_groups) == 1
-    optimizer.add_param_group({"params": second.parameters(), "ema": teacher.parameters()})
+    optimizer.add_param_group({"params": second.parameters(), "teacher": teacher.parameters()})
     give_gradients(first)
     give_gradients(second)
     optimizer.step()
@@ -191,7 +193,7 @@ def test_added_group_brings_its_teacher_or_is_not_added():
 def test_teacher_stays_aliased_after_load_state_dict(backend):
     model, teacher = student(), student()
     kwargs = {"lr": 0.1, "ema_decay": 0.5, "backend": backend}
-    optimizer = FusedScaledAdamW(model.parameters(), ema=teacher.parameters(), **kwargs)
+    optimizer = FusedScaledAdamW(model.parameters(), teacher=teacher.parameters(), **kwargs)
     give_gradients(model)
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
@@ -212,7 +214,7 @@ def test_teacher_stays_aliased_after_load_state_dict(backend):
 
 def test_teacher_elsewhere_is_an_error_at_the_step():
     model, teacher = student(), student()
-    optimizer = FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=teacher.parameters())
+    optimizer = FusedScaledSGD(model.parameters(), ema_decay=0.9, teacher=teacher.parameters())
     model.double()
     give_gradients(model)
     with pytest.raises(ValueError, match=r"dtype torch\.float32"):
@@ -224,7 +226,7 @@ def test_buffers(mode):
     model, teacher = student(), student()
     before = teacher[1].running_mean.clone()
     optimizer = FusedScaledSGD(
-        model.parameters(), lr=0.1, ema_decay=0.75, ema=teacher, model=model, ema_buffers=mode
+        model.parameters(), lr=0.1, ema_decay=0.75, teacher=teacher, model=model, ema_buffers=mode
     )
     train(model, optimizer, steps=1)
     mean = model[1].running_mean
@@ -235,11 +237,11 @@ def test_buffers(mode):
 
 def test_buffers_are_never_forgotten_in_silence():
     model, teacher = student(), student()
-    with pytest.raises(ValueError, match=r"teacher has buffers \(first: '1.running_mean'\)"):
-        FusedScaledSGD(model.parameters(), ema_decay=0.9, ema=teacher)
+    with pytest.raises(ValueError, match=r"it has buffers \(first: '1.running_mean'\)"):
+        FusedScaledSGD(model.parameters(), ema_decay=0.9, teacher=teacher)
     with pytest.raises(ValueError, match="ema_buffers='sum' is not known"):
         FusedScaledSGD(
-            model.parameters(), ema_decay=0.9, ema=teacher, model=model, ema_buffers="sum"
+            model.parameters(), ema_decay=0.9, teacher=teacher, model=model, ema_buffers="sum"
         )
     with pytest.raises(ValueError, match="needs model="):
         FusedScaledSGD(model.parameters(), ema_decay=0.9, ema_buffers="average")
@@ -269,17 +271,19 @@ def test_a_teacher_for_every_group_is_checked_once(monkeypatch):
     calls = []
     real = fused_ema.ema.teacher.check_disjoint
     monkeypatch.setattr(
-        "fused_ema.optim.base.check_disjoint", lambda *args: calls.append(args) or real(*args)
+        "fused_ema.ema.teachers.check_disjoint", lambda *args: calls.append(args) or real(*args)
     )
     shared = torch.zeros(4)
-    groups = [{"params": [nn.Parameter(torch.ones(3))], "ema": [torch.ones(3)]} for _ in range(9)]
+    groups = [
+        {"params": [nn.Parameter(torch.ones(3))], "teacher": [torch.ones(3)]} for _ in range(9)
+    ]
     opt = FusedScaledSGD(groups, ema_decay=0.9)
     assert [len(teachers) for teachers, _ in calls] == [9]
-    more = {"params": [nn.Parameter(torch.ones(3))], "ema": [shared[:3]]}
+    more = {"params": [nn.Parameter(torch.ones(3))], "teacher": [shared[:3]]}
     opt.add_param_group(more)
     assert [len(teachers) for teachers, _ in calls] == [9, 10]
     with pytest.raises(ValueError, match="shares memory"):
-        opt.add_param_group({"params": [nn.Parameter(torch.ones(3))], "ema": [shared[1:]]})
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(3))], "teacher": [shared[1:]]})
     assert len(opt.param_groups) == 10
     with pytest.raises(ValueError, match="shares memory"):
-        FusedScaledSGD([*groups[1:], {**groups[0], "ema": groups[1]["params"]}], ema_decay=0.9)
+        FusedScaledSGD([*groups[1:], {**groups[0], "teacher": groups[1]["params"]}], ema_decay=0.9)

@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from ..dtypes import is_fixed, is_there
 from ..sharding import fsdp_modules, is_sharded, reshard
-from ..step.state import held_average
-from . import averages
+from . import modules
+from .averages import held_average
 from .buffers import EmaBuffers
 from .decay import decays, ema_keys
 from .swap import Begun, Flag, Swap, begun
+from .teachers import Teachers
 
 
 class EmaAccess(Optimizer):
@@ -26,7 +27,7 @@ class EmaAccess(Optimizer):
     _names: dict[Tensor, str]
     _buffers: EmaBuffers | None
     _swap_flag: Flag
-    _teachers: dict[Tensor, Tensor]
+    _teachers: Teachers
 
     def _follow_groups(self) -> None:
         """Take in param groups that belong here and have been added elsewhere."""
@@ -118,7 +119,7 @@ class EmaAccess(Optimizer):
         """
         self._check_not_swapped("ema_state_dict()")
         by_param = self._averages(index)
-        return averages.state_dict(model, by_param, self._held_buffers(index))
+        return modules.state_dict(model, by_param, self._held_buffers(index))
 
     def copy_ema_to(self, target: nn.Module, index: int = 0, *, buffers: bool = True) -> None:
         """Copy an average into a module's parameters and buffers, in place.
@@ -152,9 +153,9 @@ class EmaAccess(Optimizer):
             held = self._buffers.by_name(index) if self._buffers is not None else {}
         in_order = len(self._averaged_groups()) == 1
         own = [param for param in target.parameters() if param in by_param]
-        rewrites = [averages.Rewrite(p, by_param[p], self.state.get(p, {})) for p in own]
+        rewrites = [modules.Rewrite(p, by_param[p], self.state.get(p, {})) for p in own]
         reshard(fsdp_modules(target))
-        averages.copy_to(target, by_param, rest, self._names, in_order, held)
+        modules.copy_to(target, by_param, rest, self._names, in_order, held)
         for rewrite in rewrites:
             rewrite.finish()
 
@@ -184,7 +185,7 @@ class EmaAccess(Optimizer):
         groups = self._groups_with(index)
         if not groups:
             raise IndexError(f"index={index}: no param group has that average; see ema_decay")
-        teachers = self._teachers if index == 0 else {}
+        teachers = self._teachers.tensors if index == 0 else {}
         # not under the user's inference_mode, whose tensors could not be written to outside
         with torch.inference_mode(False), torch.no_grad():
             return {

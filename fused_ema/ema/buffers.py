@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import setitem
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -18,12 +18,13 @@ from ..names import bare
 from ..realmath import surely
 from ..rules.blending import lerp
 from ..sharding import check_plain, repeats
-from ..step.gradients import Control
 from ..together import Call
 from .claims import claim
 from .swap import is_shown
 
 EmaBuffersMode: TypeAlias = Literal["copy", "average", "leave"]
+# Whether the step at hand is taken, 1 or 0 on a device; None where it surely is.
+Taken: TypeAlias = Callable[[torch.device], Tensor | None]
 # Where a parameter's state holds averaged buffers: a dict by average, "0", "1", ..., and name.
 BUFFERS = "ema_buffers"
 
@@ -35,10 +36,10 @@ class Move(NamedTuple):
     source: Tensor
     weight: Any
 
-    def calls(self, control: Control | None) -> list[Call]:
+    def calls(self, taken_on: Taken | None) -> list[Call]:
         """What writes the new value, which is computed here."""
         held, source, weight = self
-        taken = None if control is None else control.taken(held.device)
+        taken = None if taken_on is None else taken_on(held.device)
         source = source.to(held.device, held.dtype)
         if not surely(weight == 1.0):
             if taken is not None:
@@ -62,9 +63,9 @@ class Placement(NamedTuple):
     key: str
     value: Tensor
 
-    def calls(self, control: Control | None) -> list[Call]:
+    def calls(self, taken_on: Taken | None) -> list[Call]:
         """What puts it there, unless the step is skipped, which the host waits to know."""
-        taken = None if control is None else control.taken(torch.device("cpu"))
+        taken = None if taken_on is None else taken_on(torch.device("cpu"))
         is_taken = taken is None or taken != 0.0
         return [partial(setitem, self.into, self.key, self.value)] if is_taken else []
 
@@ -309,16 +310,16 @@ def resolve(
     name = next((name for name, _ in teacher.named_buffers()), None) if teacher else None
     if name is not None and mode is None:
         raise ValueError(
-            f"ema: the teacher has buffers (first: {name!r}) and the student's are not known; pass "
+            f"teacher: it has buffers (first: {name!r}) and the student's are not known; pass "
             "model=<the student module>, or ema_buffers='leave'"
         )
     return None
 
 
 @torch.no_grad()
-def moving(moves: Moves, control: Control | None) -> list[Call]:
+def moving(moves: Moves, taken_on: Taken | None = None) -> list[Call]:
     """What carries out the moves, in place."""
-    return [call for move in moves for call in move.calls(control)]
+    return [call for move in moves for call in move.calls(taken_on)]
 
 
 def _places(module: nn.Module) -> dict[str, _Place]:

@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from ..dtypes import COMPUTE_DTYPE, weight_of
 from ..names import renamed
-from ..optim.base import FusedScaledOptimizer
-from ..step.state import begin_average
+from .access import EmaAccess
+from .averages import begin_average
 from .decay import ema_keys
 from .formats import DTYPES, check_distance, stored, write
 
@@ -43,7 +43,7 @@ class Layout(NamedTuple):
 
 
 def load_ema(
-    optimizer: FusedScaledOptimizer, model: nn.Module, state: Mapping[str, Any], index: int = 0
+    optimizer: EmaAccess, model: nn.Module, state: Mapping[str, Any], index: int = 0
 ) -> LoadedEma:
     """Copy an average that another package has saved into an optimizer's, in place.
 
@@ -99,11 +99,11 @@ def load_ema(
         raise
 
 
-def _begun(optimizer: FusedScaledOptimizer, index: int) -> list[tuple[Tensor, dict[str, Any]]]:
+def _begun(optimizer: EmaAccess, index: int) -> list[tuple[Tensor, dict[str, Any]]]:
     """Let averages begin that a first step would; returns what their states were."""
     read = optimizer._averages(index)
     key = ema_keys(index + 1)[-1]
-    teachers = optimizer._teachers if index == 0 else {}
+    teachers = optimizer._teachers.tensors if index == 0 else {}
     changed = []
     with torch.inference_mode(False), torch.no_grad():
         for group in optimizer.param_groups:
@@ -116,7 +116,7 @@ def _begun(optimizer: FusedScaledOptimizer, index: int) -> list[tuple[Tensor, di
 
 
 def _load(
-    optimizer: FusedScaledOptimizer,
+    optimizer: EmaAccess,
     model: nn.Module,
     state: Mapping[str, Any],
     index: int,
@@ -195,7 +195,7 @@ def _named_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(first[param], param) for param in model.parameters() if param in first]
 
 
-def _held(optimizer: FusedScaledOptimizer, model: nn.Module, index: int) -> dict[str, Tensor]:
+def _held(optimizer: EmaAccess, model: nn.Module, index: int) -> dict[str, Tensor]:
     """The average's tensors that are the optimizer's, not the model's."""
     average, own = optimizer.ema_state_dict(model, index), model.state_dict()
     return {
@@ -215,9 +215,7 @@ class _Difference(NamedTuple):
         write(self.held, lambda v, w: stored(v.to(w.device), w, "delta"), value, self.weight)
 
 
-def _differences(
-    optimizer: FusedScaledOptimizer, model: nn.Module, index: int
-) -> dict[str, _Difference]:
+def _differences(optimizer: EmaAccess, model: nn.Module, index: int) -> dict[str, _Difference]:
     key = ema_keys(index + 1)[-1]
     found = {}
     for name, param in _named_parameters(model):
@@ -269,7 +267,7 @@ def _updates(state: Mapping[str, Any], layout: Layout) -> int | None:
     return int(value)
 
 
-def _set_base_steps(optimizer: FusedScaledOptimizer, updates: int) -> None:
+def _set_base_steps(optimizer: EmaAccess, updates: int) -> None:
     for group in optimizer.param_groups:
         if isinstance(group["base_steps"], Tensor):
             group["base_steps"].fill_(updates)  # what a captured graph counts on

@@ -8,13 +8,56 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from .. import sharding
+from ..dtypes import COMPUTE_DTYPE, is_fixed
 from ..names import renamed
 from ..sharding import fsdp_modules, is_sharded, local
-from ..step.state import check_teacher
+from . import formats
 
 Teacher: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 Check: TypeAlias = Callable[[Tensor, Tensor, str], None]
+
+
+def check_shape(teacher: Tensor, param: Tensor, name: str) -> None:
+    """Raise ValueError unless ``teacher`` has the parameter's shape."""
+    for what, tensor in ((name, teacher), (f"the parameter of {name}", param)):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"teacher: {what} has no shape yet; allowed: after the first forward of its lazy "
+                "module"
+            )
+    if teacher.shape != param.shape:
+        raise ValueError(
+            f"teacher: {name} has shape {tuple(teacher.shape)}, its parameter {tuple(param.shape)}"
+        )
+
+
+def check_teacher(teacher: Tensor, param: Tensor, name: str, form: str = "full") -> None:
+    """Raise ValueError unless ``teacher`` can hold the average of ``param``."""
+    if form == "delta":
+        raise ValueError(
+            f"teacher: received a teacher with ema_format={form!r}; allowed: ema_format='full', or "
+            "'bf16' for a bfloat16 teacher (a difference to the weights is not what a module "
+            "computes with)"
+        )
+    check_shape(teacher, param, name)
+    dtype = formats.DTYPES.get(form, COMPUTE_DTYPE.get(param.dtype))
+    if is_fixed(param):
+        dtype = param.dtype
+    if teacher.device != param.device:
+        raise ValueError(f"teacher: {name} is on {teacher.device}, its parameter on {param.device}")
+    if not sharding.placed_alike(teacher, param):
+        raise ValueError(
+            f"teacher: {name} is {sharding.place(teacher)}, its parameter {sharding.place(param)}"
+        )
+    if teacher.dtype != dtype:
+        raise ValueError(
+            f"teacher: {name} has dtype {teacher.dtype}; allowed for a {param.dtype} parameter "
+            f"with ema_format={form!r}: {dtype} (rounded to nearest in fewer bits an average stops "
+            "moving; a bfloat16 teacher takes ema_format='bf16')"
+        )
 
 
 def pair(
@@ -44,8 +87,9 @@ def pair(
         return _by_name(renamed(dict(named), names.values()), params, names, check)
     if not in_order:
         raise ValueError(
-            "ema: several param groups cannot be paired by order; pass model=<the student module> "
-            "and the teacher as a module, so that names are known, or give each group its own 'ema'"
+            "teacher: several param groups cannot be paired by order; pass model=<the student "
+            "module> and the teacher as a module, so that names are known, or give each group its "
+            "own 'teacher'"
         )
     return _by_order(tensors, params, {tensor: name for name, tensor in named}, check)
 
@@ -71,7 +115,8 @@ def by_name(teacher: Teacher) -> nn.Module | dict[str, Tensor]:
 def _entries(teacher: Teacher) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
     if isinstance(teacher, Tensor) or not isinstance(teacher, nn.Module | Iterable):
         raise ValueError(
-            f"ema: received a {type(teacher).__name__}; allowed: a module or an iterable of tensors"
+            f"teacher: received a {type(teacher).__name__}; allowed: a module or an iterable of "
+            "tensors"
         )
     items: list[Any] = list(
         teacher.named_parameters() if isinstance(teacher, nn.Module) else teacher
@@ -80,7 +125,7 @@ def _entries(teacher: Teacher) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
     tensors = [item[1] if isinstance(item, tuple) else item for item in items]
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"ema: received a {type(tensor).__name__}; allowed: tensors")
+            raise ValueError(f"teacher: received a {type(tensor).__name__}; allowed: tensors")
     return named if len(named) == len(items) else [], tensors
 
 
@@ -93,14 +138,14 @@ def _by_name(
     known = set(names.values())
     for name in teacher:
         if name not in known:
-            raise ValueError(f"ema: the teacher's parameter {name!r} is not in the student")
+            raise ValueError(f"teacher: its parameter {name!r} is not in the student")
     pairs = {}
     for param in params:
         name = names[param]
         if name not in teacher:
             raise ValueError(
-                f"ema: the teacher has no parameter {name!r}; give its param group ema_decay=None "
-                "if it has no average"
+                f"teacher: it has no parameter {name!r}; give its param group ema_decay=None if it "
+                "has no average"
             )
         check(teacher[name], param, repr(name))
         pairs[param] = teacher[name]
@@ -118,7 +163,7 @@ def _by_order(
         check(tensor, param, name)
     if len(teacher) != len(params):
         raise ValueError(
-            f"ema: the teacher has {len(teacher)} tensors, the optimizer averages {len(params)}; "
+            f"teacher: it has {len(teacher)} tensors, the optimizer averages {len(params)}; "
             "they must pair one to one (a group without an average takes ema_decay=None)"
         )
     return dict(zip(params, teacher, strict=True))
@@ -133,8 +178,8 @@ def check_whole(teacher: Teacher, tensors: Iterable[Tensor]) -> None:
     """Raise ValueError for DTensors without a module: no copies of theirs could be dropped."""
     if not isinstance(teacher, nn.Module) and any(map(is_sharded, tensors)):
         raise ValueError(
-            "ema: received DTensors without their module, which may hold full copies of them; "
-            "allowed: ema=<the module>"
+            "teacher: received DTensors without their module, which may hold full copies of them; "
+            "allowed: teacher=<the module>"
         )
 
 
@@ -146,9 +191,10 @@ def check_buffers_given(teacher: Teacher) -> None:
     name = next((name for name, _ in teacher.named_buffers() if name in saved), None)
     if name is not None:
         warnings.warn(
-            f"a param group's 'ema' is a module with buffers (first: {name!r}), which are left as "
-            "they are: only the optimizer's ema=<module> with model=<the student module> moves "
-            "them; 'ema': list(module.named_parameters()) leaves them without this warning",
+            f"a param group's 'teacher' is a module with buffers (first: {name!r}), which are left "
+            "as they are: only the optimizer's teacher=<module> with model=<the student module> "
+            "moves them; 'teacher': list(module.named_parameters()) leaves them without this "
+            "warning",
             stacklevel=4,
         )
 
@@ -158,7 +204,7 @@ def fitting(groups: Sequence[Mapping[str, Any]]) -> Check:
     forms = {group["ema_format"] for group in groups}
     if len(forms) > 1:
         raise ValueError(
-            f"ema: a teacher with ema_format={sorted(forms)}; allowed: the same in all groups"
+            f"teacher: a teacher with ema_format={sorted(forms)}; allowed: the same in all groups"
         )
     return partial(check_teacher, form=forms.pop())
 
@@ -175,7 +221,7 @@ def check_disjoint(teachers: Iterable[Tensor], params: Iterable[Tensor]) -> None
     for start, stop, is_teacher in spans:
         if start < end[True] or (is_teacher and start < end[False]):
             raise ValueError(
-                "ema: a teacher's tensor shares memory with another one or with a parameter; each "
+                "teacher: a tensor of it shares memory with another one or with a parameter; each "
                 "average needs memory of its own"
             )
         end[is_teacher] = max(end[is_teacher], stop)

@@ -211,7 +211,7 @@ def make_optimizer(
         for group in param_groups_weight_decay(part, decay)
     ]
     shared: EmaOptions = {
-        "ema": target,
+        "teacher": target,
         "model": online,
         "ema_buffers": config.ema_buffers,
         "backend": config.backend,

@@ -55,7 +55,7 @@ class FusedEMA(FusedScaledOptimizer):
 
     Args:
         optimizer: steps the parameters; it is not modified but for the hook.
-        {ema_decay, ema, ema_order, ema_every, ema_format, rounding_seed}
+        {ema_decay, teacher, ema_order, ema_every, ema_format, rounding_seed}
         kappa: batch size / base batch size, a number ``> 0``; scales ``rho`` alone.
         {model, ema_buffers, capturable, backend}
 
@@ -71,7 +71,7 @@ class FusedEMA(FusedScaledOptimizer):
         optimizer: Optimizer,
         ema_decay: EmaDecay = None,
         *,
-        ema: Teacher | None = None,
+        teacher: Teacher | None = None,
         ema_order: EmaOrder = "after",
         ema_every: int = 1,
         ema_format: EmaFormat = "full",
@@ -102,7 +102,7 @@ class FusedEMA(FusedScaledOptimizer):
             [_params(group) for group in optimizer.param_groups],
             {"foreach": None, "fused": None, "differentiable": False, "capturable": capturable},
             ema_decay=ema_decay,
-            ema=ema,
+            teacher=teacher,
             ema_every=ema_every,
             ema_format=ema_format,
             rounding_seed=rounding_seed,

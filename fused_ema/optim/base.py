@@ -18,25 +18,14 @@ from ..checks import check_choice
 from ..dtypes import is_fixed, is_there
 from ..ema.access import EmaAccess
 from ..ema.buffers import BUFFERS, EmaBuffers, EmaBuffersMode, Moves, moving, resolve
-from ..ema.decay import EmaDecay, EmaOrder, decays
+from ..ema.decay import EmaDecay, EmaOrder
 from ..ema.formats import EmaFormat, StateFormat
 from ..ema.swap import Flag
-from ..ema.teacher import (
-    Teacher,
-    by_name,
-    check_buffers_given,
-    check_disjoint,
-    check_whole,
-    fitting,
-    lasting,
-    named,
-    pair,
-    resharding_modules,
-)
+from ..ema.teacher import Teacher, check_buffers_given, named
+from ..ema.teachers import Teachers
 from ..extension import native
 from ..rules.frozen import FROZEN
 from ..rules.rule import Rule
-from ..sharding import reshard
 from ..step import clock
 from ..step.backends import BackendName
 from ..step.folding import Checked
@@ -110,7 +99,7 @@ class FusedScaledOptimizer(EmaAccess):
         defaults: dict[str, Any],
         *,
         ema_decay: EmaDecay = None,
-        ema: Teacher | None = None,
+        teacher: Teacher | None = None,
         ema_order: EmaOrder = "after",
         ema_every: int = 1,
         ema_format: EmaFormat = "full",
@@ -126,9 +115,7 @@ class FusedScaledOptimizer(EmaAccess):
         check_choice("backend", backend, BackendName)
         self.backend = backend
         self._grad_norm: Tensor | None = None
-        self._teachers: dict[Tensor, Tensor] = {}
-        self._whole_teacher: nn.Module | dict[str, Tensor] | None = None
-        self._teacher_modules: list[Any] = []
+        self._teachers = Teachers()
         self._names: dict[Tensor, str] = {}
         self._buffers: EmaBuffers | None = None
         self._swap_flag = Flag()
@@ -157,13 +144,12 @@ class FusedScaledOptimizer(EmaAccess):
             self._names = named(model)
         self._made = False
         super().__init__(params, defaults)
-        if ema is not None:
-            ema = lasting(ema)
-            self._bind(ema, [self.param_groups[i] for i in self._averaged_groups()])
-            self._whole_teacher = by_name(ema)
-        self._check_disjoint({})
+        if teacher is not None:
+            averaged = [self.param_groups[i] for i in self._averaged_groups()]
+            self._teachers.bind_whole(teacher, averaged, self._names)
+        self._teachers.check_disjoint(self._params())
         del self._made
-        self._buffers = resolve(model, ema_buffers, ema)
+        self._buffers = resolve(model, ema_buffers, teacher)
 
     @property
     def kappa(self) -> float:
@@ -339,13 +325,13 @@ class FusedScaledOptimizer(EmaAccess):
         if self.param_groups[0]["ema_every"] > 1:
             calls += clock.wait(self.param_groups, stepper.folder.kappas, averaged)
         if moves:
-            calls += moving(moves, control)
+            calls += moving(moves, None if control is None else control.taken)
         if doubt is not None or self._doubt is not None:
             calls.append(partial(setattr, self, "_doubt", doubt))
         if self._begun is not None:
             calls.append(partial(setattr, self, "_begun", None))
         if averaged:
-            reshard(self._teacher_modules)  # the full copies, which nothing reads in between
+            self._teachers.reshard()  # the full copies, which nothing reads in between
         together(calls)
 
     @_disable_dynamo
@@ -363,11 +349,11 @@ class FusedScaledOptimizer(EmaAccess):
         self._doubt = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as torch does; ``ema`` in it: its own teacher, without buffers.
+        """Add a param group, as torch does; ``teacher`` in it: its own, without buffers.
 
-        Without ``ema`` the group's averages are the optimizer's own; if it was made with a teacher
-        of the whole network, they are that teacher's tensors of the same names. A schedule of
-        ``rho`` goes on where the first group's is.
+        Without it the group's averages are the optimizer's own; if that was made with a teacher of
+        the whole network, they are that teacher's tensors of the same names. A schedule of ``rho``
+        goes on where the first group's is.
 
         Raises:
             ValueError: a bad value, a parameter given twice, or a teacher that does not match, or
@@ -378,7 +364,7 @@ class FusedScaledOptimizer(EmaAccess):
         if isinstance(param_group, dict):
             asked |= {field: param_group[field] for field in ASKED if field in param_group}
             param_group = as_given(param_group)  # a copy: the caller's may be used again
-            teacher = param_group.pop("ema", None)
+            teacher = param_group.pop("teacher", None)
             if self.param_groups:
                 param_group.setdefault("base_steps", float(self.param_groups[0]["base_steps"]))
             checked = {"params": [], **self.defaults, **param_group}
@@ -396,9 +382,11 @@ class FusedScaledOptimizer(EmaAccess):
             self._learn_names(group)
             if teacher is not None:
                 check_buffers_given(teacher)
-                self._bind(teacher, [group])
-            elif self._whole_teacher is not None and decays(group["ema_decay"]):
-                self._bind_more(group)
+                # a constructor's groups are looked at together: one by one would be quadratic
+                among = self._params() if self._made else None
+                self._teachers.bind(teacher, [group], self._names, among)
+            elif self._made:
+                self._teachers.bind_added(group, self._names, self._params())
         except Exception:
             self.param_groups.pop()
             raise
@@ -499,7 +487,7 @@ class FusedScaledOptimizer(EmaAccess):
             given,
             self._check_groups,
             self._buffers,
-            self._teachers,
+            self._teachers.tensors,
         )
         state: defaultdict[Any, Any] = defaultdict(dict, new.state)
         try:
@@ -509,7 +497,7 @@ class FusedScaledOptimizer(EmaAccess):
             if self.state is state:  # an interrupt: what has begun is ended
                 new.write()
             raise
-        reshard(self._teacher_modules)
+        self._teachers.reshard()
         for seen in list(self._optimizer_load_state_dict_post_hooks.values()):
             seen(self)
 
@@ -517,7 +505,7 @@ class FusedScaledOptimizer(EmaAccess):
         self._check_not_swapped("copying or pickling the optimizer")
         self._settle()
         options = ("backend", "_given", "_asked", "_placed")
-        own = (*options, "_teachers", "_whole_teacher", "_teacher_modules", "_names", "_buffers")
+        own = (*options, "_teachers", "_names", "_buffers")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -573,8 +561,7 @@ class FusedScaledOptimizer(EmaAccess):
         if self._begun is None:
             held = [] if self._buffers is None else list(map(dict, self._buffers.held))
             self._begun = _Begun([], held)
-        params = [param for group in self.param_groups for param in group["params"]]
-        before = [(param, set(self.state.get(param, ()))) for param in params]
+        before = [(param, set(self.state.get(param, ()))) for param in self._params()]
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self._complete_all()
@@ -588,7 +575,9 @@ class FusedScaledOptimizer(EmaAccess):
             for param in group["params"]:
                 if not is_there(param) or is_fixed(param):
                     continue
-                complete(self.rule, group, param, self.state[param], self._teachers.get(param))
+                complete(
+                    self.rule, group, param, self.state[param], self._teachers.tensors.get(param)
+                )
         if self._buffers is not None:
             self._begin_buffers(self._buffers)
 
@@ -598,14 +587,16 @@ class FusedScaledOptimizer(EmaAccess):
             self._names.update(named(self._buffers.model))
         for group in self.param_groups:
             self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
-        replaced.follow(self._placed, self.param_groups, self._names, self.state, self._teachers)
+        replaced.follow(
+            self._placed, self.param_groups, self._names, self.state, self._teachers.tensors
+        )
         self._placed = [list(group["params"]) for group in self.param_groups]
 
     def _begin_buffers(self, buffers: EmaBuffers) -> None:
         """Hold averaged buffers, and let the state show them where checkpoints look."""
         buffers.begin(self._num_emas())
         entry, home = buffers.entry(), checkpoint.home(self.param_groups)
-        for param in (param for group in self.param_groups for param in group["params"]):
+        for param in self._params():
             self.state.get(param, {}).pop(BUFFERS, None)
         if entry and home is not None:
             self.state[home][BUFFERS] = entry
@@ -615,30 +606,8 @@ class FusedScaledOptimizer(EmaAccess):
         weights = [self._stepper.folder.weights(i) for i in range(len(self.param_groups))]
         return max(weights, key=len)
 
-    def _bind(self, teacher: Teacher, groups: list[dict[str, Any]]) -> None:
-        params = [p for group in groups for p in group["params"] if p not in self._teachers]
-        if not params or not all(decays(group["ema_decay"]) for group in groups):
-            raise ValueError("ema was given, but ema_decay=None; allowed: a decay for the teacher")
-        modules = resharding_modules(teacher)
-        reshard(modules)
-        pairs = pair(teacher, params, self._names, len(groups) == 1, fitting(groups))
-        check_whole(teacher, pairs.values())
-        if self._made:  # else all are checked at once: one group after another is quadratic
-            self._check_disjoint(pairs)
-        self._teachers.update(pairs)
-        self._teacher_modules += [m for m in modules if m not in self._teacher_modules]
-
-    def _bind_more(self, group: dict[str, Any]) -> None:
-        """Give an added group its part of the teacher that the optimizer was made with."""
-        teacher = self._whole_teacher
-        if not teacher or not all(param in self._names for param in group["params"]):
-            raise ValueError(
-                "add_param_group(): the optimizer was made with a teacher, and its tensors for the "
-                "new parameters are not known; pass them as the group's 'ema', or give the group "
-                "ema_decay=None (a teacher module, and model=<the student module> or named "
-                "parameters, pair by name)"
-            )
-        self._bind(teacher if isinstance(teacher, nn.Module) else teacher.items(), [group])
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def _learn_names(self, group: dict[str, Any]) -> None:
         """Of a new group: the student module's if it is known, which may have grown, or given."""
@@ -647,13 +616,6 @@ class FusedScaledOptimizer(EmaAccess):
             self._names.update(named(self._buffers.model))
         for param, name in zip(params, group.get("param_names", ()), strict=False):
             self._names.setdefault(param, name)
-
-    def _check_disjoint(self, pairs: Mapping[Tensor, Tensor]) -> None:
-        both = {**self._teachers, **pairs}
-        teachers = [tensor for param, tensor in both.items() if not is_fixed(param)]
-        if teachers:
-            every = [param for group in self.param_groups for param in group["params"]]
-            check_disjoint(teachers, every)
 
     def _check_group(self, group: Mapping[str, Any]) -> Checked:
         return check_group(self.rule, group, self.backend)

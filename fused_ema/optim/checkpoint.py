@@ -14,13 +14,14 @@ from torch.nn.parameter import is_lazy
 from .. import sharding
 from ..dtypes import COMPUTE_DTYPE, is_fixed, is_there, weight_of
 from ..ema import formats
+from ..ema.averages import differences
 from ..ema.buffers import BUFFERS, EmaBuffers, moving
 from ..ema.decay import decays, ema_keys, is_constant
 from ..names import bare
 from ..rules.rule import Rule
 from ..step import clock
 from ..step.buckets import wants_master
-from ..step.state import differences, drop_master, state_dtype
+from ..step.state import drop_master, state_dtype
 from ..together import together
 from ..values import as_given
 
@@ -203,7 +204,7 @@ class _Writes:
         if self.targets:
             # one call, which no signal of Python's interrupts
             torch._foreach_copy_(self.targets, self.sources)
-        together(moving(self.places, None))
+        together(moving(self.places))
 
 
 def _teachers_values(
@@ -377,8 +378,8 @@ def _warn_about_teacher(
             lacks = "ema" not in state[param] if param in state else foreign
             if param in teachers and lacks:
                 warnings.warn(
-                    "state_dict: there is no average for the teacher (ema=), which stays as it is; "
-                    "copy the weights into it, teacher.load_state_dict(model.state_dict()), or "
+                    "state_dict: there is no average for the teacher, which stays as it is; copy "
+                    "the weights into it, teacher.load_state_dict(model.state_dict()), or "
                     "its average, fused_ema.load_ema(optimizer, model, ...)",
                     stacklevel=6,
                 )

@@ -21,7 +21,7 @@ class EmaOptions(TypedDict, total=False):
     """Keyword arguments that every optimizer here takes beside its torch namesake's."""
 
     ema_decay: EmaDecay
-    ema: Teacher | None
+    teacher: Teacher | None
     ema_order: EmaOrder
     ema_every: int
     ema_format: EmaFormat
@@ -41,7 +41,7 @@ EMA = {
         of the steps so far, counted in base batches; or a tuple of those, one an average;
         None: no average. ``rho = 0.9999`` has a mean age of 10,000 base steps: a run that is
         not many times longer wants a smaller one, or ``WarmUpDecay``.""",
-    "ema": """a teacher that is the (first) average: a module, its parameters or its named
+    "teacher": """a teacher that is the (first) average: a module, its parameters or its named
         parameters. It is modified in place at every step and keeps its present values as the
         start. None: the optimizer keeps the average, which starts at the weights.""",
     "ema_order": """``"after"``: the average takes in the new weights (the paper's Algorithm
@@ -77,7 +77,7 @@ EMA = {
 }
 TORCH = {
     "params": """parameters, named parameters or param groups, as torch takes them. A group may
-        set any hyper-parameter for itself, and ``"ema"``: its own teacher tensors.""",
+        set any hyper-parameter for itself, and ``"teacher"``: its own teacher tensors.""",
     "lr": """learning rate at the base batch size, ``>= 0``; a float or a tensor of one
         element.""",
     "maximize": """ascend instead of descending.""",

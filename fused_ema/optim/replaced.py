@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..step.state import check_teacher
+from ..ema.teacher import check_teacher
 
 Groups = Sequence[Mapping[str, Any]]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from ..ema import averages
+from ..ema import modules
 from ..ema.teacher import named
 from .base import FusedScaledOptimizer
 
@@ -60,4 +60,4 @@ def ema_state_dict(
         for buffer, held in optimizer._held_buffers(index).items():
             if held is not buffer:
                 buffers.setdefault(buffer, held)
-    return averages.state_dict(model, averaged, buffers)
+    return modules.state_dict(model, averaged, buffers)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from .. import sharding
-from ..dtypes import COMPUTE_DTYPE, dense_order, is_fixed, weight_of
-from ..ema import formats
+from ..dtypes import COMPUTE_DTYPE, beside, is_fixed
+from ..ema import averages, formats
+from ..ema.averages import differences, full
 from ..ema.decay import decays, ema_keys
 from ..rules.rule import Rule
 from .buckets import is_active, wants_master
@@ -54,20 +54,7 @@ def complete(
         if wants_master(group, param):
             state["master"] = _master(state.get("master"), param)
     state["step"] = counter(state.get("step", 0.0), counter_device(group, param), "state 'step'")
-    form = group["ema_format"]
-    if emas and form != "full" and COMPUTE_DTYPE[param.dtype] != torch.float32:
-        raise TypeError(
-            f"ema_format={form!r}: a parameter has dtype {param.dtype}; allowed: float32, bfloat16 "
-            "or float16 parameters"
-        )
-    if teacher is not None and emas:
-        check_teacher(teacher, param, "the teacher's tensor", form)
-        state["ema"] = teacher
-    weight = weight_of(param, state)
-    _rest(state, weight, emas)
-    for key in emas:
-        if teacher is None or state.get(key) is not teacher:
-            state[key] = _average(state.get(key), weight, param, form, key)
+    averages.complete(emas, param, state, group, teacher)
 
 
 def check_param(param: Tensor, written: bool) -> None:
@@ -98,105 +85,14 @@ def drop_master(state: dict[str, Any]) -> None:
     if master is None:
         return
     for key in differences(state):
-        state[key] = _full(state[key], master)
-
-
-def differences(state: Mapping[str, Any]) -> list[str]:
-    """Names of the averages that are kept as differences to the weights."""
-    return [
-        key
-        for key, value in state.items()
-        if (key == "ema" or key.startswith("ema_"))
-        and isinstance(value, Tensor)
-        and value.dtype == formats.DTYPES["delta"]
-    ]
+        state[key] = full(state[key], master)
 
 
 def _master(held: Tensor | None, param: Tensor) -> Tensor:
     dtype = COMPUTE_DTYPE[param.dtype]
     if held is None:
         return param.detach().to(dtype, copy=True)
-    return _beside(held, param, dtype, "master")
-
-
-def held_average(
-    key: str,
-    param: Tensor,
-    state: Mapping[str, Any],
-    teacher: Tensor | None = None,
-) -> Tensor:
-    """The average ``key`` of a parameter; what has not begun yet is the weights or the teacher.
-
-    Args:
-        key: ``"ema"``, ``"ema_1"``, ...
-        param: the parameter.
-        state: its state, which may be empty.
-        teacher: the tensor that is the first average, for that one.
-
-    Raises:
-        RuntimeError: the average has another shape than the parameter.
-    """
-    weight = weight_of(param, state)
-    value: Tensor | None = state.get(key)
-    if value is None:
-        return weight if teacher is None else teacher
-    if value.shape != param.shape:
-        raise RuntimeError(
-            f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
-        )
-    return formats.average(value, weight)
-
-
-def begin_average(
-    key: str,
-    param: Tensor,
-    state: dict[str, Any],
-    group: Mapping[str, Any],
-    teacher: Tensor | None = None,
-) -> None:
-    """Let one average begin, for values that are about to be put there.
-
-    The arguments are those of :func:`held_average`, and the parameter's group. Masters and moments
-    begin at the first step.
-    """
-    form = group["ema_format"]
-    if teacher is None:
-        state[key] = _average(state.get(key), weight_of(param, state), param, form, key)
-    else:
-        check_teacher(teacher, param, "the teacher's tensor", form)
-        state[key] = teacher
-
-
-def _rest(state: dict[str, Any], weight: Tensor, emas: tuple[str, ...]) -> None:
-    """Keep averages that do not move as they are: the weights go on without them."""
-    for key in differences(state):
-        if key not in emas:
-            state[key] = _full(state[key], weight)
-
-
-def _average(value: Tensor | None, weight: Tensor, param: Tensor, form: str, key: str) -> Tensor:
-    """An average as the format keeps it: ``value``, or the weights where there is none."""
-    dtype = formats.DTYPES.get(form, COMPUTE_DTYPE[param.dtype])
-    if value is None:
-        if form == "full":
-            return weight.to(dtype, copy=True)
-        return _converted(lambda value, _: value, weight, weight, form)
-    if value.dtype != dtype and (form != "full" or value.dtype == formats.DTYPES["delta"]):
-        # the group's format has changed; a state of another dtype may also be a user's
-        value = _beside(value, param, value.dtype, key)
-        value = _converted(formats.average, value, weight, form)
-    return _beside(value, param, dtype, key)
-
-
-def _full(value: Tensor, weight: Tensor) -> Tensor:
-    """The average that a difference to ``weight`` stands for, in float32."""
-    return _converted(formats.average, value, weight, "full")
-
-
-def _converted(read: formats.Compute, value: Tensor, weight: Tensor, form: str) -> Tensor:
-    """The average ``read(value, weight)`` as the format keeps it, in memory of its own."""
-    ema = torch.empty_like(weight, dtype=formats.DTYPES.get(form, torch.float32))
-    return formats.write(ema, lambda held, w: formats.stored(read(held, w), w, form), value, weight)
+    return beside(held, param, dtype, "master")
 
 
 def weight_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
@@ -232,7 +128,7 @@ def _complete_rule_states(
         if state.get(key) is None:
             state[key] = torch.zeros_like(param, dtype=dtype).detach()
         else:
-            state[key] = _beside(state[key], param, dtype, key)
+            state[key] = beside(state[key], param, dtype, key)
 
 
 def reset(rule: Rule, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -254,55 +150,3 @@ def counter(value: Any, device: torch.device, name: str) -> Tensor:
     if isinstance(value, Tensor) and value.dtype == torch.float64 and value.device == device:
         return value
     return torch.tensor(float(value), dtype=torch.float64, device=device)
-
-
-def _beside(value: Tensor, param: Tensor, dtype: torch.dtype, key: str) -> Tensor:
-    """``value`` where the kernels want it: on the parameter's device, in its memory order."""
-    if value.shape != param.shape:
-        raise RuntimeError(
-            f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"
-        )
-    in_order = value.stride() == param.stride() or dense_order(param) is None
-    in_order = in_order and sharding.placed_alike(value, param)
-    if in_order and value.device == param.device and value.dtype == dtype:
-        return value
-    return sharding.copy(torch.empty_like(param, dtype=dtype).detach(), value)
-
-
-def check_shape(teacher: Tensor, param: Tensor, name: str) -> None:
-    """Raise ValueError unless ``teacher`` has the parameter's shape."""
-    for what, tensor in ((name, teacher), (f"the parameter of {name}", param)):
-        if is_lazy(tensor):
-            raise ValueError(
-                f"ema: {what} has no shape yet; allowed: after the first forward of its lazy module"
-            )
-    if teacher.shape != param.shape:
-        raise ValueError(
-            f"ema: {name} has shape {tuple(teacher.shape)}, its parameter {tuple(param.shape)}"
-        )
-
-
-def check_teacher(teacher: Tensor, param: Tensor, name: str, form: str = "full") -> None:
-    """Raise ValueError unless ``teacher`` can hold the average of ``param``."""
-    if form == "delta":
-        raise ValueError(
-            f"ema: received a teacher with ema_format={form!r}; allowed: ema_format='full', or "
-            "'bf16' for a bfloat16 teacher (a difference to the weights is not what a module "
-            "computes with)"
-        )
-    check_shape(teacher, param, name)
-    dtype = formats.DTYPES.get(form, COMPUTE_DTYPE.get(param.dtype))
-    if is_fixed(param):
-        dtype = param.dtype
-    if teacher.device != param.device:
-        raise ValueError(f"ema: {name} is on {teacher.device}, its parameter on {param.device}")
-    if not sharding.placed_alike(teacher, param):
-        raise ValueError(
-            f"ema: {name} is {sharding.place(teacher)}, its parameter {sharding.place(param)}"
-        )
-    if teacher.dtype != dtype:
-        raise ValueError(
-            f"ema: {name} has dtype {teacher.dtype}; allowed for a {param.dtype} parameter with "
-            f"ema_format={form!r}: {dtype} (rounded to nearest in fewer bits an average stops "
-            "moving; a bfloat16 teacher takes ema_format='bf16')"
-        )

@@ -179,7 +179,7 @@ class Stepper:
         self._places, self._turns = native.Places(self._written), turns(native.spans(self._written))
         if any(turn is not None for turn in self._turns[len(params) :]):
             raise ValueError(
-                "ema: an average (or its teacher's tensor) shares memory with a parameter or "
+                "teacher: a tensor of it, or an average, shares memory with a parameter or "
                 "another average; allowed: memory of its own for each"
             )
         self._devices = [bucket.key.device for bucket in buckets]
