@@ -158,7 +158,7 @@ test-shim: setup ## run the CUDA plan and kernel as C++ on the CPU through the p
 	$(call test_sanitized,FUSED_EMA_CUDA_SHIM=1,shim,--backends=shim $(addprefix $(CURDIR)/tests/,\
 		test_parity.py test_plans.py test_gradients.py test_master_weights.py test_capturable.py::test_steps_and_trajectory_match_the_oracle \
 		test_formats.py::test_device_kernels_draw_the_native_bits \
-		test_state_format.py::test_device_kernels_draw_the_native_bits))
+		test_state_format.py::test_device_kernels_draw_the_native_bits test_streams.py))
 
 .PHONY: clean
 clean: ## remove what was built and cached, but not the virtual environment

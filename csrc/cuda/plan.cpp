@@ -6,8 +6,6 @@
 
 #include <cstring>
 
-#include "cuda/stream.h"
-
 namespace fused_ema::cuda {
 
 Plan::Plan(const std::string& rule, OwnedSlots slots, bool ema_before)
@@ -17,11 +15,14 @@ Plan::Plan(const std::string& rule, OwnedSlots slots, bool ema_before)
       ema_before_(ema_before),
       slots_(std::move(slots)),
       chunks_(slots_->chunks(chunk_elements(slots_->storage().type)).to(slots_->device())),
-      neutral_(at::tensor({1.0, 0.0}, at::kDouble).to(slots_->device())) {}
+      neutral_(at::tensor({1.0, 0.0}, at::kDouble).to(slots_->device())) {
+  const c10::DeviceGuard guard(slots_->device());
+  stream_ = current_stream(slots_->device()).handle;
+}
 
 at::Tensor Plan::sum_of_squares() {
   const c10::DeviceGuard guard(slots_->device());
-  const Stream stream = current_stream(slots_->device());
+  const Stream stream = enter();
   slots_->begin_gradients();
   pack(stream.capturing);
   const at::Tensor sums = at::empty({sums_of(chunks_.size(0))},
@@ -37,7 +38,7 @@ at::Tensor Plan::sum_of_squares() {
 // behind the kernel: torch's allocator gives memory back in the order of its stream.
 void Plan::run(const std::optional<at::Tensor>& control, const std::optional<at::Tensor>& scalars) {
   const c10::DeviceGuard guard(slots_->device());
-  const Stream stream = current_stream(slots_->device());
+  const Stream stream = enter();
   slots_->begin();
   pack(stream.capturing);
   kernel_.kernel(
@@ -47,6 +48,16 @@ void Plan::run(const std::optional<at::Tensor>& control, const std::optional<at:
        slots_->num_changing(), (control ? *control : neutral_).const_data_ptr<double>(),
        slots_->device().index(), stream.handle});
   slots_->advance();
+}
+
+// The current stream. Where it is another one than before, what the plan keeps is read there, too:
+// freed, it must not go back to the stream that it was made on while a kernel still reads it.
+Stream Plan::enter() {
+  const Stream stream = current_stream(slots_->device());
+  if (std::exchange(stream_, stream.handle) != stream.handle)
+    for (const at::Tensor* kept : {&chunks_, &neutral_, &slot_table_, &changing_})
+      if (kept->defined()) record_reader(*kept);
+  return stream;
 }
 
 // Packs what changes from step to step and uploads what must lie on the device: once a step, unless

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/launch.h"
+#include "cuda/stream.h"
 #include "slots.h"
 
 namespace fused_ema::cuda {
@@ -43,6 +44,7 @@ class Plan {
   }
 
  private:
+  Stream enter();
   void pack(bool capturing);
   const int64_t* device_words() const;
   at::Tensor upload(const int64_t* words, int64_t count, bool capturing);
@@ -56,6 +58,7 @@ class Plan {
   at::Tensor neutral_;            // the control of a step that takes gradients as they are
   at::Tensor slot_table_;         // the slots' words on the device
   at::Tensor changing_;           // the words before them there, where they are too many to pass
+  void* stream_;                  // every one of these is its own, or known to be read there
   std::vector<int64_t> words_;    // as packed
   bool packed_ = false;           // since they were prepared
   at::Tensor spare_;              // pinned; a capture must not allocate any

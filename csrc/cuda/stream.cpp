@@ -11,4 +11,8 @@ Stream current_stream(c10::Device device) {
           status != c10::cuda::CaptureStatus::None};
 }
 
+void record_reader(const at::Tensor& tensor) {
+  tensor.record_stream(c10::cuda::getCurrentCUDAStream(tensor.device().index()).unwrap());
+}
+
 }  // namespace fused_ema::cuda

@@ -2,7 +2,7 @@
 // compile.
 #pragma once
 
-#include <c10/core/Device.h>
+#include <ATen/core/Tensor.h>
 
 namespace fused_ema::cuda {
 
@@ -13,5 +13,9 @@ struct Stream {
 
 // torch's current stream of a device, which must be the current one.
 Stream current_stream(c10::Device device);
+
+// Tells torch's allocator that the current stream of its device reads a tensor's memory. Once
+// freed, it is used anew only behind what has been given to that stream by then.
+void record_reader(const at::Tensor& tensor);
 
 }  // namespace fused_ema::cuda

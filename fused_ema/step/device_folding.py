@@ -112,6 +112,11 @@ class DeviceFolder:
         if capturing:
             self._forget()
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """What runs read on the device, beside the counters and the groups' own tensors."""
+        return [self.table, self._steps, self._column, self._inputs, *self._constants.values()]
+
     def _forget(self) -> None:
         self._known.clear()
         self._constants.clear()

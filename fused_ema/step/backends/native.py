@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...extension import native, why_not
 from ..buckets import Bucket
-from . import dense, graphs
+from . import dense, graphs, streams
 from .plan import Fold, Plan
 
 NAME = "native"
@@ -31,6 +31,7 @@ class CapturablePlan:
     def __init__(self, bucket: Bucket) -> None:
         self._device = bucket.key.device
         self._folder = graphs.device_folder(bucket)
+        self._readers = streams.Readers(self._device)
         self._slots = dense.slots(bucket)
         self._plan = native.CudaPlan(bucket.rule.name, self._slots, is_before(bucket))
 
@@ -53,6 +54,7 @@ class CapturablePlan:
         return self._plan.sum_of_squares()
 
     def run(self, control: Tensor | None) -> None:
+        self._readers.enter(lambda: self._folder.kept)
         capturing = graphs.is_capturing(self._device)
         self._folder.run(self._slots.active, capturing, control)
         self._plan.run(control, self._folder.table)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...ema import formats
 from ...extension import native
 from ..buckets import Bucket
-from . import dense, graphs
+from . import dense, graphs, streams
 from .plan import Fold
 
 NAME = "triton"
@@ -58,6 +58,11 @@ class DeviceWords:
         self._parts: tuple[int, Parts] | None = None
         self._spare: Tensor | None = None
         self.kept: list[Tensor] = []
+
+    @property
+    def device_words(self) -> Tensor:
+        """What is on the device now, to be overwritten or dropped by an upload."""
+        return self._words
 
     def current(self) -> Parts:
         """Upload what has changed."""
@@ -121,7 +126,8 @@ class TritonPlan:
         row_size = 0 if key.capturable else len(scalars) + len(key.emas) + key.rounds
         self._words = DeviceWords(self._slots, row_size, key.device)
         self._control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=key.device)
-        chunks = self._slots.chunks(CHUNK).to(key.device)
+        self._chunks = chunks = self._slots.chunks(CHUNK).to(key.device)
+        self._readers = streams.Readers(key.device)
         slot_size = 3 + len(bucket.state_keys) + len(bucket.key.emas)
         self._squares = partial(squares, dtype=key.dtype, slot_size=slot_size, chunks=chunks)
         self._launch = partial(
@@ -157,7 +163,12 @@ class TritonPlan:
     def release(self) -> None:
         self._slots.release()
 
+    def _kept(self) -> list[Tensor]:
+        folding = [] if self._folder is None else self._folder.kept
+        return [self._chunks, self._control, self._words.device_words, *folding]
+
     def sum_of_squares(self) -> Tensor:
+        self._readers.enter(self._kept)
         self._slots.begin_gradients()
         with self._slots.hold():  # another thread may run until the launch
             parts = self._uploaded(graphs.is_capturing(self._device))
@@ -165,6 +176,7 @@ class TritonPlan:
         return sums.sum()
 
     def run(self, control: Tensor | None) -> None:
+        self._readers.enter(self._kept)
         self._slots.begin()
         with self._slots.hold():
             self._run(control)
