@@ -57,7 +57,8 @@ void launch_sized(const Launch& launch) {
   void* arguments[] = {&parameters};
   const auto kernel = step<Rule, Layout, format, bytes>;
   const int64_t blocks =
-      std::min<int64_t>(launch.num_chunks, resident_blocks(kernel, launch.device));
+      persistent ? std::min<int64_t>(launch.num_chunks, resident_blocks(kernel, launch.device))
+                 : launch.num_chunks;
   check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments, 0,
                          static_cast<cudaStream_t>(launch.stream)),
         "to launch the step kernel");

@@ -5,14 +5,10 @@
 #include <string>
 #include <vector>
 
+#include "cuda/tuning.h"
 #include "kernels.h"
 
 namespace fused_ema::cuda {
-
-// A chunk is what a block steps at a time: the same bytes of a parameter for every type. Large
-// enough that looking up its slot and scalars is small beside it, small enough that a model of a
-// million parameters still has more chunks than the GPU has multiprocessors.
-constexpr int64_t chunk_bytes = 16384;
 
 constexpr int64_t chunk_elements(StoredType stored) {
   switch (stored) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cuda/tuning.h"
 #include "numeric.h"
 
 namespace fused_ema::cuda {
@@ -14,7 +15,7 @@ constexpr int access = 16;  // bytes of the widest load and store
 __device__ inline uint4 read_wide(const void* from) {
 #if defined(__CUDA_ARCH__)
   uint4 value;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global" FUSED_EMA_LOAD_HINT ".v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(from));
   return value;
@@ -25,8 +26,8 @@ __device__ inline uint4 read_wide(const void* from) {
 
 __device__ inline void write_wide(void* to, uint4 value) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w)
+  asm volatile("st.global" FUSED_EMA_STORE_HINT ".v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
                : "memory");
 #else
   *static_cast<uint4*>(to) = value;

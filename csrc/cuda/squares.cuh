@@ -5,9 +5,6 @@
 
 namespace fused_ema::cuda {
 
-// Enough to fill any GPU of today; not from the device, for the order of a sum makes its bits.
-constexpr int64_t squares_blocks = 1024;
-
 // SquaresLaunch, as the kernel sees it; `grads` is null where they are in the parameters.
 struct GradTask {
   const int32_t* chunks;

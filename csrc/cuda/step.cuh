@@ -11,11 +11,6 @@
 
 namespace fused_ema::cuda {
 
-constexpr int threads = 256;
-// Four blocks to a multiprocessor leave a thread 64 of its 65536 registers: enough warps to hide
-// the latency of memory, and enough registers for all loads of 16 bytes to be under way at once.
-constexpr int min_blocks = 4;
-
 // Launch, as the kernel sees it; `words` is null where they are in the parameters.
 struct Task {
   const int32_t* chunks;
@@ -300,7 +295,7 @@ template <int width, class Visit>
 __device__ void for_each_pack(int count, bool aligned, Visit visit) {
   const int thread = static_cast<int>(threadIdx.x);
   const int wide = aligned ? count / width * width : 0;
-#pragma unroll 1
+#pragma unroll unroll
   for (int at = thread * width; at < wide; at += threads * width)
     visit(std::integral_constant<int, width>{}, at);
 #pragma unroll 1
@@ -335,8 +330,8 @@ __device__ void follow_chunk(const Chunk& chunk, int k, bool ema_before) {
   });
 }
 
-// A grid that fills the GPU and whose blocks go from chunk to chunk. In every pass over a chunk a
-// thread meets the same elements, so that no thread ever waits for another.
+// Where the grid is persistent it fills the GPU, and blocks go from chunk to chunk. In every pass
+// over a chunk a thread meets the same elements, so that no thread ever waits for another.
 template <class Rule, class Layout, EmaFormat format, int bytes>
 __global__ void __launch_bounds__(threads, min_blocks)
     step(const __grid_constant__ Parameters<bytes> parameters) {
