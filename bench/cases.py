@@ -92,6 +92,13 @@ CASES = {
     )
 }
 
+
+def shrunk(case: Case, by: int) -> Case:
+    """With every tensor cut to a part of its rows, to try a benchmark out."""
+    rows = ((max(1, shape[0] // by), *shape[1:]) if shape else shape for shape in case.shapes)
+    return replace(case, shapes=tuple(rows))
+
+
 # Tensors of no or hardly any elements: all that remains of a step is what the host does.
 HOST_COUNTS = (1, 62, 152, 400, 1000)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -13,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from .machine import of_gpu
 
 Step = Callable[[], object]
 
@@ -187,20 +188,14 @@ class Cuda:
         torch.cuda.synchronize()
 
     def describe(self) -> dict[str, object]:
-        return {"device": torch.cuda.get_device_name(), "driver": driver()}
+        return {
+            "device": torch.cuda.get_device_name(),
+            "driver": of_gpu("driver_version") or "unknown",
+        }
 
 
 def is_device_work(event: Any) -> bool:
     return event.device_type.name == "CUDA" and not event.is_user_annotation
-
-
-def driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.splitlines()[0].strip()
 
 
 DEVICES: dict[str, Callable[[], Device]] = {"cpu": Cpu, "cuda": Cuda}

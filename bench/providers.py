@@ -16,7 +16,6 @@ from .provider import Bound, NotOfferedError, Provider, Stepper
 from .spec import (
     EMA,
     EMA_DECAYS,
-    GRAPH,
     KAPPA,
     LR,
     STEP,
@@ -72,9 +71,9 @@ def made_by(backend: str, groups: Groups, spec: Spec) -> Stepper:
         groups,
         **flags,
         master_weights=scenario.master,
-        max_grad_norm=max_norm(params) if scenario.chain else None,
+        max_grad_norm=max_norm(params) if scenario.clip else None,
     )
-    return stepper(opt, scaled_step(opt, spec) if scenario.chain else opt.step)
+    return stepper(opt, scaled_step(opt, spec) if scenario.scaled else opt.step)
 
 
 def scaled_step(opt: torch.optim.Optimizer, spec: Spec) -> Callable[[], object]:
@@ -202,7 +201,7 @@ def providers(scenario: Scenario, case: Case, device: str) -> tuple[Provider, ..
     """Whom to time: only the likely ones where all would take minutes."""
     leading, bound = LEADING[device], BOUNDS[device]
     apex_like = (small_chunks(),) if device == "cuda" and scenario is STEP else ()
-    if scenario is GRAPH:
+    if scenario.graphed:
         return (*leading, PEER, FOREACH_LERP, bound)
     if case.numel > MANY or len(case.shapes) > MANY_TENSORS:
         if scenario is EMA:

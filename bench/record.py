@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import platform
-import re
-import subprocess
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +14,7 @@ from .check import Verdict
 from .device import MILLI, Device
 from .harness import Result, median_of
 from .host import Fit
+from .machine import commit, cpu_model, slug
 from .spec import Spec
 from .table import GIGA, MEGA, MICRO
 from .train import Training
@@ -53,7 +51,7 @@ def file_name(shared: Row) -> str:
     name = str(shared["device"])
     if name == "cpu":
         name = f"cpu-{shared['cpu']}-{shared['cores']}-cores"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".csv"
+    return f"{slug(name)}.csv"
 
 
 def triton_version() -> str | None:
@@ -61,33 +59,6 @@ def triton_version() -> str | None:
         return version("triton")
     except PackageNotFoundError:
         return None
-
-
-def commit() -> str:
-    """Short hash, marked where tracked files differ from it; ``unknown`` outside a clone."""
-    try:
-        head = git("rev-parse", "--short", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{head}-dirty" if changed else head
-
-
-def git(*arguments: str) -> str:
-    folder = Path(__file__).parent
-    done = subprocess.run(
-        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def result_row(result: Result) -> Row:
@@ -177,10 +148,31 @@ def digits(value: float | None, unit: float = 1.0) -> str | None:
     return None if value is None else f"{value / unit:.5g}"
 
 
-def write(path: Path, shared: Row, rows: Iterable[Row]) -> None:
-    """Each row after what all share: see :func:`machine`."""
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Whole or not at all, whenever the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    unfinished = path.with_name(f".{path.name}")
+    with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(shared | row for row in rows)
+        writer.writerows(rows)
+    unfinished.replace(path)
+
+
+def read(path: Path) -> list[Row]:
+    """What :func:`write` wrote; nothing where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [dict(row) for row in csv.DictReader(file)]
+
+
+def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """Old rows, but a table that was measured anew is the new one, in the place of the old."""
+    tables: dict[tuple[object, ...], list[Row]] = {}
+    for rows in (old, new):
+        own: dict[tuple[object, ...], list[Row]] = {}
+        for row in rows:
+            own.setdefault((row["scenario"], row["optimizer"], row["case"]), []).append(row)
+        tables |= own
+    return [row for rows in tables.values() for row in rows]

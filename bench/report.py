@@ -176,6 +176,7 @@ def scenario_section(results: Results, scenario: Scenario) -> Iterator[str]:
 
 def scenario_note(scenario: Scenario) -> str:
     notes = {
+        "clip": "Theirs is `clip_grad_norm_`, the step and the average.",
         "chain": "Theirs is `GradScaler`, `clip_grad_norm_`, the step and the average.",
         "bf16": (
             "Only ours and timm's round an average in bfloat16 stochastically; the others keep "

@@ -14,14 +14,14 @@ from pathlib import Path
 from time import monotonic
 
 from . import record, table
-from .cases import CASES
+from .cases import CASES, Case, shrunk
 from .device import DEVICES, Device
 from .harness import Settings, measure
 from .host import fits, measure_host
 from .providers import known, providers
 from .record import Row
-from .spec import OPTIMIZERS, SCENARIOS, STEP, Scenario, Spec
-from .train import BATCHES, measure_training
+from .spec import CHAIN, GRAPH, OPTIMIZERS, SCENARIOS, STEP, Scenario, Spec
+from .train import SMALLEST, TRAINED, measure_training
 
 HOST, TRAINING = "host", record.TRAINING
 
@@ -72,6 +72,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, help="CSV file to write, or a folder for one named after the machine"
     )
+    parser.add_argument(
+        "--add", action="store_true", help="keep the file's other tables: replace those made anew"
+    )
+    parser.add_argument(
+        "--shrink", type=int, default=1, metavar="N", help="cut tensors to an Nth: to try it out"
+    )
     return parser.parse_args(argv)
 
 
@@ -82,7 +88,7 @@ def items(args: argparse.Namespace) -> list[Item]:
         for scenario in args.scenarios or SCENARIOS:
             spec = replace(OPTIMIZERS[optimizer], scenario=SCENARIOS[scenario])
             cases = args.cases or default_cases(args.device, spec.scenario)
-            kinds.append([found for case in cases for found in item(case, spec)])
+            kinds.append([found for case in cases for found in item(case, spec, args.shrink)])
     others = [found for turn in zip_longest(*kinds[1:]) for found in turn if found is not None]
     return [*kinds[0], *others]
 
@@ -91,23 +97,28 @@ def default_cases(device: str, scenario: Scenario) -> list[str]:
     if scenario.graphed and device == "cpu":
         return []
     if scenario is not STEP:
-        return MANY_LAUNCHES if scenario.chain or scenario.graphed else SCENARIO_CASES
+        return MANY_LAUNCHES if scenario in (CHAIN, GRAPH) else SCENARIO_CASES
     first, *others = CASES if device == "cuda" else CPU_CASES
     return [first, HOST, TRAINING, *others]
 
 
-def item(case: str, spec: Spec) -> list[Item]:
+def item(case: str, spec: Spec, shrink: int = 1) -> list[Item]:
     """Nothing where the case makes no sense in the scenario."""
     name = f"{case}, {spec.scenario.name} with {spec.name}"
     if case not in (HOST, TRAINING):
-        return [Item(name, lambda *where: measured_case(case, spec, *where))]
-    measure_it = measured_host if case == HOST else measured_training
-    return [Item(name, lambda *where: measure_it(spec, *where))] if spec.scenario is STEP else []
+        chosen = shrunk(CASES[case], shrink)
+        return [Item(name, lambda *where: measured_case(chosen, spec, *where))]
+    if spec.scenario is not STEP:
+        return []
+    if case == HOST:
+        return [Item(name, lambda *where: measured_host(spec, *where))]
+    models = TRAINED if shrink == 1 else [SMALLEST]
+    return [Item(name, lambda *where: measured_training(models, spec, *where))]
 
 
-def measured_case(case: str, spec: Spec, device: Device, settings: Settings) -> Measured:
-    chosen = providers(spec.scenario, CASES[case], device.torch_device.type)
-    results = measure(CASES[case], spec, chosen, device, settings)
+def measured_case(case: Case, spec: Spec, device: Device, settings: Settings) -> Measured:
+    chosen = providers(spec.scenario, case, device.torch_device.type)
+    results = measure(case, spec, chosen, device, settings)
     failed = any(result.verdict.error for result in results)
     return Measured(list(map(record.result_row, results)), table.step_table(results), failed)
 
@@ -120,8 +131,10 @@ def measured_host(spec: Spec, device: Device, settings: Settings) -> Measured:
     return Measured(rows, table.host_table(results, lines), failed)
 
 
-def measured_training(spec: Spec, device: Device, settings: Settings) -> Measured:
-    results = measure_training(list(BATCHES["cpu"]), spec, device, settings)
+def measured_training(
+    models: Sequence[str], spec: Spec, device: Device, settings: Settings
+) -> Measured:
+    results = measure_training(models, spec, device, settings)
     failed = any(result.verdict.error for result in results)
     return Measured(list(map(record.training_row, results)), table.training_table(results), failed)
 
@@ -141,9 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         sys.exit(f"--device {args.device}: {error}")
     settings = replace(Settings(), rounds=args.rounds, names=args.providers)
-    rows: list[Row] = []
     late, failed = [], False
     shared = record.machine(device)
+    out = args.out / record.file_name(shared) if args.out and args.out.is_dir() else args.out
+    rows = record.read(out) if out and args.add else []
     print(", ".join(f"{key} {value}" for key, value in shared.items() if value))
     left = items(args)
     while left:
@@ -156,12 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings = shorter(settings, remaining / (len(left) + 1))
         print(f"measuring {item.name} ...", file=sys.stderr, flush=True)
         done = item.measure(device, settings)
-        rows += done.rows
+        rows = record.merged(rows, [shared | row for row in done.rows])
         failed |= done.failed
         print(f"\n{done.text}\n", flush=True)
-        if args.out:  # after every item, in case a later one is the last
-            out = args.out / record.file_name(shared) if args.out.is_dir() else args.out
-            record.write(out, shared, rows)
+        if out:  # after every item, in case a later one is the last
+            record.write(out, rows)
     if late:
         print(f"no time left for {'; '.join(late)}")
     return int(bool(late) or failed)

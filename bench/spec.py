@@ -7,7 +7,7 @@ values that those scale to.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
 
@@ -48,7 +48,8 @@ class Scenario:
     title: what it is, in a table's heading.
     num_averages: how many decays are averaged with.
     rule: whether the optimizer steps; if not, averages follow weights that move by themselves.
-    chain: gradients come multiplied by ``LOSS_SCALE``, and are unscaled, checked and clipped.
+    clip: gradients are clipped by their norm.
+    scaled: they come multiplied by ``LOSS_SCALE``, and are unscaled and checked.
     master: parameters are bfloat16, with float32 masters.
     ema_format: of our averages.
     graphed: from its second time on, the step is a replay of a CUDA graph.
@@ -60,7 +61,8 @@ class Scenario:
     title: str
     num_averages: int = 1
     rule: bool = True
-    chain: bool = False
+    clip: bool = False
+    scaled: bool = False
     master: bool = False
     ema_format: str = "full"
     graphed: bool = False
@@ -81,11 +83,12 @@ class Scenario:
 
     @property
     def loss_scale(self) -> float:
-        return LOSS_SCALE if self.chain else 1.0
+        return LOSS_SCALE if self.scaled else 1.0
 
 
 STEP = Scenario("step", "step + EMA")
-CHAIN = Scenario("chain", "unscale + clip + step + EMA", chain=True, norm_error=5e-3)
+CLIP = Scenario("clip", "clip + step + EMA", clip=True, norm_error=5e-3)
+CHAIN = replace(CLIP, name="chain", title="unscale + clip + step + EMA", scaled=True)
 THREE = Scenario("three_emas", "step + 3 EMAs", num_averages=3)
 BF16 = Scenario(
     "bf16",
@@ -94,8 +97,18 @@ BF16 = Scenario(
     ema_format="bf16",
 )
 EMA = Scenario("ema", "EMA alone", rule=False)
-GRAPH = Scenario("graph", "step + EMA, replayed as a CUDA graph", graphed=True)
-SCENARIOS = {scenario.name: scenario for scenario in (STEP, CHAIN, THREE, BF16, EMA, GRAPH)}
+GRAPH, CLIP_GRAPH = (
+    replace(
+        scenario,
+        name=name,
+        title=f"{scenario.title}, replayed as a CUDA graph",
+        graphed=True,
+    )
+    for name, scenario in (("graph", STEP), ("clip_graph", CLIP))
+)
+SCENARIOS = {
+    scenario.name: scenario for scenario in (STEP, CLIP, CHAIN, THREE, BF16, EMA, GRAPH, CLIP_GRAPH)
+}
 
 
 def max_norm(params: Sequence[torch.Tensor]) -> float:
@@ -131,7 +144,7 @@ class Spec:
         averages = self.scenario.num_averages * own
         if not self.scenario.rule:
             return full + 2 * averages
-        gradients = own * (2 if self.scenario.chain else 1)
+        gradients = own * (2 if self.scenario.clip else 1)
         copies = own if self.scenario.master else 0
         return 2 * (full + self.num_states * full + averages) + gradients + copies
 

@@ -175,19 +175,14 @@ def stepping(weights: Weights, spec: Spec, make: MakeOptimizer) -> list[Part]:
     opt = make(weights.groups, spec)
     if spec.scenario.master:
         return [weights.gather, opt.step, weights.scatter]
-    if not spec.scenario.chain:
+    if not spec.scenario.clip:
         return [opt.step]
     params: list[Tensor] = list(weights.params)
+    clip = partial(nn.utils.clip_grad_norm_, params, max_norm(params))
+    if not spec.scenario.scaled:
+        return [clip, opt.step]
     scaler = running_scaler(torch.amp.GradScaler, params[0].device, spec)
-    limit = max_norm(params)
-
-    def chain() -> None:
-        scaler.unscale_(opt)
-        nn.utils.clip_grad_norm_(params, limit)
-        scaler.step(opt)
-        scaler.update()
-
-    return [chain]
+    return [partial(scaler.unscale_, opt), clip, partial(scaler.step, opt), scaler.update]
 
 
 def running_scaler(kind: type[torch.amp.GradScaler], device: torch.device, spec: Spec) -> Any:

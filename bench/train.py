@@ -32,7 +32,8 @@ BATCHES = {
 }
 IMAGE = (3, 224, 224)
 CLASSES = 1000
-# With which a processor has the time for more than a few providers.
+TRAINED = tuple(BATCHES["cpu"])
+# With which there is time for more than a few providers.
 SMALLEST = "resnet18"
 
 
@@ -109,7 +110,7 @@ def train(
     """Check every provider on the model's shapes, then time the right ones in turns."""
     kind = device.torch_device
     batch = BATCHES[kind.type][name]
-    trainers = TRAINERS if kind.type == "cuda" or name == SMALLEST else FEW_TRAINERS
+    trainers = TRAINERS if name == SMALLEST else FEW_TRAINERS
     verdicts = verdicts_on(name, settings.wanted(trainers), spec, device, settings)
     results = {p: Training(name, batch, spec, p, verdict) for p, verdict in verdicts.items()}
     try:

@@ -19,7 +19,7 @@ from bench.device import Cpu
 from bench.harness import LEAST_ROUNDS, Settings, measure, memory_groups
 from bench.provider import NotOfferedError, Provider
 from bench.rows import Results
-from bench.spec import BF16, EMA, GRAPH, LR, OPTIMIZERS, SCENARIOS, STEP
+from bench.spec import BF16, EMA, LR, OPTIMIZERS, SCENARIOS, STEP
 from bench.theirs import Averaging, averaging_alone
 from fused_ema.step.backends import native
 
@@ -43,7 +43,7 @@ def test_every_provider_makes_the_same_step(scenario, optimizer):
     verdicts = {provider.name: checked.check(provider) for provider in chosen}
     assert not {name: v.error for name, v in verdicts.items() if v.error}
     left_out = {name for name, v in verdicts.items() if v.left_out}
-    if scenario is GRAPH:
+    if scenario.graphed:
         assert left_out == {p.name for p in chosen if not p.bound}
         return
     needs_adamw = set() if optimizer == "adamw" else {"optimi + lerp"}
@@ -111,7 +111,8 @@ def test_bytes_are_those_of_the_arrays():
     # p, g, m, v, ema read; all but g written: 9 arrays of 4 bytes. Clipping reads g twice. Each
     # further average is read and written. bf16: master, m, v of 4 bytes, p, g, ema of 2.
     assert counted == {
-        "step": 36, "chain": 40, "three_emas": 52, "bf16": 32, "ema": 12, "graph": 36,
+        "step": 36, "clip": 40, "chain": 40, "three_emas": 52, "bf16": 32, "ema": 12,
+        "graph": 36, "clip_graph": 40,
     }  # fmt: skip
     assert OPTIMIZERS["sgd"].bytes_per_param == 28
 
@@ -165,6 +166,32 @@ def test_run_times_the_providers_that_are_named(quick, tmp_path):
     assert [row.provider for row in rows] == [*names, "stream (bound)"]
     with pytest.raises(SystemExit):
         run.arguments(["--providers", "nobody"])
+
+
+def test_a_table_measured_anew_takes_the_old_ones_place(quick, tmp_path):
+    path = tmp_path / "some.csv"
+    chosen = ["--rounds", "1", "--out", str(path), "--cases", "resnet18", "--providers"]
+    both = [providers.NATIVE.name, providers.PEER.name]
+    assert run.main([*chosen, *both, "--scenarios", "step", "ema"]) == 0
+    before = record.read(path)
+    assert run.main([*chosen, both[0], "--scenarios", "step", "clip", "--add"]) == 0
+    found = [(row["scenario"], row["provider"]) for row in record.read(path)]
+    bound = "stream (bound)"
+    assert found == [
+        ("step", both[0]), ("step", bound),
+        ("ema", both[0]), ("ema", bound),
+        ("clip", both[0]), ("clip", bound),
+    ]  # fmt: skip
+    kept = [row for row in record.read(path) if row["scenario"] == "ema"]
+    assert kept == [row for row in before if row["scenario"] == "ema"]
+
+
+def test_shrunk_cases_keep_their_tensors():
+    for case in cases.CASES.values():
+        small = cases.shrunk(case, 100)
+        assert len(small.shapes) == len(case.shapes)
+        assert small.group_ends == case.group_ends
+        assert len(case.shapes) <= small.numel <= max(len(case.shapes) * 100, case.numel // 10)
 
 
 class FakeGraphs:
