@@ -1,0 +1,79 @@
+"""Tests, measures and tunes on a GPU machine that is at hand for minutes: two calls of it."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from bench import machine
+
+from . import install
+from .calls import TOTAL, Place, parts
+from .parts import Session
+
+# Kept on the machine from the first call to the second, whose file goes on from it.
+KEPT = machine.ROOT / "build" / "gpu-results"
+VARIANTS = machine.ROOT / "build" / "variants"
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
+    parser.add_argument("call", choices=TOTAL, help="9 minutes, then, if there are, 4 more")
+    parser.add_argument("out", type=Path, metavar="OUTDIR", help="for at most 8 files")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(cuda)")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="these alone")
+    parser.add_argument("--without", nargs="+", metavar="PART", default=[], help="all but these")
+    return parser.parse_args(argv)
+
+
+def place(call: str, device: str, out: Path) -> Place:
+    name = machine.of_gpu("name") if device == "cuda" else device
+    return Place(
+        call=call,
+        device=device,
+        python=install.environment(),
+        arch=(machine.of_gpu("compute_cap") if device == "cuda" else None) or device,
+        out=out,
+        results=out / f"{machine.slug(name or device)}.csv",
+        variants=VARIANTS / "cpu" if device == "cpu" else VARIANTS,
+    )
+
+
+def told_to_end(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
+    signal.signal(signal.SIGTERM, told_to_end)
+    args.out.mkdir(parents=True, exist_ok=True)
+    here = place(args.call, args.device, args.out.resolve())
+    environment = install.variables(here.python)
+    if here.arch != here.device:
+        environment.setdefault("TORCH_CUDA_ARCH_LIST", here.arch)
+    session = Session(here.out, here.file("summary.txt"), TOTAL[args.call], environment)
+    session.say(f"fused_ema {machine.commit()} on {here.results.stem}, {args.call} call")
+    kept = KEPT / machine.commit() / here.results.name
+    if args.call == "second" and kept.exists() and not here.results.exists():
+        shutil.copy(kept, here.results)
+    for together in parts(here):
+        chosen = [part for part in together if wanted(part.name, args)]
+        if not session.run(*chosen):
+            break
+        if here.results.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(here.results, kept)
+    return session.end()
+
+
+def wanted(name: str, args: argparse.Namespace) -> bool:
+    return name not in args.without and (args.parts is None or name in args.parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
