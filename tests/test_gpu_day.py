@@ -120,7 +120,9 @@ def test_a_file_that_is_too_long_loses_its_middle(tmp_path, monkeypatch):
 
 
 def place(call: str, device: str, out: Path) -> Place:
-    return Place(call, device, sys.executable, "9.0", out, out / "results.csv", out / "variants")
+    return Place(
+        call, device, out / "environment", "9.0", out, out / "results.csv", out / "variants"
+    )
 
 
 def planned(call: str, device: str, out: Path) -> list[Part]:

@@ -36,7 +36,7 @@ def place(call: str, device: str, out: Path) -> Place:
     return Place(
         call=call,
         device=device,
-        python=install.environment(),
+        environment=install.environment(),
         arch=(machine.of_gpu("compute_cap") if device == "cuda" else None) or device,
         out=out,
         results=out / f"{machine.slug(name or device)}.csv",
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, told_to_end)
     args.out.mkdir(parents=True, exist_ok=True)
     here = place(args.call, args.device, args.out.resolve())
-    environment = install.variables(here.python)
+    environment = install.variables(here.environment)
     if here.arch != here.device:
         environment.setdefault("TORCH_CUDA_ARCH_LIST", here.arch)
     session = Session(here.out, here.file("summary.txt"), TOTAL[args.call], environment)

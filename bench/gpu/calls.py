@@ -40,7 +40,7 @@ COUNTED = r"DRAM Throughput|Memory Throughput|Duration|Registers Per|Achieved Oc
 class Place:
     """Where a call runs.
 
-    python: with which all packages are found.
+    environment: whose Python finds all packages, see :mod:`bench.gpu.install`.
     arch: the GPU's compute capability.
     results: the CSV file of :mod:`bench.run`.
     variants: the folder that :mod:`bench.variants` has filled.
@@ -48,7 +48,7 @@ class Place:
 
     call: str
     device: str
-    python: str
+    environment: Path
     arch: str
     out: Path
     results: Path
@@ -66,7 +66,7 @@ class Place:
         return f"{self.call}-{name}"
 
     def part(self, name: str, limit: float, log: str, module: str, *arguments: str) -> Part:
-        command = (self.python, "-m", module, *arguments)
+        command = (str(install.python(self.environment)), "-m", module, *arguments)
         return Part(name, limit, self.file(log), command)
 
 
@@ -110,8 +110,13 @@ def versions(place: Place) -> Part:
 
 
 def build(place: Place) -> Part:
-    part = place.part("build", 150, "setup.log", "bench.gpu.install", place.arch)
-    skip = "nothing has changed since it passed" if install.is_built(place.arch) else None
+    limit = 300 if place.on_cpu else 150  # which may have but two cores
+    part = place.part("build", limit, "setup.log", "bench.gpu.install", place.arch)
+    skip = (
+        "nothing has changed since it passed"
+        if install.is_built(place.environment, place.arch)
+        else None
+    )
     return replace(part, show="^ *fused_ema is built|^built", skip=skip)
 
 

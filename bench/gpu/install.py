@@ -12,8 +12,8 @@ from pathlib import Path
 
 from bench.machine import ROOT
 
-VENV = ROOT / "build" / "gpu-venv"
-BUILT = VENV / "built"
+# In the environment: tells of what was built last.
+BUILT = "built"
 # What the extension is made of.
 SOURCES = ("setup.py", "pyproject.toml", "csrc")
 FLAGS = (
@@ -22,25 +22,30 @@ FLAGS = (
 )
 
 
-def environment() -> str:
-    """The Python of one that sees this one's packages, and into which pip may write in any case.
+def environment() -> Path:
+    """One that sees this Python's packages, and into which pip may write in any case.
 
     It has no pip of its own: not every Python brings one to install, and the outer one will do.
     """
-    inner = VENV / "bin" / "python"
+    outer = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    folder = ROOT / "build" / f"gpu-venv-{sys.implementation.cache_tag}-{outer}"
+    inner = python(folder)
     if not inner.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", VENV], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     command = [inner, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    outer = sysconfig.get_path("purelib")
-    line = f"import site; site.addsitedir({outer!r})\n"
+    line = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
     Path(done.stdout.strip(), "outer.pth").write_text(line)
-    return str(inner)
+    return folder
 
 
-def variables(python: str) -> dict[str, str]:
+def python(environment: Path) -> Path:
+    return environment / "bin" / "python"
+
+
+def variables(environment: Path) -> dict[str, str]:
     """What a process needs to find the package, and the build its ninja; nothing is held back."""
-    folders = (Path(python).parent, sysconfig.get_path("scripts"), os.environ.get("PATH", ""))
+    folders = (environment / "bin", sysconfig.get_path("scripts"), os.environ.get("PATH", ""))
     return {
         **os.environ,
         "PATH": os.pathsep.join(map(str, folders)),
@@ -49,8 +54,9 @@ def variables(python: str) -> dict[str, str]:
     }
 
 
-def is_built(arch: str) -> bool:
-    return BUILT.exists() and BUILT.read_text() == fingerprint(arch)
+def is_built(environment: Path, arch: str) -> bool:
+    told = environment / BUILT
+    return told.exists() and told.read_text() == fingerprint(arch)
 
 
 def fingerprint(arch: str) -> str:
@@ -65,11 +71,13 @@ def fingerprint(arch: str) -> str:
 
 
 def main(arch: str) -> None:
+    """Run by the environment's Python."""
+    environment = Path(sys.prefix)
     command = [sys.executable, "-m", "pip", "install", *FLAGS, "--editable", str(ROOT)]
     subprocess.run(command, cwd=ROOT, check=True)
     told = "import fused_ema; print('built:', fused_ema.build_info())"
-    subprocess.run([sys.executable, "-c", told], cwd=VENV, check=True)
-    BUILT.write_text(fingerprint(arch))
+    subprocess.run([sys.executable, "-c", told], cwd=environment, check=True)
+    (environment / BUILT).write_text(fingerprint(arch))
 
 
 if __name__ == "__main__":
