@@ -48,10 +48,9 @@ def blend(start, end, part, weight):
     change = end - start
     rest = 1.0 - weight
     near = tl.where(weight < 0.5, start + weight * change, end - change * rest)
-    nothing = rest * 0.0 * -1.0  # -0.0, which leaves a sum as it is; a constant would lose its sign
-    kept = tl.where(weight != 1.0, rest * start, nothing)
-    taken = tl.where(weight != 0.0, part, nothing)
-    return tl.where(is_finite(change), near, kept + taken)
+    shares = tl.where(weight != 1.0, rest * start + part, part)
+    shares = tl.where(weight != 0.0, shares, start)
+    return tl.where(is_finite(change), near, shares)
 
 
 @device

@@ -288,24 +288,23 @@ def step_kernel(
         )
 
 
-def compile_options(target: GPUTarget, rounds: bool = False) -> dict[str, Any]:
+def compile_options(target: GPUTarget, bounded: bool = False) -> dict[str, Any]:
     """What kernels are compiled with; a product and a sum are rounded apart, as on the CPU.
 
     Args:
         target: what for.
-        rounds: whether the kernel rounds by random bits, for which NVIDIA's compiler would take
-            more registers than leave room for half of the threads.
+        bounded: whether the kernel takes at most MAX_REGISTERS, where the compiler can be told.
     """
     options = {"num_warps": THREADS // target.warp_size, "enable_fp_fusion": False}
-    return options | ({"maxnreg": MAX_REGISTERS} if rounds and target.backend == "cuda" else {})
+    return options | ({"maxnreg": MAX_REGISTERS} if bounded and target.backend == "cuda" else {})
 
 
 @cache
-def launch_options(rounds: bool = False) -> dict[str, Any]:
+def launch_options(bounded: bool = False) -> dict[str, Any]:
     """The options for this machine's devices, which are of one kind."""
     if interpreted():
         return {}
-    return compile_options(triton.runtime.driver.active.get_current_target(), rounds)
+    return compile_options(triton.runtime.driver.active.get_current_target(), bounded)
 
 
 def launch(
@@ -356,5 +355,5 @@ def launch(
             *(stored, weight, tl.bfloat16 if rounded_states else weight),
             *(compute if average is None else TYPES[average][0], compute),
             *(block_size(compute), CHUNK),
-            **launch_options(rounded_states or average is not None),
+            **launch_options(bounded=True),
         )

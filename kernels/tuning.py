@@ -16,5 +16,6 @@ ELEMENTS = {tl.float32: 4, tl.float64: 1}
 # about as long as one block: eight blocks (sixteen in float64) make that little, and with 244
 # programs for a million parameters a small network still reaches all multiprocessors.
 CHUNK = 4096
-# Of a thread, where the compiler is told: half of a multiprocessor's threads fit then.
+# Registers of a thread that steps, as NVIDIA's compiler is told: half of a multiprocessor's threads
+# fit then.
 MAX_REGISTERS = 64

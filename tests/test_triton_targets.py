@@ -92,12 +92,13 @@ def test_divisions_and_roots_are_rounded_correctly(rows):
         assert not row.inexact, row
 
 
-def test_nearly_half_of_the_threads_fit_and_nothing_spills(rows):
-    """What keeps infinities right takes a few registers beyond those of half of the threads."""
+def test_half_of_the_threads_fit_and_nothing_spills(rows):
     for row in rows:
-        assert row.occupancy >= OCCUPANCY - 1 / 8, row
-        # ptxas keeps two registers of some kernels that round in memory on sm_100
-        assert row.spilled <= (8 if row.variant.rounds else 0), row
+        v = row.variant
+        wide_sums = v.rule == SQUARES and v.dtype == "float64"  # of 32 loads under way
+        assert row.occupancy >= OCCUPANCY - (1 / 8 if wide_sums else 0), row
+        # ptxas keeps two registers of Adam in float64 in memory on sm_100
+        assert row.spilled <= (8 if v.dtype == "float64" else 0), row
 
 
 def test_threads_exchange_nothing(rows):

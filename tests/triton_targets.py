@@ -146,7 +146,7 @@ def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.Compi
     types = (*pointers, *("constexpr" for _ in constants))
     constexprs = {(len(pointers) + i,): value for i, value in enumerate(constants)}
     source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), constexprs)
-    options = step.compile_options(target, variant.rounds)
+    options = step.compile_options(target, bounded=variant.rule != SQUARES)
     return triton.compile(source, target=target, options=options)
 
 
