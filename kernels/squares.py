@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .interpreter import device, float_errors_ignored
+from .interpreter import device
+from .launching import Launch
 from .rules import is_finite
 from .step import CHUNK, TYPES, block_size, launch_options, pointer
 
@@ -66,30 +67,32 @@ def squares_kernel(
     tl.store(p_sums + tl.program_id(0), total)
 
 
-def squares(
-    dtype: torch.dtype, slot_size: int, grads: Tensor, slots: Tensor, chunks: Tensor
-) -> Tensor:
-    """Sums of squares of a bucket's gradients, asynchronously, on its device.
+def squares_launch(dtype: torch.dtype, slot_size: int, chunks: Tensor) -> Launch:
+    """Make the kernel that :func:`squares` launches.
 
     Args:
         dtype: of the gradients.
         slot_size: words of a slot.
-        grads: int64, the address of each slot's gradient, 0 for none.
-        slots: int64, each slot's ``numel`` and more, see :func:`~fused_ema.kernels.step.launch`.
         chunks: int32 pairs, slot and which CHUNK elements of it; every element is in one chunk.
+    """
+    stored, compute = TYPES[dtype]
+    constants = (slot_size, stored, compute, block_size(compute), CHUNK)
+    return Launch(squares_kernel, len(chunks), chunks.device, constants, launch_options())
+
+
+def squares(launch: Launch, grads: Tensor, slots: Tensor, chunks: Tensor) -> Tensor:
+    """Sums of squares of a bucket's gradients, asynchronously, on its device.
+
+    Args:
+        launch: of the kernel, see :func:`squares_launch`.
+        grads: int64, the address of each slot's gradient, 0 for none.
+        slots: int64, each slot's ``numel`` and more, see :func:`~fused_ema.kernels.step.launcher`.
+        chunks: those that ``launch`` is for.
 
     Returns:
         float64, one sum a chunk: in the arithmetic's dtype within a chunk (in float64 where that
         overflows), in the same order on every device.
     """
-    sums = torch.empty(chunks.shape[0], dtype=torch.float64, device=chunks.device)
-    if not len(sums):
-        return sums
-    stored, compute = TYPES[dtype]
-    with torch.accelerator.device_index(chunks.device.index), float_errors_ignored():
-        squares_kernel[(len(sums),)](
-            *(grads, slots, chunks, sums),
-            *(slot_size, stored, compute, block_size(compute), CHUNK),
-            **launch_options(),
-        )
+    sums = torch.empty(len(chunks), dtype=torch.float64, device=chunks.device)
+    launch(grads, slots, chunks, sums)
     return sums

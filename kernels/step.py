@@ -7,6 +7,7 @@ capitals is known at compile time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from .interpreter import bound, device, float_errors_ignored, interpreted
+from .interpreter import bound, device, interpreted
+from .launching import Launch
 from .rounding import (
     DELTA_SCALE,
     FIRST_STATE,
@@ -234,7 +236,7 @@ def step_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Step one chunk; :func:`launch` tells what the pointers point at."""
+    """Step one chunk; :func:`launcher` tells what the pointers point at."""
     if tl.load(p_control + 1) != 0.0:
         return
     p_chunk = p_chunks + 2 * tl.program_id(0).to(tl.int64)
@@ -307,7 +309,7 @@ def launch_options(bounded: bool = False) -> dict[str, Any]:
     return compile_options(triton.runtime.driver.active.get_current_target(), bounded)
 
 
-def launch(
+def launcher(
     rule: str,
     dtype: torch.dtype,
     master: bool,
@@ -317,14 +319,9 @@ def launch(
     num_states: int,
     num_averages: int,
     ema_before: bool,
-    control: Tensor,
-    scalars: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    slots: Tensor,
     chunks: Tensor,
-) -> None:
-    """Step a bucket, asynchronously, on its device.
+) -> Callable[..., None]:
+    """Make what steps a bucket, asynchronously, on its device.
 
     Args:
         rule: key of :data:`RULES`.
@@ -334,6 +331,11 @@ def launch(
         average: dtype of averages that are rounded stochastically: bfloat16, or float16 for
             differences to the weights; None: in that of the arithmetic.
         num_scalars: how many scalars the rule takes.
+        chunks: int32 pairs, slot and which CHUNK elements of it; every element is in one chunk.
+
+    Returns:
+        A function of what the kernel reads beside the chunks:
+
         control: float64, what gradients are multiplied by, and not 0 if nothing shall move.
         scalars: float64, rows of the rule's scalars and each average's weight, then, where
             something is rounded stochastically, the seed of the step.
@@ -341,19 +343,22 @@ def launch(
         grads: int64, the address of each slot's gradient, 0 for none: then the averages alone move.
         slots: int64, each slot's ``numel``, its place among the optimizer's parameters and
             addresses of parameter, its master if there is one, states, averages.
-        chunks: int32 pairs, slot and which CHUNK elements of it; every element is in one chunk.
     """
-    if not chunks.shape[0]:
-        return
     stored, compute = TYPES[dtype]
     weight = compute if master else stored
-    with torch.accelerator.device_index(chunks.device.index), float_errors_ignored():
-        step_kernel[(chunks.shape[0],)](
-            *(control, scalars, rows, grads, slots, chunks),
-            RULES[rule],
-            *(num_scalars, num_states, num_averages, ema_before),
-            *(stored, weight, tl.bfloat16 if rounded_states else weight),
-            *(compute if average is None else TYPES[average][0], compute),
-            *(block_size(compute), CHUNK),
-            **launch_options(bounded=True),
-        )
+    constants = (
+        RULES[rule],
+        *(num_scalars, num_states, num_averages, ema_before),
+        *(stored, weight, tl.bfloat16 if rounded_states else weight),
+        *(compute if average is None else TYPES[average][0], compute),
+        *(block_size(compute), CHUNK),
+    )
+    options = launch_options(bounded=True)
+    step = Launch(step_kernel, len(chunks), chunks.device, constants, options)
+
+    def launch(
+        control: Tensor, scalars: Tensor, rows: Tensor, grads: Tensor, slots: Tensor
+    ) -> None:
+        step(control, scalars, rows, grads, slots, chunks)
+
+    return launch

@@ -179,7 +179,7 @@ def launch(
     ]
     buffer = torch.cat(parts)
     scalars, *others = buffer.split([len(part) for part in parts])
-    step.launch(
+    step_slots = step.launcher(
         variant.rule,
         variant.dtype,
         False,
@@ -189,11 +189,10 @@ def launch(
         variant.states,
         variant.averages,
         variant.ema_before,
-        torch.tensor([1.0, 0.0], dtype=torch.float64),
-        scalars.view(torch.float64),
-        *others,
         torch.tensor(chunks, dtype=torch.int32).view(-1, 2),
     )
+    control = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    step_slots(control, scalars.view(torch.float64), *others)
 
 
 def step_interpreted(variant: Variant, slots: list[Slot]) -> None:
@@ -352,7 +351,7 @@ def test_random_bits_take_offsets_of_64_bits():
 
 
 def test_without_chunks_nothing_is_launched(monkeypatch):
-    monkeypatch.delattr(step, "step_kernel")
+    monkeypatch.setattr(step, "step_kernel", None)
     variant = Variant("sgd", 0, torch.float32)
     step_interpreted(variant, variant.slots([0, 0]))
 

@@ -116,8 +116,8 @@ class TritonPlan:
     """A bucket stepped by one launch."""
 
     def __init__(self, bucket: Bucket) -> None:
-        from ...kernels.squares import squares
-        from ...kernels.step import CHUNK, launch
+        from ...kernels.squares import squares, squares_launch
+        from ...kernels.step import CHUNK, launcher
 
         key, scalars = bucket.key, bucket.rule.scalars._fields
         self._device = key.device
@@ -129,9 +129,9 @@ class TritonPlan:
         self._chunks = chunks = self._slots.chunks(CHUNK).to(key.device)
         self._readers = streams.Readers(key.device)
         slot_size = 3 + len(bucket.state_keys) + len(bucket.key.emas)
-        self._squares = partial(squares, dtype=key.dtype, slot_size=slot_size, chunks=chunks)
-        self._launch = partial(
-            launch,
+        launch = squares_launch(key.dtype, slot_size, chunks)
+        self._squares = partial(squares, launch, chunks=chunks)
+        self._launch = launcher(
             rule=bucket.rule.name,
             dtype=key.dtype,
             num_scalars=len(scalars),

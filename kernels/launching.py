@@ -1,0 +1,53 @@
+"""Launches of kernels: by Triton's dispatch once, then of what it compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+from .interpreter import float_errors_ignored
+
+
+class Launch:
+    """A kernel on a device with all but its pointers, which are not specialized.
+
+    The dispatch hashes the constants at every launch, which takes longer than the launch itself. So
+    the kernel that it returns is kept, and launched with what the dispatch passes: on the device's
+    current stream, between the hooks of whoever profiles. The interpreter returns none.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        device: torch.device,
+        constants: Sequence[Any],
+        options: Mapping[str, Any],
+    ) -> None:
+        self._kernel = kernel
+        self._programs = programs
+        self._device = device
+        self._constants = tuple(constants)
+        self._options = options
+        self._run: Callable[..., None] | None = None
+
+    def __call__(self, *pointers: Tensor) -> None:
+        """Launch the programs, asynchronously; where there are none, nothing is."""
+        if not self._programs:
+            return
+        with torch.accelerator.device_index(self._device.index):
+            if self._run is None:
+                self._dispatch(pointers)
+            else:
+                self._run(*pointers, *self._constants)
+
+    def _dispatch(self, pointers: tuple[Tensor, ...]) -> None:
+        grid = (self._programs, 1, 1)
+        with float_errors_ignored():
+            kernel = self._kernel[grid](*pointers, *self._constants, **self._options)
+        if isinstance(kernel, CompiledKernel):
+            self._run = kernel[grid]
