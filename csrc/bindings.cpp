@@ -29,9 +29,26 @@ void pack(Slots& slots, const at::Tensor& words) {
   slots.pack(words.data_ptr<int64_t>(), words.numel());
 }
 
+using Names = std::map<std::string, std::vector<std::string>>;
+
+template <class Array>
+std::vector<std::string> strings(const Array& names) {
+  return {names.begin(), names.end()};
+}
+
 template <class... Rules>
-std::map<std::string, std::vector<std::string>> scalar_names(RuleList<Rules...>) {
-  return {{Rules::name, {Rules::scalars.begin(), Rules::scalars.end()}}...};
+Names scalar_names(RuleList<Rules...>) {
+  return {{Rules::name, strings(Rules::scalars)}...};
+}
+
+template <class... Rules>
+Names number_names(RuleList<Rules...>) {
+  return {{Rules::name, strings(Rules::numbers)}...};
+}
+
+template <class... Rules>
+Names flag_names(RuleList<Rules...>) {
+  return {{Rules::name, strings(Rules::flags)}...};
 }
 
 void define_cuda(py::module_& module) {
@@ -42,7 +59,7 @@ void define_cuda(py::module_& module) {
       .def("prepare", &cuda::Plan::prepare)
       .def("release", &cuda::Plan::release)
       .def("sum_of_squares", &cuda::Plan::sum_of_squares)
-      .def("run", &cuda::Plan::run, arg("control") = py::none(), arg("scalars") = py::none())
+      .def("run", &cuda::Plan::run, arg("control") = py::none(), arg("groups") = py::none())
       .def_property_readonly("captured", &cuda::Plan::captured)
       .def_property_readonly("skipping", &cuda::Plan::slots);
   module.attr("HAS_CUDA") = true;
@@ -74,7 +91,7 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("num_changed", &Slots::num_changed)
       .def_property_readonly("num_rows", &Slots::num_rows)
       .def_property_readonly("num_slots", &Slots::size)
-      .def_property_readonly("active", &Slots::active)
+      .def_property_readonly("counters", &Slots::counters)
       .def("pack", &pack)
       .def("chunks", &Slots::chunks);
   py::class_<Slots::Hold>(module, "Hold")
@@ -102,6 +119,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("spans", &spans);
   module.def("cpu_targets", &cpu::targets);
   module.def("rule_scalars", [] { return scalar_names(AllRules{}); });
+  module.def("rule_numbers", [] { return number_names(AllRules{}); });
+  module.def("rule_flags", [] { return flag_names(AllRules{}); });
 }
 
 }  // namespace fused_ema

@@ -1,8 +1,9 @@
 // The optimizers' maths, once for C++, host and device: one functor per rule, and the EMA.
 //
-// fused_ema/rules holds the same formulas under the same names and folds the scalars: a row
-// of doubles whose order is that of `scalars` here; `factor` multiplies every gradient. Kernels
-// load values, call update(), store them.
+// fused_ema/rules holds the same formulas under the same names. What is folded is a row of
+// doubles whose order is that of `scalars` here; `factor` multiplies every gradient. Kernels load
+// values, call update(), store them. The host folds in Python, a device by fold(), from a group's
+// `numbers` (`kappa` is the last) and `flags` and the base steps after this step.
 #pragma once
 
 #include <array>
@@ -10,8 +11,22 @@
 #include <limits>
 
 #include "rounding.h"
+#include "scaling.h"
 
 namespace fused_ema {
+
+// The flags of a param group: a bit each, the first the lowest.
+class Flags {
+ public:
+  FUSED_EMA_INLINE explicit Flags(int64_t bits) : bits_(bits) {}
+  FUSED_EMA_INLINE bool operator[](int k) const { return (bits_ >> k & 1) != 0; }
+
+ private:
+  int64_t bits_;
+};
+
+// The direction to go in, a factor of the gradient.
+FUSED_EMA_INLINE double sign(bool maximize) { return maximize ? -1 : 1; }
 
 template <class T>
 FUSED_EMA_INLINE bool is_finite(T value) {
@@ -89,13 +104,35 @@ FUSED_EMA_INLINE T directed(T grad, T param, T grad_factor, T weight_decay) {
   return weight_decay != T(0) ? grad + weight_decay * param : grad;
 }
 
-// buf <- carry*buf + grad_weight*g;  p <- p - lr * (nesterov ? g + momentum*buf : buf)
-template <bool has_momentum>
-struct Sgd {
+struct SgdFold {
   static constexpr const char* name = "sgd";
-  static constexpr int num_states = has_momentum ? 1 : 0;
   static constexpr std::array scalars{"grad_factor", "weight_decay", "momentum", "carry",
                                       "grad_weight", "nesterov",     "lr"};
+  static constexpr std::array numbers{"lr", "momentum", "dampening", "weight_decay", "kappa"};
+  static constexpr std::array flags{"nesterov", "maximize", "momentum_scaling=exact"};
+
+  FUSED_EMA_INLINE static void fold(const double* numbers, Flags flags, double step, double* row) {
+    const double mu = numbers[1], kappa = numbers[4];
+    const bool nesterov = flags[0], exact = flags[2];
+    const double carry = fused_ema::momentum(mu, kappa, exact);
+    const double entry = momentum_entry(mu, kappa, exact);
+    const double lr = sgd_lr(numbers[0], kappa);
+    const bool first = step <= kappa;
+    row[0] = sign(flags[1]);
+    row[1] = numbers[3];
+    row[2] = nesterov ? carry / entry : carry;
+    row[3] = first ? 0 : carry;
+    row[4] = first ? entry : entry * (1 - numbers[2]);
+    row[5] = nesterov;
+    row[6] = nesterov ? lr * entry : lr;
+  }
+};
+
+// buf <- carry*buf + grad_weight*g;  p <- p - lr * (nesterov ? g + momentum*buf : buf)
+template <bool has_momentum>
+struct Sgd : SgdFold {
+  using Fold = SgdFold;
+  static constexpr int num_states = has_momentum ? 1 : 0;
 
   template <class T>
   struct Scalars {
@@ -124,14 +161,39 @@ struct Sgd {
   }
 };
 
+struct AdamFold {
+  static constexpr const char* name = "adam";
+  static constexpr std::array scalars{"grad_factor", "weight_decay", "decay", "weight1",
+                                      "weight2",     "step_size",    "eps"};
+  static constexpr std::array numbers{"lr", "betas[0]", "betas[1]", "eps", "weight_decay", "kappa"};
+  static constexpr std::array flags{"decoupled_weight_decay", "amsgrad", "maximize",
+                                    "beta_scaling=linear", "weight_decay_scaling=none"};
+
+  FUSED_EMA_INLINE static void fold(const double* numbers, Flags flags, double step, double* row) {
+    const double base_lr = numbers[0], weight_decay = numbers[4], kappa = numbers[5];
+    const bool decoupled = flags[0], linear = flags[3], unscaled = flags[4];
+    const double lr = adaptive_lr(base_lr, kappa);
+    const double decay = decoupled_decay(base_lr, lr, weight_decay, kappa, unscaled);
+    double products[2];  // of the betas of all steps, less 1
+    for (int k = 0; k < 2; ++k) {
+      row[3 + k] = beta_weight(numbers[1 + k], kappa, linear);
+      products[k] = std::expm1(step * (log1p_or_none(-row[3 + k]) / kappa));
+    }
+    const double bias_correction1 = -products[0], bias_correction2_sqrt = std::sqrt(-products[1]);
+    row[0] = sign(flags[2]);
+    row[1] = decoupled ? 0 : weight_decay;
+    row[2] = decoupled ? decay : 0;
+    row[5] = lr * bias_correction2_sqrt / bias_correction1;
+    row[6] = adaptive_eps(numbers[3], kappa) * bias_correction2_sqrt;
+  }
+};
+
 // m <- lerp(m, g, 1-beta1);  v <- lerp_square(v, g, 1-beta2)
 // p <- p - (decay*p + step_size * m / (sqrt(v) + eps)), with v's running maximum for amsgrad
 template <bool amsgrad>
-struct Adam {
-  static constexpr const char* name = "adam";
+struct Adam : AdamFold {
+  using Fold = AdamFold;
   static constexpr int num_states = amsgrad ? 3 : 2;
-  static constexpr std::array scalars{"grad_factor", "weight_decay", "decay", "weight1",
-                                      "weight2",     "step_size",    "eps"};
 
   template <class T>
   struct Scalars {
@@ -169,9 +231,14 @@ struct Adam {
 
 // A parameter that no rule moves; its averages still follow it.
 struct Frozen {
+  using Fold = Frozen;
   static constexpr const char* name = "frozen";
   static constexpr int num_states = 0;
   static constexpr std::array<const char*, 0> scalars{};
+  static constexpr std::array numbers{"kappa"};
+  static constexpr std::array<const char*, 0> flags{};
+
+  FUSED_EMA_INLINE static void fold(const double*, Flags, double, double*) {}
 
   template <class T>
   struct Scalars {

@@ -380,10 +380,10 @@ at::Tensor Slots::copy_grad(const at::Tensor& grad, const at::Tensor& param) con
   return result;
 }
 
-std::vector<bool> Slots::active() const {
-  std::vector<bool> flags;
-  for (const int64_t row : row_of_) flags.push_back(rows_[row].active);
-  return flags;
+std::vector<int64_t> Slots::counters() const {
+  std::vector<int64_t> words;
+  for (size_t i = 0; i < size(); ++i) words.push_back(counter(i));
+  return words;
 }
 
 void Slots::advance() {

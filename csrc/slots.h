@@ -84,8 +84,8 @@ class Slots {
   // (slot, index) of each run of `elements` elements, the last of a slot shorter: int32 [n, 2].
   at::Tensor chunks(int64_t elements) const;
 
-  // Which slots have a gradient.
-  std::vector<bool> active() const;
+  // Where each slot's steps are counted, see counter().
+  std::vector<int64_t> counters() const;
 
   // See collected().
   template <class Visit>
@@ -97,6 +97,7 @@ class Slots {
 
   size_t size() const { return groups_.size(); }
   size_t slot_size() const { return 1 + num_tensors(); }
+  size_t row_size() const { return num_scalars_ + num_emas_ + rounds_; }
   c10::Device device() const { return device_; }
   bool capturable() const { return capturable_; }
   int num_scalars() const { return num_scalars_; }
@@ -108,6 +109,10 @@ class Slots {
   const std::vector<int64_t>& offsets() const { return offsets_; }
   int64_t numel(size_t i) const { return offsets_[i + 1] - offsets_[i]; }
   int group(size_t i) const { return groups_[i]; }
+  // The address of a slot's count, plus one where it has a gradient.
+  int64_t counter(size_t i) const {
+    return reinterpret_cast<int64_t>(counters_[i]) + rows_[row_of_[i]].active;
+  }
   const double* row(size_t i) const { return table_.data() + row_of_[i] * row_size(); }
   const void* grad(size_t i) const { return reinterpret_cast<const void*>(grads_[i]); }
   // param, its master if there is one, the rule's states, the averages
@@ -148,7 +153,6 @@ class Slots {
   };
 
   size_t num_tensors() const { return 2 + num_states_ + num_emas_; }
-  size_t row_size() const { return num_scalars_ + num_emas_ + rounds_; }
   const py::object* tensors(size_t i) const { return &tensors_[i * num_tensors()]; }
   int64_t find_row(const Row& row);
   void fold_rows(const py::object& fold);

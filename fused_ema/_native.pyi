@@ -52,8 +52,8 @@ class Slots:
     @property
     def num_slots(self) -> int: ...
     @property
-    def active(self) -> list[bool]:
-        """Which slots have a gradient."""
+    def counters(self) -> list[int]:
+        """The address of each slot's count, plus one where it has a gradient."""
     def pack(self, words: Tensor) -> None:
         """Fill an int64 tensor of the CPU with the leading words."""
     def chunks(self, elements: int) -> Tensor:
@@ -91,7 +91,8 @@ class CudaPlan:
     def prepare(self, fold: Fold) -> bool: ...
     def release(self) -> None: ...
     def sum_of_squares(self) -> Tensor: ...
-    def run(self, control: Tensor | None = None, scalars: Tensor | None = None) -> None: ...
+    def run(self, control: Tensor | None = None, groups: bytes | None = None) -> None:
+        """Step; of a capturable bucket ``groups`` are its ``GroupRecords``."""
 
 TORCH_VERSION: str
 """Of the torch that this was built for, as in "2.14.1"."""
@@ -151,3 +152,9 @@ def cpu_targets() -> list[str]:
 
 def rule_scalars() -> dict[str, list[str]]:
     """Names of the scalars that each C++ rule reads, in table order."""
+
+def rule_numbers() -> dict[str, list[str]]:
+    """Names of the numbers that each C++ rule folds them from, as ``Rule.number_names``."""
+
+def rule_flags() -> dict[str, list[str]]:
+    """What the bits of its flags stand for, as ``Rule.flag_names``."""

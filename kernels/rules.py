@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from .interpreter import device
+from .scaling import beta_weight, decoupled_decay, expm1, log1p, momentum, momentum_entry
 
 INFINITY = tl.constexpr(float("inf"))
 
@@ -136,3 +137,68 @@ def adam(param, grad, states, scalars):
 
 
 RULES = {"frozen": frozen, "sgd": sgd, "adam": adam}
+
+
+@device
+def is_set(flags, K: tl.constexpr):
+    """Whether flag K of a param group is."""
+    return ((flags >> K) & 1) != 0
+
+
+@device
+def sign(maximize):
+    """The direction to go in, a factor of the gradient."""
+    return tl.where(maximize, -1.0, 1.0).to(tl.float64)
+
+
+@device
+def fold_frozen(numbers, flags, step):
+    """Nothing to fold."""
+    return ()
+
+
+@device
+def fold_sgd(numbers, flags, step):
+    """The scalars of :func:`sgd` after ``step`` base steps, in float64."""
+    base_lr, mu, dampening, weight_decay, kappa = numbers
+    nesterov, exact = is_set(flags, 0), is_set(flags, 2)
+    carry = momentum(mu, kappa, exact)
+    entry = momentum_entry(mu, kappa, exact)
+    lr = kappa * base_lr
+    first = step <= kappa
+    return (
+        sign(is_set(flags, 1)),
+        weight_decay,
+        tl.where(nesterov, carry / entry, carry),
+        tl.where(first, 0.0, carry),
+        tl.where(first, entry, entry * (1.0 - dampening)),
+        tl.where(nesterov, 1.0, 0.0).to(tl.float64),
+        tl.where(nesterov, lr * entry, lr),
+    )
+
+
+@device
+def fold_adam(numbers, flags, step):
+    """The scalars of :func:`adam` after ``step`` base steps, in float64."""
+    base_lr, beta1, beta2, eps, weight_decay, kappa = numbers
+    decoupled, linear, unscaled = is_set(flags, 0), is_set(flags, 3), is_set(flags, 4)
+    root = sqrt(kappa)
+    lr = root * base_lr
+    weight1, weight2 = beta_weight(beta1, kappa, linear), beta_weight(beta2, kappa, linear)
+    decay = decoupled_decay(base_lr, lr, weight_decay, kappa, unscaled)
+    bias_correction1 = -expm1(step * (log1p(-weight1) / kappa))
+    bias_correction2_sqrt = sqrt(-expm1(step * (log1p(-weight2) / kappa)))
+    return (
+        sign(is_set(flags, 2)),
+        tl.where(decoupled, 0.0, weight_decay),
+        tl.where(decoupled, decay, 0.0),
+        weight1,
+        weight2,
+        lr * bias_correction2_sqrt / bias_correction1,
+        eps / root * bias_correction2_sqrt,
+    )
+
+
+# How scalars are folded where they are used: of a group's numbers, in the order of the records in
+# fused_ema/rules.py, the last of which is kappa, its flags as bits, and the base steps.
+FOLDS = {"frozen": fold_frozen, "sgd": fold_sgd, "adam": fold_adam}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import shim_backend
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,6 +37,10 @@ class Graph(TorchDispatchMode):
             for plan in launching:
                 patch.setattr(plan, "_launch", self.recorded(plan._launch))
                 patch.setattr(plan, "_squares", self.recorded_sums(plan._squares))
+            for folder in (p._folder for p in launching if p._folder is not None):
+                patch.setattr(folder, "_launch", self.recorded(folder._launch))
+            for plan in (p for p in opt._stepper.plans if hasattr(p, "_plan")):
+                patch.setattr(plan, "run", self.recorded_run(plan.run))
             with self:
                 opt.step()
 
@@ -45,6 +50,14 @@ class Graph(TorchDispatchMode):
 
     def recorded(self, launch: Callable[..., None]) -> Callable[..., None]:
         return lambda **parts: self.calls.append(lambda: launch(**parts))
+
+    def recorded_run(self, run: Callable[..., None]) -> Callable[..., None]:
+        """Of a plan in C++, whose kernels are recorded by the shim of CUDA."""
+
+        def record(control: torch.Tensor | None) -> None:
+            self.calls += shim_backend.captured(lambda: run(control))
+
+        return record
 
     def recorded_sums(self, squares: Any) -> Callable[..., torch.Tensor]:
         sums = torch.full((len(squares.keywords["chunks"]),), float("nan"), dtype=torch.float64)

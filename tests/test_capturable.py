@@ -59,14 +59,14 @@ REPLAYS = 100
 
 
 @pytest.mark.parametrize("rule", OPTIMIZERS)
-def test_a_replayed_graph_goes_on(rule, monkeypatch):
+def test_a_replayed_graph_goes_on(rule, device_backend, monkeypatch):
     """Step counts, schedules and tensor hyper-parameters move while Python stands still."""
     cls, flags = OPTIMIZERS[rule]
     options = {**flags, "ema_decay": (0.9, CosineDecay(0.5, total=40.0))}
     params, others = parameters(), parameters()
     lr = torch.tensor(1e-2, dtype=torch.float64)
     kappa = torch.tensor(2.0, dtype=torch.float64)
-    opt = cls(params, lr, kappa=kappa, capturable=True, backend="triton", **options)
+    opt = cls(params, lr, kappa=kappa, capturable=True, backend=device_backend, **options)
     twin = cls(others, 1e-2, kappa=2.0, **options)
     graph = Graph(monkeypatch)
     for step in range(2 + REPLAYS):
@@ -89,12 +89,12 @@ def test_a_replayed_graph_goes_on(rule, monkeypatch):
 
 
 @pytest.mark.parametrize("rule", OPTIMIZERS)
-def test_eager_steps_go_on_after_a_capture(rule, monkeypatch):
+def test_eager_steps_go_on_after_a_capture(rule, device_backend, monkeypatch):
     """What a capture noted down but did not carry out is not taken for done."""
     cls, flags = OPTIMIZERS[rule]
     options = {**flags, "ema_decay": 0.9}
     params, others = parameters(), parameters()
-    opt = cls(params, 1e-2, capturable=True, backend="triton", **options)
+    opt = cls(params, 1e-2, capturable=True, backend=device_backend, **options)
     twin = cls(others, 1e-2, **options)
     graph = Graph(monkeypatch)
     set_gradients(0, params, others)
@@ -269,12 +269,12 @@ def test_a_schedule_out_of_range_moves_nothing(rho):
     assert "step" not in opt.state.get(first[0], {})  # nothing has begun
 
 
-def test_a_new_group_leaves_a_graphs_counters_in_place(monkeypatch):
+def test_a_new_group_leaves_a_graphs_counters_in_place(device_backend, monkeypatch):
     """A graph goes on counting where eager steps look."""
     first, second, twins_of_first = parameters(), parameters(seed=1), parameters()
     cls, flags = OPTIMIZERS["AdamW"]
     for count in (len(first), 1):
-        opt = cls(first[-count:], capturable=True, backend="triton", **flags)
+        opt = cls(first[-count:], capturable=True, backend=device_backend, **flags)
         twin = cls(twins_of_first[-count:], **flags)
         graph = Graph(monkeypatch)
         set_gradients(0, first, twins_of_first)

@@ -86,8 +86,11 @@ def test_the_environment_chooses_the_target(monkeypatch):
 
 
 def test_python_and_cpp_have_the_same_rules_and_tables():
-    tables = {name: list(rule.scalars._fields) for name, rule in rules.RULES.items()}
-    assert _native.rule_scalars() == tables
+    known = rules.RULES.items()
+    assert _native.rule_scalars() == {name: list(r.scalars._fields) for name, r in known}
+    assert _native.rule_numbers() == {name: list(r.number_names) for name, r in known}
+    assert _native.rule_flags() == {name: list(r.flag_names) for name, r in known}
+    assert {r.number_names[-1] for r in rules.RULES.values()} == {"kappa"}  # where kernels look
 
 
 @pytest.mark.parametrize(

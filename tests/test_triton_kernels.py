@@ -16,7 +16,7 @@ from fused_ema import _native
 from fused_ema.ema import formats
 from fused_ema.kernels import step
 from fused_ema.kernels.interpreter import interpreted
-from fused_ema.kernels.rules import RULES
+from fused_ema.kernels.rules import FOLDS, RULES
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 
@@ -357,7 +357,7 @@ def test_without_chunks_nothing_is_launched(monkeypatch):
 
 
 def test_every_rule_has_a_kernel():
-    assert RULES.keys() == _native.rule_scalars().keys()
+    assert RULES.keys() == FOLDS.keys() == _native.rule_scalars().keys()
 
 
 def test_products_and_sums_are_rounded_apart():

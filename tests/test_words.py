@@ -66,7 +66,7 @@ class Both:
         assert [slots.prepare(fold) for slots in self.slots] == [True, True]
         versions = []
         found = []
-        for slots in self.slots:
+        for slots, steps in zip(self.slots, self.steps, strict=True):
             before = self.versions()
             slots.begin()
             with slots.hold():
@@ -78,7 +78,8 @@ class Both:
             versions.append([now - then for now, then in zip(self.versions(), before, strict=True)])
             chunks = slots.chunks(4)
             assert chunks.dtype == torch.int32
-            seen = (slots.num_words, slots.num_rows, slots.num_slots, slots.active)
+            offsets = [c - s.data_ptr() for c, s in zip(slots.counters, steps, strict=True)]
+            seen = (slots.num_words, slots.num_rows, slots.num_slots, offsets)
             found.append((changed, host.tolist(), chunks.tolist(), *seen))
         assert found[0] == found[1]
         assert versions[0] == versions[1]

@@ -81,6 +81,10 @@ DENOMINATOR = 4
 ADAM_UPDATE, SGD_UPDATE = 4, 2
 WEIGHT_SUM, INNER_SUM, DECAY = 1, 1, 3
 FOLD = 4 * UNIT[torch.float64]
+# Of a scalar that a device has folded: several functions, each off by a few units in the last
+# place. As C++ on the host they are the host's. `ABSOLUTE`: of a power that is taken from one.
+FOLDED = {"shim": 0, "triton": 16}
+ABSOLUTE = 4
 HIGHER_ORDER = 1 + 2.0**-10
 
 FIELDS = ("param", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -109,6 +113,16 @@ def half_ulp(x: Array, dtype: torch.dtype) -> Array:
     exponent = np.frexp(np.abs(x))[1] - 1
     exponent = np.where(x == 0, smallest, np.maximum(exponent, smallest))
     return np.ldexp(1.0, exponent - bits)
+
+
+def folding_bound(value: float, backend: str, powers: float = 0.0) -> float:
+    """Of a folded scalar against the host's; ``powers``: what those in it are multiplied by.
+
+    A schedule's decay is such a power, too: it is near one, and raised to kappa.
+    """
+    if FOLDED[backend] == 0:
+        return 0.0
+    return UNIT[torch.float64] * (FOLDED[backend] * abs(value) + ABSOLUTE * powers)
 
 
 def lerp_bound(start: Array, end: Array, weight: float, unit: float) -> Array:

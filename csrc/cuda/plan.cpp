@@ -14,6 +14,7 @@ Plan::Plan(const std::string& rule, OwnedSlots slots, bool ema_before)
       squares_(find_squares(slots->storage().type)),
       ema_before_(ema_before),
       slots_(std::move(slots)),
+      folder_(slots_->capturable() ? std::optional(Folder(rule, *slots_)) : std::nullopt),
       chunks_(slots_->chunks(chunk_elements(slots_->storage().type)).to(slots_->device())),
       neutral_(at::tensor({1.0, 0.0}, at::kDouble).to(slots_->device())) {
   const c10::DeviceGuard guard(slots_->device());
@@ -36,17 +37,18 @@ at::Tensor Plan::sum_of_squares() {
 
 // From begin() to the launch nothing else runs in Python. What is freed after it is used anew only
 // behind the kernel: torch's allocator gives memory back in the order of its stream.
-void Plan::run(const std::optional<at::Tensor>& control, const std::optional<at::Tensor>& scalars) {
+void Plan::run(const std::optional<at::Tensor>& control, const std::optional<std::string>& groups) {
   const c10::DeviceGuard guard(slots_->device());
   const Stream stream = enter();
   slots_->begin();
   pack(stream.capturing);
-  kernel_.kernel(
-      {chunks_.const_data_ptr<int32_t>(), chunks_.size(0), slot_table_.const_data_ptr<int64_t>(),
-       static_cast<int>(slots_->size()), slots_->num_rows(), slots_->num_emas(), ema_before_,
-       scalars ? scalars->const_data_ptr<double>() : nullptr, device_words(), words_.data(),
-       slots_->num_changing(), (control ? *control : neutral_).const_data_ptr<double>(),
-       slots_->device().index(), stream.handle});
+  const auto* how = (control ? *control : neutral_).const_data_ptr<double>();
+  const double* scalars = folder_ ? folder_->run(groups.value(), *slots_, how, stream) : nullptr;
+  kernel_.kernel({chunks_.const_data_ptr<int32_t>(), chunks_.size(0),
+                  slot_table_.const_data_ptr<int64_t>(), static_cast<int>(slots_->size()),
+                  slots_->num_rows(), slots_->num_emas(), ema_before_, scalars, device_words(),
+                  words_.data(), slots_->num_changing(), how, slots_->device().index(),
+                  stream.handle});
   slots_->advance();
 }
 
@@ -54,9 +56,11 @@ void Plan::run(const std::optional<at::Tensor>& control, const std::optional<at:
 // freed, it must not go back to the stream that it was made on while a kernel still reads it.
 Stream Plan::enter() {
   const Stream stream = current_stream(slots_->device());
-  if (std::exchange(stream_, stream.handle) != stream.handle)
+  if (std::exchange(stream_, stream.handle) != stream.handle) {
     for (const at::Tensor* kept : {&chunks_, &neutral_, &slot_table_, &changing_})
       if (kept->defined()) record_reader(*kept);
+    if (folder_) folder_->record_reader();
+  }
   return stream;
 }
 

@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "cuda/folder.h"
 #include "cuda/launch.h"
 #include "cuda/stream.h"
 #include "slots.h"
@@ -28,8 +29,8 @@ class Plan {
 
   // Steps every parameter with a gradient and moves every average, on the current stream.
   //   control: on the device, or none; see Launch
-  //   scalars: of a capturable bucket, folded on the device: a row of float64 a slot
-  void run(const std::optional<at::Tensor>& control, const std::optional<at::Tensor>& scalars);
+  //   groups: of a capturable bucket, what its scalars are folded from; see Folder
+  void run(const std::optional<at::Tensor>& control, const std::optional<std::string>& groups);
 
   // Whether a CUDA graph uses memory that the plan owns.
   bool captured() const { return !kept_.empty(); }
@@ -54,6 +55,7 @@ class Plan {
   Squares squares_;
   bool ema_before_;
   OwnedSlots slots_;
+  std::optional<Folder> folder_;  // of a capturable bucket
   at::Tensor chunks_;
   at::Tensor neutral_;            // the control of a step that takes gradients as they are
   at::Tensor slot_table_;         // the slots' words on the device

@@ -321,9 +321,10 @@ class FusedScaledOptimizer(EmaAccess):
             put_back = clock.counts(self.param_groups)
             doubt = _Doubt(Verdict(found_inf), self._begun, stepper.counted(), put_back)
         calls = stepper.running(control)
-        calls += clock.advance(self.param_groups, stepper.folder.kappas, control)
+        kappas = stepper.folder.kappas
+        calls += clock.advance(self.param_groups, kappas, control, stepper.clocked)
         if self.param_groups[0]["ema_every"] > 1:
-            calls += clock.wait(self.param_groups, stepper.folder.kappas, averaged)
+            calls += clock.wait(self.param_groups, kappas, averaged)
         if moves:
             calls += moving(moves, None if control is None else control.taken)
         if doubt is not None or self._doubt is not None:

@@ -36,7 +36,7 @@ def check_group(rule: Rule, group: Group, backend: str) -> Checked:
             exclude each other.
     """
     group = as_given(group)
-    for flag in (*SWITCHES, *(flag for flag in rule.flags if not flag.endswith("_scaling"))):
+    for flag in (*SWITCHES, *(flag for flag in rule.flags if flag not in rule.choices)):
         _check_switch(flag, group[flag])
     # in a graph of its own where gradients are to reach what is scaled
     with torch.set_grad_enabled(bool(group["differentiable"])):

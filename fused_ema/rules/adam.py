@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .. import scaling
-from ..checks import check_choice, check_range
+from ..checks import check_range
 from ..realmath import expm1, log1p, sqrt
 from .rule import (
+    POSITIONS,
     Group,
     Rule,
     Values,
+    check_choices,
     check_shared,
     counts,
     decayed,
@@ -49,12 +51,17 @@ class Scalars(NamedTuple):
     eps: float
 
 
+CHOICES = {
+    "beta_scaling": scaling.BetaScaling,
+    "weight_decay_scaling": scaling.WeightDecayScaling,
+}
+
+
 def check(group: Group) -> None:
     check_shared(group)
-    check_choice("beta_scaling", group["beta_scaling"], scaling.BetaScaling)
-    check_choice("weight_decay_scaling", group["weight_decay_scaling"], scaling.WeightDecayScaling)
+    check_choices(group, CHOICES)
     check_range("eps", group["eps"], 0.0, math.inf)
-    if not isinstance(group["betas"], tuple) or len(group["betas"]) != 2:
+    if not isinstance(group["betas"], tuple) or len(group["betas"]) != POSITIONS["betas"]:
         raise ValueError(f"betas={group['betas']!r} is not known; allowed: two numbers")
     for i, beta in enumerate(group["betas"]):
         check_range(f"betas[{i}]", beta, 0, 1, ends=("<=", "<"))
@@ -127,6 +134,7 @@ ADAM = Rule(
         *("decoupled_weight_decay", "amsgrad", "maximize"),
         *("beta_scaling", "weight_decay_scaling"),
     ),
+    choices=CHOICES,
     check=check,
     states=states,
     scale=scale,

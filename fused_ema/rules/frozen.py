@@ -29,6 +29,7 @@ FROZEN = Rule(
     name="frozen",
     numbers=("kappa",),
     flags=(),
+    choices={},
     check=check,
     states=lambda group: (),
     scale=lambda hyper: None,

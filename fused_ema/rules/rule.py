@@ -14,16 +14,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from torch import Tensor
 
-from ..checks import check_kappa, check_range
+from ..checks import check_choice, check_kappa, check_range
 from . import blending
 from .tensorlist import TensorList
 
 Group = Mapping[str, Any]
 Values = TypeVar("Values", Tensor, TensorList)
+
+
+# Fields that hold several numbers, and how many.
+POSITIONS = {"betas": 2}
+
+
+def _positions(field: str) -> tuple[str, ...]:
+    count = POSITIONS.get(field)
+    return (field,) if count is None else tuple(f"{field}[{i}]" for i in range(count))
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,8 @@ class Rule:
         name: key of the kernels in every backend.
         numbers: param-group fields that ``states``, ``scale`` and ``check`` read: numbers, or
             tuples of them; a capturable group may hold tensors of its device there.
-        flags: those of its fields that choose between formulas: bools and names.
+        flags: those of its fields that choose between formulas: bools, and names of two formulas.
+        choices: the ``Literal`` of the names that such a field may hold.
         check: raises ValueError for a bad param group.
         states: names of the state tensors that a group needs, in the kernels' order.
         scale: hyper-parameters at the group's ``kappa``: float64, floats or tensors of one shape.
@@ -48,6 +58,7 @@ class Rule:
     name: str
     numbers: tuple[str, ...]
     flags: tuple[str, ...]
+    choices: Mapping[str, Any]
     check: Callable[[Group], None]
     states: Callable[[Group], tuple[str, ...]]
     scale: Callable[[Group], Any]
@@ -59,6 +70,27 @@ class Rule:
     def hyper(self) -> tuple[str, ...]:
         """All param-group fields that the rule reads."""
         return (*self.numbers, *self.flags)
+
+    @property
+    def number_names(self) -> tuple[str, ...]:
+        """The numbers as device kernels count them: each position of a field has its own."""
+        return tuple(name for field in self.numbers for name in _positions(field))
+
+    @property
+    def flag_names(self) -> tuple[str, ...]:
+        """What the bits of :meth:`flag_bits` stand for: a field, or its second name."""
+        return tuple(
+            f"{flag}={get_args(self.choices[flag])[1]}" if flag in self.choices else flag
+            for flag in self.flags
+        )
+
+    def flag_bits(self, group: Group) -> int:
+        """A bit a flag, the first the lowest: set where a bool is True, or for the second name."""
+        return sum(self._is_set(flag, group[flag]) << k for k, flag in enumerate(self.flags))
+
+    def _is_set(self, flag: str, value: Any) -> bool:
+        choices = self.choices.get(flag)
+        return bool(value) if choices is None else value == get_args(choices)[1]
 
 
 def ema_update(ema: Values, param: Values, weight: float) -> None:
@@ -110,3 +142,9 @@ def check_shared(group: Group) -> None:
     check_kappa(group["kappa"])
     check_range("lr", group["lr"], 0.0, math.inf)
     check_range("weight_decay", group["weight_decay"], 0.0, math.inf)
+
+
+def check_choices(group: Group, choices: Mapping[str, Any]) -> None:
+    """Raise ValueError unless each field holds one of its ``Literal``'s names."""
+    for name, allowed in choices.items():
+        check_choice(name, group[name], allowed)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .. import scaling
-from ..checks import check_choice, check_range
+from ..checks import check_range
 from ..realmath import where
 from .rule import (
     Group,
     Rule,
     Values,
+    check_choices,
     check_shared,
     directed,
     sign,
@@ -48,10 +49,13 @@ class Scalars(NamedTuple):
     lr: float
 
 
+CHOICES = {"momentum_scaling": scaling.MomentumScaling}
+
+
 def check(group: Group) -> None:
     check_shared(group)
     check_range("momentum", group["momentum"], 0.0, math.inf)
-    check_choice("momentum_scaling", group["momentum_scaling"], scaling.MomentumScaling)
+    check_choices(group, CHOICES)
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
             f"nesterov=True requires momentum > 0 and dampening = 0; received "
@@ -112,6 +116,7 @@ SGD = Rule(
     name="sgd",
     numbers=("lr", "momentum", "dampening", "weight_decay", "kappa"),
     flags=("nesterov", "maximize", "momentum_scaling"),
+    choices=CHOICES,
     check=check,
     states=states,
     scale=scale,

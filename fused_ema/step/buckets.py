@@ -73,11 +73,16 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Slots that one plan steps together."""
+    """Slots that one plan steps together.
+
+    ``clocked`` are the groups whose base steps are counted on the device by this plan: of those
+    that read them there the last.
+    """
 
     rule: Rule
     key: Key
     slots: tuple[Slot, ...]
+    clocked: frozenset[int] = frozenset()
 
     @property
     def takes_grads(self) -> bool:
@@ -140,10 +145,23 @@ def make_buckets(
             parts = [key] if turn is None or rule is FROZEN else _apart(key, turn, slot)
             for part in parts:
                 members.setdefault(part, []).append(slot)
-    return [
-        Bucket(FROZEN if key.averages_alone else rule, key, tuple(slots))
-        for key, slots in sorted(members.items(), key=lambda item: item[0].turn)
-    ]
+    buckets: list[Bucket] = []
+    clocked: set[int] = set()
+    for key, slots in sorted(members.items(), key=lambda item: item[0].turn, reverse=True):
+        last = {i for i in _groups_of(slots) - clocked if _has_clock(groups[i], key)}
+        clocked |= last
+        moving = FROZEN if key.averages_alone else rule
+        buckets.append(Bucket(moving, key, tuple(slots), frozenset(last)))
+    return buckets[::-1]
+
+
+def _groups_of(slots: Iterable[Slot]) -> set[int]:
+    return {slot.group for slot in slots}
+
+
+def _has_clock(group: Mapping[str, Any], key: Key) -> bool:
+    """Whether the group's base steps are counted on the device of these parameters."""
+    return key.capturable and bool(group["params"][0].device == key.device)
 
 
 def _apart(key: Key, turn: int, slot: Slot) -> list[Key]:

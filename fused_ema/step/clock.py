@@ -7,7 +7,7 @@ Where averages do not move at every step, a group also counts the steps that the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,14 +52,25 @@ def complete(group: dict[str, Any]) -> None:
 
 
 def advance(
-    groups: Sequence[dict[str, Any]], kappas: Sequence[float], control: Control | None
+    groups: Sequence[dict[str, Any]],
+    kappas: Sequence[float],
+    control: Control | None,
+    clocked: Container[int],
 ) -> list[Call]:
-    """What counts a step of every group; ``kappas`` are the values that are known on the host."""
+    """What counts a step of every group.
+
+    Args:
+        groups: the optimizer's param groups.
+        kappas: the values that are known on the host.
+        control: what may say that no step is taken.
+        clocked: indices of groups that are counted by who steps them.
+    """
     on_device = []
     calls = []
-    for group, kappa in zip(groups, kappas, strict=True):
+    for index, (group, kappa) in enumerate(zip(groups, kappas, strict=True)):
+        if index in clocked:
+            continue
         if _on_device(group):
-            complete(group)  # the user may have set it
             on_device.append(group)
         else:
             calls.append(partial(dict.update, group, base_steps=group["base_steps"] + kappa))

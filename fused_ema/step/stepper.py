@@ -14,6 +14,7 @@ from ..extension import native
 from ..rules.rule import Rule
 from ..sharding import Shards, Spread, local, total
 from ..together import Call
+from . import clock
 from .backends import graphs, requested_backend, select
 from .backends.plan import Plan
 from .buckets import Bucket, make_buckets
@@ -42,6 +43,7 @@ class Stepper:
         host_folded: whether the steps of some parameter are counted on the host.
         host_counted: whether those of some group are.
         skips: whether all plans skip a step by themselves.
+        clocked: groups whose base steps the plans count.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Stepper:
         self.host_folded = False
         self.host_counted = False
         self.skips = False
+        self.clocked: frozenset[int] = frozenset()
 
     def prepare(
         self,
@@ -98,6 +101,9 @@ class Stepper:
         moved = moved or self._watched != dispatch_modes()
         if moved or self._watch is None or not self._watch.unchanged(groups, state):
             self._make_plans(groups, state, complete)
+        for group in groups:
+            if group["capturable"]:
+                clock.complete(group)  # the user may have set it
         self.folder.ask_schedules()
         if not (self._lie_apart_as_before() and self._prepare_plans()):
             self._make_plans(groups, state, complete)
@@ -186,6 +192,7 @@ class Stepper:
         self._spreads = [bucket.key.spread for bucket in buckets]
         self._shards = _shards(buckets) if any(self._spreads) else None
         self.host_folded = not all(bucket.key.capturable for bucket in buckets)
+        self.clocked = frozenset().union(*(bucket.clocked for bucket in buckets))
         self.host_counted = not all(group["capturable"] for group in groups)
         chosen = [(select(bucket), bucket) for bucket in buckets]
         self.backends = tuple(backend.NAME for backend, _ in chosen)

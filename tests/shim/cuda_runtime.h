@@ -5,8 +5,11 @@
 // blocks at a time, and every stream but `broken_stream` works.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <utility>
 #include <vector>
 
 #define CUDART_VERSION 0
@@ -41,8 +44,11 @@ namespace shim {
 
 inline const cudaStream_t broken_stream = reinterpret_cast<cudaStream_t>(1);
 inline cudaError_t last_error = cudaSuccess;
-inline std::vector<size_t> launches;  // the bytes of their parameters
-inline int64_t accesses = 0;          // of tensors, as far as the kernel tells __isGlobal
+inline std::vector<size_t> launches;               // the bytes of their parameters
+inline std::vector<std::vector<char>> parameters;  // the first bytes of each
+inline bool capturing = false;                     // launches are put down, and do not run
+inline std::vector<std::function<void()>> captured;
+inline int64_t accesses = 0;  // of tensors, as far as the kernel tells __isGlobal
 
 inline cudaError_t result(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -77,12 +83,24 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameters), dim3 grid, dim3 block, 
                              size_t, cudaStream_t stream) {
   if (stream == shim::broken_stream) return shim::result(cudaErrorInvalidResourceHandle);
   shim::launches.push_back(sizeof(Parameters));
-  gridDim = grid;
-  for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
-    for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x)
-      kernel(*static_cast<const Parameters*>(arguments[0]));
+  const auto* bytes = static_cast<const char*>(arguments[0]);
+  shim::parameters.emplace_back(bytes, bytes + std::min<size_t>(sizeof(Parameters), 64));
+  const auto run = [=](const Parameters& parameters) {
+    gridDim = grid;
+    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+      for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kernel(parameters);
+  };
+  const auto& parameters = *static_cast<const Parameters*>(arguments[0]);
+  if (shim::capturing)
+    shim::captured.push_back([=] { run(parameters); });
+  else
+    run(parameters);
   return cudaSuccess;
 }
+
+inline void __threadfence() {}
+
+inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
 
 inline bool __isGlobal(const void*) {
   ++shim::accesses;

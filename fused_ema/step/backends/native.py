@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ...extension import native, why_not
 from ..buckets import Bucket
-from . import dense, graphs, streams
+from . import dense
+from .group_records import GroupRecords
 from .plan import Fold, Plan
 
 NAME = "native"
@@ -29,11 +30,10 @@ class CapturablePlan:
     """A bucket on a GPU whose scalars are folded there."""
 
     def __init__(self, bucket: Bucket) -> None:
-        self._device = bucket.key.device
-        self._folder = graphs.device_folder(bucket)
-        self._readers = streams.Readers(self._device)
+        self._groups = GroupRecords(bucket)
         self._slots = dense.slots(bucket)
         self._plan = native.CudaPlan(bucket.rule.name, self._slots, is_before(bucket))
+        self._records = b""
 
     @property
     def captured(self) -> bool:
@@ -44,7 +44,7 @@ class CapturablePlan:
         return self._slots
 
     def prepare(self, fold: Fold) -> bool:
-        self._folder.prepare(fold.groups)
+        self._records = self._groups.read(fold.groups)
         return self._plan.prepare(fold)
 
     def release(self) -> None:
@@ -54,10 +54,7 @@ class CapturablePlan:
         return self._plan.sum_of_squares()
 
     def run(self, control: Tensor | None) -> None:
-        self._readers.enter(lambda: self._folder.kept)
-        capturing = graphs.is_capturing(self._device)
-        self._folder.run(self._slots.active, capturing, control)
-        self._plan.run(control, self._folder.table)
+        self._plan.run(control, self._records)
 
 
 def is_before(bucket: Bucket) -> bool:

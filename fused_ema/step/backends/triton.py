@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from ...extension import native
 from ..buckets import Bucket
 from . import dense, graphs, streams
 from .plan import Fold
+from .triton_folder import Folder
 
 NAME = "triton"
 
@@ -41,17 +43,28 @@ class Parts(NamedTuple):
     rows: Tensor
     grads: Tensor
     slots: Tensor
+    folded: Tensor
 
 
 class DeviceWords:
     """Keeps a bucket's words on its device by one asynchronous copy of what has changed.
 
+    Args:
+        slots: the bucket's.
+        row_size: words of a row of scalars.
+        device: where kernels read them.
+        folder: of a capturable bucket, whose words come behind the others.
+
     Attributes:
         kept: host and device memory that captured graphs use.
     """
 
-    def __init__(self, slots: native.Slots, row_size: int, device: torch.device) -> None:
+    def __init__(
+        self, slots: native.Slots, row_size: int, device: torch.device, folder: Folder | None
+    ) -> None:
         self._slots = slots
+        self._folder = folder
+        self._folded = b""
         self._row_size = row_size
         self._device = device
         self._words = torch.empty(0, dtype=torch.int64, device=device)
@@ -66,10 +79,13 @@ class DeviceWords:
 
     def current(self) -> Parts:
         """Upload what has changed."""
-        total, count = self._slots.num_words, self._slots.num_changed
+        total, count = self._total, self._slots.num_changed
         if total > len(self._words):
             self._words = torch.empty(total, dtype=torch.int64, device=self._device)
-            self._parts, count = None, total
+            self._parts, count, self._folded = None, self._slots.num_words, b""
+        folded = self._folder.words(self._slots) if self._folder is not None else b""
+        if folded != self._folded:
+            self._folded, count = folded, total
         if count > 0:
             self._words[:count].copy_(self._packed(self._pinned(count)), non_blocking=True)
         if self._spare is None or len(self._spare) < total:
@@ -81,12 +97,12 @@ class DeviceWords:
 
     def captured(self) -> Parts:
         """Upload everything, by a copy that a graph repeats from memory that nobody else uses."""
-        total = self._slots.num_words
+        total = self._total
         host = self._spare
         if host is None or len(host) < total:
             host = self._pinned(total)
-        self._slots.pack(host)
-        words = host.to(self._device, non_blocking=True, copy=True)
+        self._folded = self._folder.words(self._slots) if self._folder is not None else b""
+        words = self._packed(host).to(self._device, non_blocking=True, copy=True)
         self.kept += [host, words]
         self._spare = None
         # what was packed is not in the other memory
@@ -97,18 +113,26 @@ class DeviceWords:
         pin = self._device.type != "cpu"
         return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=pin)
 
+    @property
+    def _total(self) -> int:
+        return self._slots.num_words + (0 if self._folder is None else self._folder.num_words)
+
     def _packed(self, host: Tensor) -> Tensor:
         self._slots.pack(host)
+        begin = self._slots.num_words
+        if len(host) > begin:
+            ctypes.memmove(host.data_ptr() + 8 * begin, self._folded, len(self._folded))
         return host
 
     def _split(self, words: Tensor) -> Parts:
         count = self._slots.num_slots
-        begin = self._slots.num_rows * self._row_size
+        begin, end = self._slots.num_rows * self._row_size, self._slots.num_words
         return Parts(
             words[:begin].view(torch.float64),
             words[begin : begin + count],
             words[begin + count : begin + 2 * count],
-            words[begin + 2 * count :],
+            words[begin + 2 * count : end],
+            words[end:],
         )
 
 
@@ -121,10 +145,10 @@ class TritonPlan:
 
         key, scalars = bucket.key, bucket.rule.scalars._fields
         self._device = key.device
-        self._folder = graphs.device_folder(bucket) if key.capturable else None
+        self._folder = Folder(bucket) if key.capturable else None
         self._slots = dense.slots(bucket)
         row_size = 0 if key.capturable else len(scalars) + len(key.emas) + key.rounds
-        self._words = DeviceWords(self._slots, row_size, key.device)
+        self._words = DeviceWords(self._slots, row_size, key.device, self._folder)
         self._control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=key.device)
         self._chunks = chunks = self._slots.chunks(CHUNK).to(key.device)
         self._readers = streams.Readers(key.device)
@@ -183,14 +207,14 @@ class TritonPlan:
             self._slots.advance()
 
     def _run(self, control: Tensor | None) -> None:
-        capturing = graphs.is_capturing(self._device)
-        parts = self._uploaded(capturing)
+        parts = self._uploaded(graphs.is_capturing(self._device))
+        control = self._control if control is None else control
         scalars = parts.scalars
         if self._folder is not None:
-            self._folder.run(self._slots.active, capturing, control)
+            self._folder.run(parts.folded, control)
             scalars = self._folder.table
         self._launch(
-            control=self._control if control is None else control,
+            control=control,
             scalars=scalars,
             rows=parts.rows,
             grads=parts.grads,

@@ -212,9 +212,10 @@ class Slots:
         return len(self._params)
 
     @property
-    def active(self) -> list[bool]:
-        """Which slots have a gradient."""
-        return [self._rows[place].active for place in self._row_of]
+    def counters(self) -> list[int]:
+        """The address of each slot's count, plus one where it has a gradient."""
+        active = (self._rows[place].active for place in self._row_of)
+        return [where + flag for where, flag in zip(self._counters, active, strict=True)]
 
     def pack(self, words: Tensor) -> None:
         """Fill an int64 tensor of the CPU with the leading words."""
