@@ -1,5 +1,5 @@
-// The schedules of an average's decay, in double, host and device: fused_ema/ema.py holds the same
-// formulas and says what they are.
+// The schedules of an average's decay, in double, host and device: fused_ema/ema/decay.py holds the
+// same formulas and says what they are.
 #pragma once
 
 #include <cmath>
@@ -8,8 +8,7 @@
 
 namespace fused_ema {
 
-// What a schedule is made of, in the order of its fields; fused_ema/device_folding.py counts them
-// alike.
+// Behind the kinds of numbers, see cuda/fold.h: group_records.py writes both.
 enum class Schedule : int64_t { cosine = 16, warm_up, inverse_gamma, power };
 
 // The mean of t, t + 1, ..., t + kappa - 1, where kappa base steps read a schedule; not before 0.

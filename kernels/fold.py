@@ -17,10 +17,10 @@ from .rounding import mix
 from .rules import FOLDS
 from .scaling import decay_weight
 from .schedules import cosine_decay, inverse_gamma_decay, power_decay, warm_up_decay
-from .step import compile_options
+from .step import compile_options as step_options
 
 # Words of a param group before its numbers and of an average's decay, and what a decay's kind says;
-# fused_ema/backends/group_records.py writes them.
+# fused_ema/step/backends/group_records.py writes them.
 HEAD = tl.constexpr(5)
 DECAY = tl.constexpr(4)
 FIRST_SCHEDULE = tl.constexpr(16)
@@ -154,9 +154,9 @@ def fold_kernel(
     tl.store(p_arrivals + i_group, 0, m_last)
 
 
-def fold_options(target: GPUTarget) -> dict[str, Any]:
+def compile_options(target: GPUTarget) -> dict[str, Any]:
     """What the kernel is compiled with."""
-    return compile_options(target) | {"num_warps": 1}
+    return step_options(target) | {"num_warps": 1}
 
 
 @cache
@@ -164,7 +164,7 @@ def launch_options() -> dict[str, Any]:
     """The options for this machine's devices, which are of one kind."""
     if interpreted():
         return {}
-    return fold_options(triton.runtime.driver.active.get_current_target())
+    return compile_options(triton.runtime.driver.active.get_current_target())
 
 
 def launcher(

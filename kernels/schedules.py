@@ -1,4 +1,4 @@
-"""Schedules of an average's decay for Triton, in float64: :mod:`fused_ema.ema` has the formulas."""
+"""Schedules of an average's decay for Triton, in float64: :mod:`fused_ema.ema.decay`'s."""
 
 from __future__ import annotations
 

@@ -29,7 +29,12 @@ def seen(tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("run", "kernels"), [("sgd", ["step_kernel"]), ("clipped", ["squares_kernel", "step_kernel"])]
+    ("run", "kernels"),
+    [
+        ("sgd", ["step_kernel"]),
+        ("clipped", ["squares_kernel", "step_kernel"]),
+        ("capturable", ["fold_kernel", "step_kernel"]),
+    ],
 )
 def test_dispatch_sees_the_first_step_alone(run, kernels, seen):
     steps = len(seen[run]["dispatches"])
@@ -45,8 +50,9 @@ def test_later_launches_are_those_of_the_dispatch(seen):
     assert others == [first] * len(others)
 
 
-def test_nothing_is_copied_or_made_while_nothing_changes(seen):
-    first, *others = seen["sgd"]["operators"]
+@pytest.mark.parametrize("run", ["sgd", "capturable"])
+def test_nothing_is_copied_or_made_while_nothing_changes(run, seen):
+    first, *others = seen[run]["operators"]
     assert "aten::copy_" in first
     assert others == [[]] * len(others)
 

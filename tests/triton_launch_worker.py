@@ -15,7 +15,8 @@ import triton
 from torch.profiler import ProfilerActivity, profile
 from triton.backends.compiler import GPUTarget
 
-from fused_ema import FusedScaledAdamW, FusedScaledSGD
+from fused_ema import CosineDecay, FusedScaledAdamW, FusedScaledSGD
+from fused_ema.kernels.fold import fold_kernel
 from fused_ema.kernels.squares import squares_kernel
 from fused_ema.kernels.step import step_kernel
 from fused_ema.step.backends import triton as backend
@@ -111,12 +112,15 @@ def main() -> None:
     driver = Driver()
     triton.runtime.driver.set_active(driver)
     backend.unsupported = lambda bucket: None
-    dispatches = Dispatches(step_kernel, squares_kernel)
+    dispatches = Dispatches(step_kernel, squares_kernel, fold_kernel)
     result: dict[str, Any] = {}
     sgd = FusedScaledSGD(parameters(), 0.1, ema_decay=0.9, backend="triton")
     result["sgd"] = steps(driver, dispatches, sgd)
     clipped = FusedScaledAdamW(parameters(), ema_decay=0.9, max_grad_norm=1.0, backend="triton")
     result["clipped"] = steps(driver, dispatches, clipped)
+    options = {"ema_decay": (0.9, CosineDecay(0.5, 9.0)), "capturable": True, "backend": "triton"}
+    capturable = FusedScaledAdamW(parameters(), torch.tensor(1e-3), **options)
+    result["capturable"] = steps(driver, dispatches, capturable)
 
     driver.stream = 7
     triton.knobs.runtime.launch_enter_hook = print

@@ -12,11 +12,12 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -25,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_ema import rules
-from fused_ema.kernels import squares, step
+from fused_ema.kernels import fold, squares, step
 from fused_ema.kernels.rules import RULES
 
 TARGETS = {
@@ -38,6 +39,8 @@ NUM_SCALARS = {name: len(rule.scalars._fields) for name, rule in rules.RULES.ite
 ARGUMENTS = ("*fp64", "*fp64", "*i64", "*i64", "*i64", "*i32")
 SQUARES = "squares"  # the kernel that sums gradients' squares, which is no rule's
 SQUARES_ARGUMENTS = ("*i64", "*i64", "*i32", "*fp64")
+FOLD = "fold "  # what stands before the rule of a kernel that folds its scalars
+FOLD_ARGUMENTS = ("*i64", "*i32", "*fp64", "*fp64", "*i32", "i32", "i32")
 WORKERS = 2
 
 
@@ -97,6 +100,9 @@ VARIANTS = (
     ),
     *(Variant(SQUARES, 0, dtype, averages=0) for dtype in DTYPES),
 )
+FOLDS = tuple(
+    Variant(f"{FOLD}{rule}", 0, averages=2, rounded_average="bfloat16") for rule in rules.RULES
+)
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,8 @@ class Row:
 
 
 def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.CompiledKernel:
+    if variant.rule.startswith(FOLD):
+        return compile_fold(variant, target)
     stored, compute = variant.types
     constants = (compute, step.block_size(compute), step.CHUNK)
     if variant.rule == SQUARES:
@@ -143,10 +151,28 @@ def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.Compi
         counts = (variant.states, variant.averages)
         kind = (*scalars, *counts, variant.ema_before)
         constants = (*kind, stored, variant.weight, variant.state, variant.average, *constants)
-    types = (*pointers, *("constexpr" for _ in constants))
-    constexprs = {(len(pointers) + i,): value for i, value in enumerate(constants)}
-    source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), constexprs)
     options = step.compile_options(target, bounded=variant.rule != SQUARES)
+    return compiled(kernel, pointers, constants, target, options)
+
+
+def compile_fold(variant: Variant, target: GPUTarget) -> triton.compiler.CompiledKernel:
+    name = variant.rule.removeprefix(FOLD)
+    sizes = (len(rules.RULES[name].number_names), NUM_SCALARS[name])
+    constants = (fold.FOLDS[name], *sizes, variant.averages, variant.rounds, fold.SLOTS)
+    options = fold.compile_options(target)
+    return compiled(fold.fold_kernel, FOLD_ARGUMENTS, constants, target, options)
+
+
+def compiled(
+    kernel: Any,
+    arguments: Sequence[str],
+    constants: Sequence[Any],
+    target: GPUTarget,
+    options: dict[str, Any],
+) -> triton.compiler.CompiledKernel:
+    types = (*arguments, *("constexpr" for _ in constants))
+    constexprs = {(len(arguments) + i,): value for i, value in enumerate(constants)}
+    source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), constexprs)
     return triton.compile(source, target=target, options=options)
 
 
@@ -230,7 +256,7 @@ def amd_occupancy(registers: int) -> float:
 
 
 def compile_all() -> Iterable[Row]:
-    jobs = [(target, variant) for target in TARGETS for variant in VARIANTS]
+    jobs = [(target, variant) for target in TARGETS for variant in (*VARIANTS, *FOLDS)]
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("fork")) as pool:
         yield from pool.map(make_row, *zip(*jobs, strict=True))
 

@@ -147,7 +147,7 @@ def make_buckets(
                 members.setdefault(part, []).append(slot)
     buckets: list[Bucket] = []
     clocked: set[int] = set()
-    for key, slots in sorted(members.items(), key=lambda item: item[0].turn, reverse=True):
+    for key, slots in reversed(sorted(members.items(), key=lambda item: item[0].turn)):
         last = {i for i in _groups_of(slots) - clocked if _has_clock(groups[i], key)}
         clocked |= last
         moving = FROZEN if key.averages_alone else rule
