@@ -5,6 +5,7 @@
 
 #include "collected.h"
 #include "cpu/plan.h"
+#include "gradients.h"
 #include "rules.h"
 #include "slots.h"
 #include "swap.h"
@@ -58,7 +59,8 @@ void define_cuda(py::module_& module) {
       .def(py::init<std::string, py::object, bool>(), arg("rule"), arg("slots"), arg("ema_before"))
       .def("prepare", &cuda::Plan::prepare)
       .def("release", &cuda::Plan::release)
-      .def("sum_of_squares", &cuda::Plan::sum_of_squares)
+      .def("norm", &cuda::Plan::norm, arg("part"), arg("ending"))
+      .def_property_readonly("num_sums", &cuda::Plan::num_sums)
       .def("run", &cuda::Plan::run, arg("control") = py::none(), arg("groups") = py::none())
       .def_property_readonly("captured", &cuda::Plan::captured)
       .def_property_readonly("skipping", &cuda::Plan::slots);
@@ -102,11 +104,15 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init<std::string, py::object, bool>(), arg("rule"), arg("slots"), arg("ema_before"))
       .def("prepare", &cpu::Plan::prepare)
       .def("release", &cpu::Plan::release)
-      .def("sum_of_squares", &cpu::Plan::sum_of_squares)
+      .def("norm", &cpu::Plan::norm, arg("part"), arg("ending"))
       .def("run", &cpu::Plan::run, arg("control") = py::none())
       .def_property_readonly("target", &cpu::Plan::target);
   cpu_plan.attr("captured") = false;
+  cpu_plan.attr("num_sums") = 1;
   cpu_plan.attr("skipping") = py::none();
+  py::class_<Gradients>(module, "Gradients")
+      .def(py::init<const py::list&>())
+      .def("unchanged", &Gradients::unchanged);
   py::class_<Watch>(module, "Watch", collected<Watch>())
       .def(py::init<const py::list&, const py::dict&>())
       .def("unchanged", &Watch::unchanged);

@@ -4,6 +4,7 @@ from typing import Any
 from torch import Tensor
 
 from .step.backends.plan import Fold
+from .step.gradients import Ending
 
 class Slots:
     """A bucket's tensors as the words that a device kernel reads.
@@ -70,13 +71,14 @@ class Plan:
 
     captured: bool
     skipping: None
+    num_sums: int
     def __init__(self, rule: str, slots: Slots, ema_before: bool) -> None: ...
     @property
     def target(self) -> str:
         """The CPU loop in use: "baseline", "avx2" or "avx512"."""
     def prepare(self, fold: Fold) -> bool: ...
     def release(self) -> None: ...
-    def sum_of_squares(self) -> Tensor: ...
+    def norm(self, part: Tensor | None, ending: Ending | None) -> None: ...
     def run(self, control: Tensor | None = None) -> None: ...
 
 class CudaPlan:
@@ -90,7 +92,9 @@ class CudaPlan:
     def skipping(self) -> Slots: ...
     def prepare(self, fold: Fold) -> bool: ...
     def release(self) -> None: ...
-    def sum_of_squares(self) -> Tensor: ...
+    @property
+    def num_sums(self) -> int: ...
+    def norm(self, part: Tensor | None, ending: Ending | None) -> None: ...
     def run(self, control: Tensor | None = None, groups: bytes | None = None) -> None:
         """Step; of a capturable bucket ``groups`` are its ``GroupRecords``."""
 
@@ -105,6 +109,13 @@ CUDA_VERSION: int
 
 CUDA_ARCHITECTURES: list[int]
 """What the kernels were compiled for, as in 800."""
+
+class Gradients:
+    """Remembers which gradients parameters have."""
+
+    def __init__(self, params: list[Tensor]) -> None: ...
+    def unchanged(self, params: list[Tensor]) -> bool:
+        """Whether they have the same ones, unwritten since, as far as autograd knows."""
 
 class Watch:
     """Remembers which objects an optimizer's param groups and state hold."""

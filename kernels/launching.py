@@ -13,7 +13,7 @@ from .interpreter import float_errors_ignored
 
 
 class Launch:
-    """A kernel on a device with all but its pointers, which are not specialized.
+    """A kernel on a device with all but what is not specialized: pointers and numbers.
 
     The dispatch hashes the constants at every launch, which takes longer than the launch itself. So
     the kernel that it returns is kept, and launched with what the dispatch passes: on the device's
@@ -35,19 +35,22 @@ class Launch:
         self._options = options
         self._run: Callable[..., None] | None = None
 
-    def __call__(self, *pointers: Tensor) -> None:
-        """Launch the programs, asynchronously; where there are none, nothing is."""
+    def __call__(self, *given: Tensor | int | None) -> None:
+        """Launch the programs, asynchronously; where there are none, nothing is.
+
+        Every call gives the same types: a tensor of the same dtype, an int of as many bits, None.
+        """
         if not self._programs:
             return
         with torch.accelerator.device_index(self._device.index):
             if self._run is None:
-                self._dispatch(pointers)
+                self._dispatch(given)
             else:
-                self._run(*pointers, *self._constants)
+                self._run(*given, *self._constants)
 
-    def _dispatch(self, pointers: tuple[Tensor, ...]) -> None:
+    def _dispatch(self, given: tuple[Tensor | int | None, ...]) -> None:
         grid = (self._programs, 1, 1)
         with float_errors_ignored():
-            kernel = self._kernel[grid](*pointers, *self._constants, **self._options)
+            kernel = self._kernel[grid](*given, *self._constants, **self._options)
         if isinstance(kernel, CompiledKernel):
             self._run = kernel[grid]

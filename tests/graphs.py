@@ -36,11 +36,12 @@ class Graph(TorchDispatchMode):
             launching = [p for p in opt._stepper.plans if hasattr(p, "_launch")]
             for plan in launching:
                 patch.setattr(plan, "_launch", self.recorded(plan._launch))
-                patch.setattr(plan, "_squares", self.recorded_sums(plan._squares))
+                patch.setattr(plan, "_squares", self.recorded(plan._squares))
             for folder in (p._folder for p in launching if p._folder is not None):
                 patch.setattr(folder, "_launch", self.recorded(folder._launch))
             for plan in (p for p in opt._stepper.plans if hasattr(p, "_plan")):
-                patch.setattr(plan, "run", self.recorded_run(plan.run))
+                for name in ("norm", "run"):
+                    patch.setattr(plan, name, self.recorded_by_shim(getattr(plan, name)))
             with self:
                 opt.step()
 
@@ -51,20 +52,11 @@ class Graph(TorchDispatchMode):
     def recorded(self, launch: Callable[..., None]) -> Callable[..., None]:
         return lambda **parts: self.calls.append(lambda: launch(**parts))
 
-    def recorded_run(self, run: Callable[..., None]) -> Callable[..., None]:
-        """Of a plan in C++, whose kernels are recorded by the shim of CUDA."""
+    def recorded_by_shim(self, launch: Callable[..., None]) -> Callable[..., None]:
+        """A plan's in C++, whose kernels are recorded by the shim of CUDA."""
 
-        def record(control: torch.Tensor | None) -> None:
-            self.calls += shim_backend.captured(lambda: run(control))
-
-        return record
-
-    def recorded_sums(self, squares: Any) -> Callable[..., torch.Tensor]:
-        sums = torch.full((len(squares.keywords["chunks"]),), float("nan"), dtype=torch.float64)
-
-        def record(**parts: Any) -> torch.Tensor:
-            self.calls.append(lambda: sums.copy_(squares(**parts)))
-            return sums
+        def record(*given: Any) -> None:
+            self.calls += shim_backend.captured(lambda: launch(*given))
 
         return record
 

@@ -47,8 +47,10 @@ def allocator(monkeypatch) -> Allocator:
 
     def watched(launch: Callable[..., None], chunks: torch.Tensor) -> Callable[..., None]:
         def call(**tensors):
-            for tensor in (chunks, *tensors.values()):
-                allocator.read(tensor)
+            for given in (chunks, *tensors.values()):
+                for value in given if isinstance(given, tuple) else (given,):
+                    if isinstance(value, torch.Tensor):
+                        allocator.read(value)
             return launch(**tensors)
 
         return call

@@ -16,6 +16,8 @@ from fused_ema.kernels import step
 
 # Of a multiprocessor's threads.
 OCCUPANCY = 1 / 2
+# Kernels with divisions and roots.
+DIVIDING = ("adam", SQUARES)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,10 @@ def test_whole_blocks_are_read_in_the_widest_accesses(rows):
         v = row.variant
         if v.rule == SQUARES:
             blocks = step.CHUNK // step.block_size(v.types[1])
-            assert accesses(row, row.loads) == expected_accesses(v, *[v.types[0]] * blocks), row
+            expected = expected_accesses(v, *[v.types[0]] * blocks)
+            if row.target == "gfx942" and v.dtype != "float64":
+                expected[64] += 4  # numbers in float64
+            assert accesses(row, row.loads) == expected, row
             continue
         # with a gradient, and without: then the parameter is read for the averages alone
         averages = [v.average] * v.averages
@@ -74,21 +79,23 @@ def test_whole_blocks_are_written_in_the_widest_accesses(rows):
         if v.rule not in ("frozen", SQUARES):
             moving = [v.weight, *[v.types[0]] * v.master, *[v.state] * v.states]
         expected = expected_accesses(v, *moving, *averages) + expected_accesses(v, *averages)
-        if v.rule == SQUARES and row.target == "gfx942" and v.dtype != "float64":
-            expected[64] = 1  # of the sum, which is float64
+        if v.rule == SQUARES and row.target == "gfx942":
+            expected = Counter({128: 2, 96: 1})  # what is decided, by one thread
+            if v.dtype != "float64":
+                expected[64] = 1  # the sum, which is float64
         assert accesses(row, row.stores) == expected, row
 
 
 def test_products_and_sums_are_rounded_apart(rows):
     for row in rows:
         # AMD makes divisions and roots of fused operations, which are not of the rules
-        if row.target != "gfx942" or row.variant.rule != "adam":
+        if row.target != "gfx942" or row.variant.rule not in DIVIDING:
             assert row.fused == 0, row
 
 
 def test_divisions_and_roots_are_rounded_correctly(rows):
     for row in rows:
-        assert (row.divisions > 0) == (row.variant.rule == "adam"), row
+        assert (row.divisions > 0) == (row.variant.rule in DIVIDING), row
         assert not row.inexact, row
 
 

@@ -38,9 +38,14 @@ TARGETS = {
 NUM_SCALARS = {name: len(rule.scalars._fields) for name, rule in rules.RULES.items()}
 ARGUMENTS = ("*fp64", "*fp64", "*i64", "*i64", "*i64", "*i32")
 SQUARES = "squares"  # the kernel that sums gradients' squares, which is no rule's
-SQUARES_ARGUMENTS = ("*i64", "*i64", "*i32", "*fp64")
 FOLD = "fold "  # what stands before the rule of a kernel that folds its scalars
 FOLD_ARGUMENTS = ("*i64", "*i32", "*fp64", "*fp64", "*i32", "i32", "i32")
+# Gradients, slots, chunks and how many, part, ticket; sums and how many, control; three numbers,
+# two of which are a scaler's.
+SQUARES_ARGUMENTS = (
+    *("*i64", "*i64", "*i32", "i32", "*fp64", "*i32"),
+    *("*fp64", "i32", "*fp64", "*fp32", "*fp32", "i64"),
+)
 WORKERS = 2
 
 
@@ -144,7 +149,8 @@ def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.Compi
     constants = (compute, step.block_size(compute), step.CHUNK)
     if variant.rule == SQUARES:
         kernel, pointers = squares.squares_kernel, SQUARES_ARGUMENTS
-        constants = (2, stored, *constants)
+        # a pass that ends, clips and checks
+        constants = (True, True, True, True, 2, stored, *constants, squares.WIDTH)
     else:
         kernel, pointers = step.step_kernel, ARGUMENTS
         scalars = (RULES[variant.rule], NUM_SCALARS[variant.rule])

@@ -1,7 +1,6 @@
 #include "cpu/plan.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>
 #include <numeric>
@@ -26,7 +25,15 @@ Plan::Plan(const std::string& rule, OwnedSlots slots, bool ema_before)
       slots_(std::move(slots)),
       chunks_(slots_->chunks(sum_size)) {}
 
-at::Tensor Plan::sum_of_squares() {
+void Plan::norm(const std::optional<at::Tensor>& part, const std::optional<GivenEnding>& given) {
+  if (part) *part->mutable_data_ptr<double>() = sum_of_squares();
+  const Ending ending = as_ending(given);
+  if (ending.control == nullptr) return;
+  const double squares = std::accumulate(ending.sums, ending.sums + ending.num_sums, 0.0);
+  decide(ending.treatment, squares, ending.control);
+}
+
+double Plan::sum_of_squares() {
   slots_->begin_gradients();
   const int32_t* chunks = chunks_.const_data_ptr<int32_t>();
   std::vector<double> sums(chunks_.size(0), 0.0);
@@ -43,8 +50,7 @@ at::Tensor Plan::sum_of_squares() {
     const py::gil_scoped_release released;
     at::parallel_for(0, chunks_.size(0), grain / sum_size, sum);
   }
-  const double total = std::accumulate(sums.begin(), sums.end(), 0.0);
-  return at::scalar_tensor(total, at::kDouble);
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 void Plan::run(const std::optional<at::Tensor>& control) {

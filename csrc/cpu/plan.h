@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "ending.h"
 #include "slots.h"
 
 namespace fused_ema::cpu {
@@ -18,8 +19,10 @@ class Plan {
   // As Slots::release.
   void release() { slots_->release(); }
 
-  // The sum of the squares of all gradients, as prepared, the same for any number of threads.
-  at::Tensor sum_of_squares();
+  // A pass over all gradients, as prepared.
+  //   part: one float64, for the sum of their squares, the same for any number of threads; none:
+  //         there is no pass, only its end
+  void norm(const std::optional<at::Tensor>& part, const std::optional<GivenEnding>& ending);
 
   // Steps every parameter with a gradient and moves every average.
   //   control: what gradients are multiplied by, first of its float64 numbers; none: by one
@@ -34,6 +37,7 @@ class Plan {
   }
 
  private:
+  double sum_of_squares();
   void run_elements(int64_t begin, int64_t end, double grad_factor) const;
 
   std::string target_;

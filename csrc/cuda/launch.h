@@ -7,6 +7,7 @@
 
 #include "cuda/tuning.h"
 #include "kernels.h"
+#include "norm.h"
 
 namespace fused_ema::cuda {
 
@@ -63,10 +64,15 @@ struct KernelInfo {
 // The kernel for a rule, told apart by its number of states; a null kernel where there is none.
 KernelInfo find_kernel(const std::string& rule, int num_states, Storage storage);
 
-// A launch that adds up squares, each thread those of some elements of a bucket's gradients.
+// A pass over a bucket's gradients, from the last chunk to the first: a step, which goes the other
+// way, finds in the L2 cache what the pass has read last.
 //   chunks, slots, words, host_words: as above; slot_size, grads_at: words of a slot, and before
 //               the gradients
-//   sums:       device, one a thread, sums_of(num_chunks) of them
+//   part:       device, num_sums() of them: where each block's sum of squares goes; null: there is
+//               no pass, only its end
+//   ending:     of what lies on the device: the block that is the last to add up its squares takes
+//               all sums, in their order, and decides
+//   ticket:     device, 0 before and after every launch: how many blocks have added theirs up
 struct SquaresLaunch {
   const int32_t* chunks;
   int64_t num_chunks;
@@ -76,12 +82,15 @@ struct SquaresLaunch {
   const int64_t* words;
   const int64_t* host_words;
   int64_t grads_at;
-  double* sums;
+  double* part;
+  Ending ending;
+  uint32_t* ticket;
   void* stream;
 };
 
-// The same on every GPU, so that the sum has the same bits on all of them.
-int64_t sums_of(int64_t num_chunks);
+// Sums that a pass makes, at least one. The same on every GPU, and so is the order in which they
+// are added up: a norm has the same bits on all of them.
+int64_t num_sums(int64_t num_chunks);
 
 using Squares = void (*)(const SquaresLaunch&);
 Squares find_squares(StoredType stored);

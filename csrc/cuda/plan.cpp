@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <cstring>
@@ -16,23 +17,36 @@ Plan::Plan(const std::string& rule, OwnedSlots slots, bool ema_before)
       slots_(std::move(slots)),
       folder_(slots_->capturable() ? std::optional(Folder(rule, *slots_)) : std::nullopt),
       chunks_(slots_->chunks(chunk_elements(slots_->storage().type)).to(slots_->device())),
+      ticket_(at::zeros({1}, at::TensorOptions(at::kInt).device(slots_->device()))),
       neutral_(at::tensor({1.0, 0.0}, at::kDouble).to(slots_->device())) {
   const c10::DeviceGuard guard(slots_->device());
   stream_ = current_stream(slots_->device()).handle;
 }
 
-at::Tensor Plan::sum_of_squares() {
+void Plan::norm(const std::optional<at::Tensor>& part, const std::optional<GivenEnding>& ending) {
   const c10::DeviceGuard guard(slots_->device());
   const Stream stream = enter();
-  slots_->begin_gradients();
-  pack(stream.capturing);
-  const at::Tensor sums = at::empty({sums_of(chunks_.size(0))},
-                                    at::TensorOptions(at::kDouble).device(slots_->device()));
-  squares_({chunks_.const_data_ptr<int32_t>(), chunks_.size(0),
-            slot_table_.const_data_ptr<int64_t>(), static_cast<int>(slots_->slot_size()),
-            static_cast<int>(slots_->size()), device_words(), words_.data(), slots_->grads_at(),
-            sums.mutable_data_ptr<double>(), stream.handle});
-  return sums.sum();
+  SquaresLaunch launch{};
+  launch.ending = as_ending(ending);
+  launch.ticket = static_cast<uint32_t*>(ticket_.mutable_data_ptr());
+  launch.stream = stream.handle;
+  if (part) {
+    if (part->numel() != num_sums())
+      throw std::invalid_argument("part has " + std::to_string(part->numel()) +
+                                  " elements; allowed: " + std::to_string(num_sums()));
+    slots_->begin_gradients();
+    pack(stream.capturing);
+    launch.chunks = chunks_.const_data_ptr<int32_t>();
+    launch.num_chunks = chunks_.size(0);
+    launch.slots = slot_table_.const_data_ptr<int64_t>();
+    launch.slot_size = static_cast<int>(slots_->slot_size());
+    launch.num_slots = static_cast<int>(slots_->size());
+    launch.words = device_words();
+    launch.host_words = words_.data();
+    launch.grads_at = slots_->grads_at();
+    launch.part = part->mutable_data_ptr<double>();
+  }
+  squares_(launch);
 }
 
 // From begin() to the launch nothing else runs in Python. What is freed after it is used anew only
@@ -57,7 +71,7 @@ void Plan::run(const std::optional<at::Tensor>& control, const std::optional<std
 Stream Plan::enter() {
   const Stream stream = current_stream(slots_->device());
   if (std::exchange(stream_, stream.handle) != stream.handle) {
-    for (const at::Tensor* kept : {&chunks_, &neutral_, &slot_table_, &changing_})
+    for (const at::Tensor* kept : {&chunks_, &ticket_, &neutral_, &slot_table_, &changing_})
       if (kept->defined()) record_reader(*kept);
     if (folder_) folder_->record_reader();
   }

@@ -7,6 +7,7 @@
 #include "cuda/folder.h"
 #include "cuda/launch.h"
 #include "cuda/stream.h"
+#include "ending.h"
 #include "slots.h"
 
 namespace fused_ema::cuda {
@@ -24,8 +25,11 @@ class Plan {
   // As Slots::release.
   void release() { slots_->release(); }
 
-  // The sum of the squares of all gradients, as prepared; on the current stream.
-  at::Tensor sum_of_squares();
+  // A pass over all gradients, as prepared, by one launch on the current stream.
+  //   part: for the sums of their squares, num_sums() of them; none: no pass, only its end
+  //   ending: of a pass that is the last of several, over all of their sums
+  void norm(const std::optional<at::Tensor>& part, const std::optional<GivenEnding>& ending);
+  int64_t num_sums() const { return cuda::num_sums(chunks_.size(0)); }
 
   // Steps every parameter with a gradient and moves every average, on the current stream.
   //   control: on the device, or none; see Launch
@@ -57,6 +61,7 @@ class Plan {
   OwnedSlots slots_;
   std::optional<Folder> folder_;  // of a capturable bucket
   at::Tensor chunks_;
+  at::Tensor ticket_;             // see SquaresLaunch
   at::Tensor neutral_;            // the control of a step that takes gradients as they are
   at::Tensor slot_table_;         // the slots' words on the device
   at::Tensor changing_;           // the words before them there, where they are too many to pass

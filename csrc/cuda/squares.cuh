@@ -10,15 +10,19 @@ struct GradTask {
   const int32_t* chunks;
   int64_t num_chunks;
   const int64_t* slots;
-  int slot_size;
+  int64_t slot_size;
   const int64_t* grads;
-  double* sums;
+  double* part;
+  Ending ending;
+  uint32_t* ticket;
 };
 
-template <int num_words>
+template <int bytes>
 struct GradParameters {
+  static constexpr int capacity = (bytes - int{sizeof(GradTask)}) / int{sizeof(int64_t)};
+
   GradTask task;
-  int64_t grads[num_words];
+  int64_t grads[capacity];
 };
 
 template <class Value, class Stored>
@@ -34,18 +38,27 @@ __device__ Value chunk_squares(const Stored* grad, int count, bool aligned) {
   return sum;
 }
 
-// Each thread adds up what it meets, in float within a chunk (in double where that overflows) and
-// in double over its chunks, and no thread waits for another: the rest of the sum is left to who
-// launches this.
-template <class Stored, int num_words>
-__global__ void __launch_bounds__(threads, min_blocks)
-    squares(const __grid_constant__ GradParameters<num_words> parameters) {
-  const GradTask& task = parameters.task;
-  const int64_t* grads = task.grads != nullptr ? task.grads : parameters.grads;
+// The sum over a block's threads, in the first of them.
+__device__ inline double block_sum(double value) {
+  __shared__ double sums[threads];
+  const unsigned thread = threadIdx.x;
+  sums[thread] = value;
+#pragma unroll 1
+  for (unsigned half = threads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread < half) sums[thread] += sums[thread + half];
+  }
+  return sums[thread];
+}
+
+// The squares of a thread's elements: added up in float within a chunk (in double where that
+// overflows), and in double over its chunks.
+template <class Stored>
+__device__ double thread_squares(const GradTask& task, const int64_t* grads) {
   constexpr int64_t elements = chunk_bytes / sizeof(Stored);
   double total = 0;
 #pragma unroll 1
-  for (int64_t index = blockIdx.x; index < task.num_chunks; index += gridDim.x) {
+  for (int64_t index = task.num_chunks - 1 - blockIdx.x; index >= 0; index -= gridDim.x) {
     const int64_t slot = task.chunks[2 * index];
     const int64_t begin = task.chunks[2 * index + 1] * elements;
     const int64_t left = task.slots[slot * task.slot_size] - begin;
@@ -57,7 +70,43 @@ __global__ void __launch_bounds__(threads, min_blocks)
     const auto sum = chunk_squares<Compute<Stored>>(grad, count, aligned);
     total += is_finite(sum) ? sum : chunk_squares<double>(grad, count, aligned);
   }
-  task.sums[int64_t{blockIdx.x} * threads + threadIdx.x] = total;
+  return total;
+}
+
+// Whether all other blocks have come here before. The fences put their sums before their tickets,
+// and this block's reading behind its own.
+__device__ inline bool is_last(uint32_t* ticket) {
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+__device__ inline void end(const Ending& ending) {
+  const volatile double* sums = ending.sums;  // not what this block may have read before
+  double total = 0;
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < ending.num_sums; i += threads) total += sums[i];
+  total = block_sum(total);
+  if (threadIdx.x == 0) decide(ending.treatment, total, ending.control);
+}
+
+template <class Stored, int bytes>
+__global__ void __launch_bounds__(threads, min_blocks)
+    squares(const __grid_constant__ GradParameters<bytes> parameters) {
+  const GradTask& task = parameters.task;
+  if (task.part != nullptr) {
+    const int64_t* grads = task.grads != nullptr ? task.grads : parameters.grads;
+    const double total = block_sum(thread_squares<Stored>(task, grads));
+    if (threadIdx.x == 0) task.part[blockIdx.x] = total;
+  }
+  if (task.ending.control == nullptr || !is_last(task.ticket)) return;
+  if (threadIdx.x == 0) *task.ticket = 0;
+  end(task.ending);
 }
 
 }  // namespace fused_ema::cuda

@@ -96,6 +96,29 @@ def _first(tensor: Tensor) -> int:
     return storage + int(tensor.storage_offset()) * tensor.element_size() if storage else 0
 
 
+class Gradients:
+    """Remembers which gradients parameters have, and keeps them alive."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self._seen = [(param.grad, *_state(param.grad)) for param in params]
+
+    def unchanged(self, params: list[Tensor]) -> bool:
+        """Whether they have the same ones, unwritten since, as far as autograd knows."""
+        if len(params) != len(self._seen):
+            return False
+        now = [param.grad for param in params]
+        return all(
+            grad is seen and (grad is None or not grad.is_inference()) and _state(grad) == state
+            for grad, (seen, *state) in zip(now, self._seen, strict=True)
+        )
+
+
+def _state(grad: Tensor | None) -> list[int]:
+    if grad is None:
+        return []
+    return [_first(grad), 0 if grad.is_inference() else grad._version]
+
+
 class Places:
     """Remembers where tensors lie."""
 

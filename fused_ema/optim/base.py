@@ -29,7 +29,7 @@ from ..rules.rule import Rule
 from ..step import clock
 from ..step.backends import BackendName
 from ..step.folding import Checked
-from ..step.gradients import Verdict, clipped, summed, unscaling
+from ..step.gradients import Measured, Treatment, Verdict
 from ..step.state import check_param, complete, reset
 from ..step.stepper import Stepper
 from ..together import Call, together
@@ -91,6 +91,7 @@ class FusedScaledOptimizer(EmaAccess):
     rule: ClassVar[Rule]
 
     _step_supports_amp_scaling = _UnscalesItself()
+    _measured: Measured | None = None  # while our scaler's step lasts
     _made = True  # False while the constructor adds its param groups
 
     def __init__(
@@ -121,7 +122,6 @@ class FusedScaledOptimizer(EmaAccess):
         self._swap_flag = Flag()
         self._doubt: _Doubt | None = None
         self._begun: _Begun | None = None  # by a step that is not taken yet
-        self._squares: list[Tensor] | None = None
         self._make_stepper()
         shared: dict[str, Any] = {
             "ema_decay": ema_decay,
@@ -269,20 +269,26 @@ class FusedScaledOptimizer(EmaAccess):
             self._release()
             raise
 
-    @torch.no_grad()
     def check_gradients(self) -> Tensor:
         """Whether a gradient is not finite, by one reading pass: a 0-dim float32 tensor, 0 or 1.
 
-        The step that follows takes its norm from the same pass: it must find the same gradients.
         Nothing is moved, and nothing waits for the device.
         """
-        self._check_not_swapped("check_gradients()")
+        return self._measure(None, "check_gradients()").found_inf
+
+    @torch.no_grad()
+    def _measure(self, scale: Tensor | None, what: str) -> Measured:
+        """Read the gradients ahead of a step that is to divide them by ``scale``, for ``what``."""
+        self._check_not_swapped(what)
         try:
             with torch.inference_mode(False):
-                self._squares = self._prepared().sums_of_squares()
+                stepper = self._prepared()
+                max_norm = agreed(self.param_groups, "max_grad_norm")
+                treatment = Treatment(scale, max_norm=max_norm, checked=True)
+                control = stepper.control(treatment)
+                return Measured(treatment, control, control.found_inf, stepper.gradients())
         finally:
             self._release()
-        return summed(self._squares).isfinite().logical_not().float()
 
     def _prepared(self) -> Stepper:
         """What takes the step at hand, ready to."""
@@ -294,28 +300,32 @@ class FusedScaledOptimizer(EmaAccess):
         return stepper
 
     def _move(self) -> None:
-        squares, self._squares = self._squares, None
         stepper = self._prepared()
         averaged = stepper is self._stepper
         found_inf = getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):
             found_inf = None  # torch's GradScaler sums over the gradients it has seen: none, 0
+        max_norm = agreed(self.param_groups, "max_grad_norm")
+        treatment = Treatment(getattr(self, "grad_scale", None), found_inf, max_norm)
+        measured = self._measured
+        if measured is not None and not stepper.takes(measured, treatment):
+            measured = None
         if found_inf is not None and not stepper.skips:
             if found_inf.item() != 0.0:
                 self._release()
                 return
             found_inf = None
-        max_grad_norm = agreed(self.param_groups, "max_grad_norm")
+            treatment = treatment._replace(found_inf=None)
         moves: Moves = []
         if self._buffers is not None and averaged:
             moves = self._buffers.moves(self._buffer_weights())
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         control = None
-        if grad_scale is not None or found_inf is not None:
-            control = unscaling(grad_scale, found_inf)
-        if max_grad_norm is not None:
-            squares = stepper.sums_of_squares() if squares is None else squares
-            control, self._grad_norm = clipped(control, squares, max_grad_norm)
+        if measured is not None:
+            control = measured.control
+        elif not treatment.changes_nothing:
+            control = stepper.control(treatment)
+        if max_norm is not None and control is not None:
+            self._grad_norm = control.norm
         doubt = None
         if found_inf is not None and stepper.host_counted:
             put_back = clock.counts(self.param_groups)
@@ -520,7 +530,6 @@ class FusedScaledOptimizer(EmaAccess):
         self._grad_norm = None
         self._doubt = None
         self._begun = None
-        self._squares = None
         if hasattr(self, "_stepper"):  # loading a state dict: graphs may still use old plans
             self._forget_plans()
         else:

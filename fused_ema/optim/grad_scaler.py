@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from .base import FusedScaledOptimizer
 
 # What torch's scaler reads to leave unscaling and skipping to the optimizer's step.
 FLAG = "_step_supports_amp_scaling"
+TOLD = (FLAG, "grad_scale", "found_inf", "_measured")
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -25,31 +27,41 @@ class GradScaler(torch.amp.GradScaler):
     """
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """``optimizer.step()`` on unscaled gradients; moves nothing where one is not finite."""
-        if not isinstance(optimizer, FusedScaledOptimizer):
-            return super().step(optimizer, *args, **kwargs)
-        with _unscaling_itself(optimizer):
-            return super().step(optimizer, *args, **kwargs)
+        """``optimizer.step()`` on unscaled gradients; moves nothing where one is not finite.
 
-    def _check_inf_per_device(self, optimizer: Optimizer) -> dict[Any, Any]:
-        # where step() looks, and update() later
-        if not isinstance(optimizer, FusedScaledOptimizer):
-            return super()._check_inf_per_device(optimizer)
-        found_inf = optimizer.check_gradients()
-        checked = {found_inf.device: found_inf}
-        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = checked
-        return checked
+        What the check has found out of the gradients is for this step alone, and not for gradients
+        that a hook of it puts in their place: those are read anew.
+        """
+        if not isinstance(optimizer, FusedScaledOptimizer) or not self._enabled:
+            return super().step(optimizer, *args, **kwargs)
+        states = self._per_optimizer_states[id(optimizer)]
+        if states["stage"] is not OptState.READY or "closure" in kwargs:
+            with _telling(optimizer):
+                return super().step(optimizer, *args, **kwargs)
+        self._check_scale_growth_tracker("step")
+        scale = self._get_scale_async()
+        given = getattr(optimizer, "grad_scale", None)
+        if scale is not None and given is not None:  # as torch
+            scale = scale * given
+        measured = optimizer._measure(scale, "step()")
+        found_inf = measured.found_inf
+        states["found_inf_per_device"] = {found_inf.device: found_inf}
+        told = {"grad_scale": scale, "found_inf": found_inf, "_measured": measured}
+        with _telling(optimizer, **told):
+            value: float | None = optimizer.step(*args, **kwargs)
+        states["stage"] = OptState.STEPPED
+        return value
 
 
 @contextmanager
-def _unscaling_itself(optimizer: FusedScaledOptimizer) -> Iterator[None]:
-    """Let the optimizer say that it does; what the scaler tells it goes, also if a step raises."""
+def _telling(optimizer: FusedScaledOptimizer, **told: Any) -> Iterator[None]:
+    """Tell the optimizer's step that it unscales, and more; all of it goes, also if it raises."""
     fields = vars(optimizer)
     given = {FLAG: fields[FLAG]} if FLAG in fields else {}
-    fields[FLAG] = True
+    fields.update(told, **{FLAG: True})
     try:
         yield
     finally:
-        for name in (FLAG, "grad_scale", "found_inf"):
+        for name in TOLD:
             fields.pop(name, None)
         fields.update(given)

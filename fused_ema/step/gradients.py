@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from ..sharding import is_sharded, place
 
 # As torch.nn.utils.clip_grad_norm_ adds to the norm, so that a norm of 0 divides.
 EPS = 1e-6
+
+CONTROL_WORDS = 6
 
 
 def taken(grad: Tensor, param: Tensor, differentiable: bool = False) -> Tensor:
@@ -75,29 +77,162 @@ def is_fake(tensor: Tensor) -> bool:
     return module is not None and bool(module.is_fake(tensor))
 
 
-class Control:
-    """How a step takes its gradients: multiplied by ``factor``, or not at all.
+class Treatment(NamedTuple):
+    """What a step makes of its gradients before its rule takes them.
 
-    Args:
-        factor: 0-dim float64 tensor.
-        found_inf: 0-dim float64 tensor, not 0 if nothing shall move; None if that is decided.
+    scale: what they are divided by; None: 1.
+    found_inf: one element, not 0 if nothing shall move; None if that is decided.
+    max_norm: the largest norm that is left as it is; None: there is no norm to know.
+    checked: whether nothing shall move either where a gradient is not finite.
     """
 
-    def __init__(self, factor: Tensor, found_inf: Tensor | None) -> None:
-        skip = torch.zeros_like(factor) if found_inf is None else found_inf.to(factor.device)
-        self._words = torch.stack([factor, skip])
-        self.found_inf = found_inf
-        self._copies: dict[torch.device, Tensor] = {self._words.device: self._words}
+    scale: Tensor | float | None = None
+    found_inf: Tensor | None = None
+    max_norm: Tensor | float | None = None
+    checked: bool = False
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether gradients are taken as they are, for sure."""
+        return self.scale is None and self.found_inf is None and not self.measures
+
+    @property
+    def measures(self) -> bool:
+        """Whether it takes the sum of squares of all gradients."""
+        return self.checked or self.max_norm is not None
+
+    @property
+    def decided(self) -> bool:
+        """Whether the step is surely taken."""
+        return self.found_inf is None and not self.checked
+
+
+class Ending(NamedTuple):
+    """How a pass over gradients ends, as kernels take it: ``csrc/norm.h`` names the same.
+
+    sums: float64, parts of the sum of squares, in the order in which they are added up.
+    control: float64, see :class:`Control`; written.
+    scale, found_inf, max_norm: a number, or where one lies on the same device.
+    clips: whether to ``max_norm``.
+    checks: whether nothing moves where the sum is not finite.
+    """
+
+    sums: Tensor
+    control: Tensor
+    scale: Tensor | float
+    found_inf: Tensor | float
+    max_norm: Tensor | float
+    clips: bool
+    checks: bool
+
+    @classmethod
+    def of(cls, treatment: Treatment, sums: Tensor) -> Ending:
+        """With a new ``control``."""
+        return cls(
+            sums,
+            torch.empty(CONTROL_WORDS, dtype=torch.float64, device=sums.device),
+            _number(treatment.scale, 1.0, sums.device),
+            _number(treatment.found_inf, 0.0, sums.device),
+            _number(treatment.max_norm, math.inf, sums.device),
+            treatment.max_norm is not None,
+            treatment.checked,
+        )
+
+
+def _number(given: Tensor | float | None, default: float, device: torch.device) -> Tensor | float:
+    if not isinstance(given, Tensor):
+        return default if given is None else float(given)
+    if given.device == device and given.dtype in (torch.float32, torch.float64):
+        return given.reshape(())
+    return given.reshape(()).to(device, torch.float64, non_blocking=True)
+
+
+@torch.no_grad()
+def end(ending: Ending) -> None:
+    """Add ``sums`` up and write ``control``, by torch's operators; no kernel's bits differ.
+
+    ``min(1, max_norm/(norm + 1e-6))`` is the coefficient of ``torch.nn.utils.clip_grad_norm_``. A
+    norm that is a NaN makes every gradient NaN, as in torch.
+    """
+    squares = ending.sums.sum()
+    one = torch.ones_like(squares)
+    factor = one / ending.scale
+    norm = sqrt(squares) * factor
+    if ending.clips:
+        factor = (one * ending.max_norm).div_(norm + EPS).clamp_(max=1.0) * factor
+    skipped = one * ending.found_inf != 0.0
+    if ending.checks:
+        skipped = skipped | squares.isfinite().logical_not()
+    ending.control[:5].copy_(torch.stack([factor, skipped, norm, ~skipped, squares]))
+    _flag(ending.control).copy_(skipped)
+
+
+def _flag(control: Tensor) -> Tensor:
+    return control[5:].view(torch.float32)[0]
+
+
+class Control:
+    """How a step takes its gradients: multiplied by a factor, or not at all.
+
+    Args:
+        words: float64: the factor; 1 if nothing shall move, else 0; the norm before clipping; 1
+            less the second; the sum of squares; and the second once more, in float32, in half of
+            the space of the last.
+        decided: whether the step is surely taken.
+    """
+
+    def __init__(self, words: Tensor, decided: bool) -> None:
+        self._words = words
+        self._decided = decided
+        self._copies: dict[torch.device, Tensor] = {words.device: words}
 
     def on(self, device: torch.device) -> Tensor:
-        """``[factor, found_inf]`` in float64, for kernels."""
+        """The words, for kernels: they read the first two."""
         if device not in self._copies:
             self._copies[device] = self._words.to(device, non_blocking=True)
         return self._copies[device]
 
     def taken(self, device: torch.device) -> Tensor | None:
         """How many steps are taken, a 0-dim float64 tensor of 1 or 0; None where it is surely 1."""
-        return None if self.found_inf is None else (self.on(device)[1] == 0.0).double()
+        return None if self._decided else self.on(device)[3]
+
+    @property
+    def norm(self) -> Tensor:
+        """Of the unscaled gradients, before clipping: a 0-dim float64 tensor."""
+        return self._words[2]
+
+    @property
+    def squares(self) -> Tensor:
+        """The sum of the gradients' squares, as they are: a 0-dim float64 tensor."""
+        return self._words[4]
+
+    @property
+    def found_inf(self) -> Tensor:
+        """Whether nothing moves, as torch's ``GradScaler`` has it: a 0-dim float32 tensor."""
+        return _flag(self._words)
+
+
+class Measured(NamedTuple):
+    """What was found out of gradients ahead of their step, for that one alone.
+
+    treatment: what was asked.
+    control: what the step takes.
+    found_inf: told to the step, and to who asked.
+    gradients: which they were.
+    """
+
+    treatment: Treatment
+    control: Control
+    found_inf: Tensor
+    gradients: native.Gradients
+
+    def fits(self, treatment: Treatment, params: list[Tensor]) -> bool:
+        """Whether a step was told this, and its parameters have the same gradients still."""
+        mine, max_norm = self.treatment, treatment.max_norm
+        told = treatment.scale is mine.scale and treatment.found_inf is self.found_inf
+        if isinstance(max_norm, Tensor) or isinstance(mine.max_norm, Tensor):
+            return told and max_norm is mine.max_norm and self.gradients.unchanged(params)
+        return told and max_norm == mine.max_norm and self.gradients.unchanged(params)
 
 
 class Verdict:
@@ -121,49 +256,3 @@ class Verdict:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._found_inf.item() != 0.0
-
-
-@torch.no_grad()
-def unscaling(grad_scale: Tensor | None, found_inf: Tensor | None) -> Control:
-    """Multiply by ``1/grad_scale``.
-
-    Args:
-        grad_scale: one element; None: 1.
-        found_inf: one element, not 0 if nothing shall move; None if that is decided.
-    """
-    device = next(given.device for given in (grad_scale, found_inf) if given is not None)
-    one = torch.ones((), dtype=torch.float64, device=device)
-    skip = None if found_inf is None else found_inf.double().reshape(())
-    return Control(one if grad_scale is None else one / grad_scale.reshape(()), skip)
-
-
-def summed(squares: Sequence[Tensor]) -> Tensor:
-    """The sum on the first's device; of none, as of a process without parameters, 0 on the CPU."""
-    if not squares:
-        return torch.zeros((), dtype=torch.float64, device="cpu")
-    first = squares[0].device
-    return torch.stack([s.to(first, non_blocking=True) for s in squares]).sum()
-
-
-@torch.no_grad()
-def clipped(
-    control: Control | None, squares: Sequence[Tensor], max_norm: float
-) -> tuple[Control, Tensor]:
-    """Also multiply by ``min(1, max_norm/(norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_``.
-
-    Args:
-        control: what gradients are multiplied by before.
-        squares: sums of squares of all gradients, 0-dim float64 tensors on any devices.
-        max_norm: the largest norm that is left as it is.
-
-    Returns:
-        The control, and the norm before clipping: a 0-dim float64 tensor on the first device. A
-        NaN norm makes every gradient NaN, as in torch.
-    """
-    norm = sqrt(summed(squares))
-    factor, found_inf = None, None
-    if control is not None:
-        factor, found_inf = control.on(norm.device)[0], control.found_inf
-        norm = norm * factor
-    coefficient = torch.full_like(norm, max_norm).div_(norm + EPS).clamp_(max=1.0)
-    return Control(coefficient if factor is None else coefficient * factor, found_inf), norm

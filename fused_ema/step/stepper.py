@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -19,7 +20,7 @@ from .backends import graphs, requested_backend, select
 from .backends.plan import Plan
 from .buckets import Bucket, make_buckets
 from .folding import Check, Folder
-from .gradients import Control
+from .gradients import Control, Ending, Measured, Treatment, end
 from .overlap import turns
 
 Complete: TypeAlias = Callable[[], None]
@@ -64,8 +65,10 @@ class Stepper:
         self._devices: list[torch.device] = []
         self._shards: Shards | None = None
         self._spreads: list[Spread | None] = []
+        self._apart = False  # gradients are on several devices, or in several processes
         self._watched = 0
-        self._written: list[Tensor] = []  # local parameters, in all groups, then averages
+        self._params: list[Tensor] = []  # in all groups, local
+        self._written: list[Tensor] = []  # those, then averages
         self._places = native.Places([])
         self._turns: list[int | None] = []
         self.host_folded = False
@@ -119,13 +122,45 @@ class Stepper:
         """Make the plans anew at the next step."""
         self._watch = None
 
-    @torch.no_grad()
-    def sums_of_squares(self) -> list[Tensor]:
-        """Of the gradients, as prepared: 0-dim float64 tensors on the buckets' devices.
+    def gradients(self) -> native.Gradients:
+        """Which gradients the parameters have, as prepared."""
+        with nullcontext() if self._shards is None else self._shards.gradients():
+            return native.Gradients(self._params)
 
-        Sharded gradients are summed over all processes, each of which must call it.
+    def takes(self, measured: Measured, treatment: Treatment) -> bool:
+        """Whether what was found out before is of this step's gradients, as prepared."""
+        with nullcontext() if self._shards is None else self._shards.gradients():
+            return measured.fits(treatment, self._params)
+
+    @torch.no_grad()
+    def control(self, treatment: Treatment) -> Control:
+        """What the step takes of its gradients, as prepared; they are read where it measures them.
+
+        Sharded gradients are measured over all processes, each of which must call it.
         """
-        return total([plan.sum_of_squares() for plan in self.plans], self._spreads)
+        plans = self.plans if treatment.measures else []
+        if self._apart and plans:
+            sums, plans = self._total(), []
+        else:
+            device = self._devices[0] if self._devices else _device(treatment)
+            count = sum(plan.num_sums for plan in plans)
+            sums = torch.empty(count, dtype=torch.float64, device=device)
+        ending = Ending.of(treatment, sums)
+        parts = sums.split([plan.num_sums for plan in plans])
+        # backwards, so that the last gradients to be read are the first that the step reads
+        for plan, part in reversed([*zip(plans[1:], parts[1:], strict=True)]):
+            plan.norm(part, None)
+        if self.plans:
+            self.plans[0].norm(parts[0] if plans else None, ending)
+        else:
+            end(ending)
+        return Control(ending.control, treatment.decided)
+
+    def _total(self) -> Tensor:
+        """Sums of squares over all processes and devices, on the first of those."""
+        own = list(map(_sum_of_squares, self.plans, self._devices))
+        sums = total(own, self._spreads)
+        return torch.stack([value.to(self._devices[0], non_blocking=True) for value in sums])
 
     def running(self, control: Control | None) -> list[Call]:
         """What steps every parameter and moves every average, in place, as prepared."""
@@ -181,6 +216,7 @@ class Stepper:
         params = [local(param) for group in groups for param in group["params"]]
         in_turn = turns(native.spans(params))
         buckets = make_buckets(self._rule, groups, state, requested, in_turn, self._averaged)
+        self._params = params
         self._written = [*params, *_averages(buckets)]
         self._places, self._turns = native.Places(self._written), turns(native.spans(self._written))
         if any(turn is not None for turn in self._turns[len(params) :]):
@@ -191,6 +227,7 @@ class Stepper:
         self._devices = [bucket.key.device for bucket in buckets]
         self._spreads = [bucket.key.spread for bucket in buckets]
         self._shards = _shards(buckets) if any(self._spreads) else None
+        self._apart = self._shards is not None or len(set(self._devices)) > 1
         self.host_folded = not all(bucket.key.capturable for bucket in buckets)
         self.clocked = frozenset().union(*(bucket.clocked for bucket in buckets))
         self.host_counted = not all(group["capturable"] for group in groups)
@@ -199,6 +236,20 @@ class Stepper:
         self.plans = [backend.plan(bucket) for backend, bucket in chosen]
         self.skips = all(plan.skipping is not None for plan in self.plans)
         self._watch = native.Watch(groups, state)
+
+
+def _sum_of_squares(plan: Plan, device: torch.device) -> Tensor:
+    """Of a plan's gradients: a 0-dim float64 tensor."""
+    sums = torch.empty(plan.num_sums, dtype=torch.float64, device=device)
+    ending = Ending.of(Treatment(), sums)
+    plan.norm(sums, ending)
+    return Control(ending.control, decided=True).squares
+
+
+def _device(treatment: Treatment) -> torch.device:
+    """Where there are no plans: beside what is given."""
+    given = (number for number in treatment if isinstance(number, Tensor))
+    return next((number.device for number in given), torch.device("cpu"))
 
 
 def _averages(buckets: Sequence[Bucket]) -> list[Tensor]:

@@ -1,8 +1,8 @@
 // Stands in for CUDA's header of this name: csrc/cuda as ordinary C++, on the CPU's memory.
 //
-// The threads of a launch run one after the other, which is right for kernels whose threads never
-// wait for each other; a launch has ended when it returns. There is one GPU, which runs three
-// blocks at a time, and every stream but `broken_stream` works.
+// The threads of a block run in turns (see block.h), the blocks of a launch one after the other; a
+// launch has ended when it returns. There is one GPU, which runs three blocks at a time, and every
+// stream but `broken_stream` works.
 #pragma once
 
 #include <algorithm>
@@ -12,11 +12,14 @@
 #include <utility>
 #include <vector>
 
+#include "block.h"
+
 #define CUDART_VERSION 0
 #define __CUDA_ARCH_LIST__
 #define __device__
 #define __global__
 #define __grid_constant__
+#define __shared__ static thread_local
 #define __launch_bounds__(...)
 #define __builtin_assume(condition) static_cast<void>(condition)
 
@@ -88,7 +91,8 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameters), dim3 grid, dim3 block, 
   const auto run = [=](const Parameters& parameters) {
     gridDim = grid;
     for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
-      for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kernel(parameters);
+      shim::block.run(
+          block.x, [](unsigned thread) { threadIdx.x = thread; }, [&] { kernel(parameters); });
   };
   const auto& parameters = *static_cast<const Parameters*>(arguments[0]);
   if (shim::capturing)
@@ -100,9 +104,14 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameters), dim3 grid, dim3 block, 
 
 inline void __threadfence() {}
 
-inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
+template <class T>
+T atomicAdd(T* address, T value) {
+  return std::exchange(*address, *address + value);
+}
 
 inline bool __isGlobal(const void*) {
   ++shim::accesses;
   return true;
 }
+
+inline void __syncthreads() { shim::block.wait(); }

@@ -15,7 +15,7 @@ from ...rules.rule import ema_update
 from ...rules.tensorlist import TensorList
 from ...sharding import local
 from ..buckets import Bucket, Slot
-from ..gradients import is_fake, taken
+from ..gradients import Ending, end, is_fake, taken
 from .plan import Fold
 
 # Makes one operand of a row's tensors: a TensorList, or the only tensor itself.
@@ -48,6 +48,7 @@ class EagerPlan:
 
     captured = False
     skipping = None
+    num_sums = 1
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
@@ -101,7 +102,13 @@ class EagerPlan:
         )
 
     @torch.no_grad()
-    def sum_of_squares(self) -> Tensor:
+    def norm(self, part: Tensor | None, ending: Ending | None) -> None:
+        if part is not None:
+            part.copy_(self._sum_of_squares())
+        if ending is not None:
+            end(ending)
+
+    def _sum_of_squares(self) -> Tensor:
         grads = [real(grad) for row in self.rows for grad in row.grads]
         sums = [torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads]
         zero = torch.zeros((), dtype=torch.float64, device=self._device)

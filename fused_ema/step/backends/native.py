@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ...extension import native, why_not
 from ..buckets import Bucket
+from ..gradients import Ending
 from . import dense
 from .group_records import GroupRecords
 from .plan import Fold, Plan
@@ -50,8 +51,12 @@ class CapturablePlan:
     def release(self) -> None:
         self._plan.release()
 
-    def sum_of_squares(self) -> Tensor:
-        return self._plan.sum_of_squares()
+    @property
+    def num_sums(self) -> int:
+        return self._plan.num_sums
+
+    def norm(self, part: Tensor | None, ending: Ending | None) -> None:
+        self._plan.norm(part, ending)
 
     def run(self, control: Tensor | None) -> None:
         self._plan.run(control, self._records)

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 
 from ...extension import native
+from ..gradients import Ending
 
 # The rule's scalars (a NamedTuple, empty without a gradient) and the EMA weights.
 Scalars: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
@@ -59,13 +60,24 @@ class Plan(Protocol):
     def release(self) -> None:
         """Let go of the gradients of a step that was prepared, and is not taken."""
 
-    def sum_of_squares(self) -> Tensor:
-        """Of all gradients, as prepared: a 0-dim float64 tensor on the bucket's device."""
+    @property
+    def num_sums(self) -> int:
+        """How many parts a sum of squares is made of."""
+
+    def norm(self, part: Tensor | None, ending: Ending | None) -> None:
+        """A pass over all gradients, as prepared.
+
+        Args:
+            part: float64 on the bucket's device, :attr:`num_sums` of them, for sums of squares;
+                None: there is no pass, only its end.
+            ending: where this pass is the last of several, how it ends.
+        """
 
     def run(self, control: Tensor | None) -> None:
         """Step every parameter and move every average, in place.
 
         Args:
-            control: two float64 numbers on the bucket's device: what gradients are multiplied by;
-                not 0 if nothing shall move, see :attr:`skipping`. None: 1 and 0.
+            control: float64 on the bucket's device: what gradients are multiplied by; not 0 if
+                nothing shall move, see :attr:`skipping`; what follows is read by others. None: 1
+                and 0.
         """

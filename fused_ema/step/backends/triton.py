@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ...ema import formats
 from ...extension import native
 from ..buckets import Bucket
+from ..gradients import Ending
 from . import dense, graphs, streams
 from .plan import Fold
 from .triton_folder import Folder
@@ -140,7 +140,7 @@ class TritonPlan:
     """A bucket stepped by one launch."""
 
     def __init__(self, bucket: Bucket) -> None:
-        from ...kernels.squares import squares, squares_launch
+        from ...kernels.squares import Squares
         from ...kernels.step import CHUNK, launcher
 
         key, scalars = bucket.key, bucket.rule.scalars._fields
@@ -153,8 +153,9 @@ class TritonPlan:
         self._chunks = chunks = self._slots.chunks(CHUNK).to(key.device)
         self._readers = streams.Readers(key.device)
         slot_size = 3 + len(bucket.state_keys) + len(bucket.key.emas)
-        launch = squares_launch(key.dtype, slot_size, chunks)
-        self._squares = partial(squares, launch, chunks=chunks)
+        self._squares = Squares(key.dtype, slot_size, chunks)
+        self._ticket: Tensor = self._squares.ticket
+        self.num_sums: int = self._squares.num_sums
         self._launch = launcher(
             rule=bucket.rule.name,
             dtype=key.dtype,
@@ -189,15 +190,18 @@ class TritonPlan:
 
     def _kept(self) -> list[Tensor]:
         folding = [] if self._folder is None else self._folder.kept
-        return [self._chunks, self._control, self._words.device_words, *folding]
+        mine = [self._chunks, self._control, self._ticket, self._words.device_words]
+        return [*mine, *folding]
 
-    def sum_of_squares(self) -> Tensor:
+    def norm(self, part: Tensor | None, ending: Ending | None) -> None:
         self._readers.enter(self._kept)
+        if part is None:
+            self._squares(grads=None, slots=None, part=None, ending=ending)
+            return
         self._slots.begin_gradients()
         with self._slots.hold():  # another thread may run until the launch
             parts = self._uploaded(graphs.is_capturing(self._device))
-            sums: Tensor = self._squares(grads=parts.grads, slots=parts.slots)
-        return sums.sum()
+            self._squares(grads=parts.grads, slots=parts.slots, part=part, ending=ending)
 
     def run(self, control: Tensor | None) -> None:
         self._readers.enter(self._kept)
