@@ -63,6 +63,22 @@ def test_one_norm_over_buckets_of_all_dtypes(backend):
     assert float(opt.grad_norm) == pytest.approx(exact(params), rel=NORM * UNIT[torch.float32])
 
 
+def test_sums_may_be_combined_in_between(backend):
+    """As they are where gradients are on several devices, or in several processes."""
+    params = [p for dtype in DTYPES for p in parameters([5000, 3], dtype)]
+    opt = sgd(params, backend, max_grad_norm=2.0)
+    opt.grad_scale = torch.tensor(4.0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for apart in (False, True):
+        opt.step()
+        assert float(opt.grad_norm) == math.sqrt(4 * 5003) / 4
+        opt._stepper._apart = not apart
+    moved = 1.0 / 4 * 2.0 / (math.sqrt(4 * 5003) / 4 + 1e-6)
+    for p in params[:4]:
+        torch.testing.assert_close(p.detach(), torch.full_like(p, 1.0 - 2 * moved))
+
+
 @pytest.mark.parametrize("sizes", SIZES[:3], ids=lambda sizes: f"{len(sizes)} tensors")
 def test_no_gradients_are_finite_and_have_no_norm(sizes, backend):
     params = parameters(sizes)

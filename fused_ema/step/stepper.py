@@ -138,29 +138,29 @@ class Stepper:
 
         Sharded gradients are measured over all processes, each of which must call it.
         """
-        plans = self.plans if treatment.measures else []
-        if self._apart and plans:
-            sums, plans = self._total(), []
+        device = self._devices[0] if self._devices else _device(treatment)
+        parts: Sequence[Tensor] = ()
+        if treatment.measures and self._apart:
+            sums = self._total(device)
         else:
-            device = self._devices[0] if self._devices else _device(treatment)
-            count = sum(plan.num_sums for plan in plans)
-            sums = torch.empty(count, dtype=torch.float64, device=device)
+            counts = [plan.num_sums for plan in self.plans] if treatment.measures else []
+            sums = torch.empty(sum(counts), dtype=torch.float64, device=device)
+            parts = sums.split(counts)
         ending = Ending.of(treatment, sums)
-        parts = sums.split([plan.num_sums for plan in plans])
         # backwards, so that the last gradients to be read are the first that the step reads
-        for plan, part in reversed([*zip(plans[1:], parts[1:], strict=True)]):
+        for plan, part in reversed([*zip(self.plans, parts, strict=False)][1:]):
             plan.norm(part, None)
         if self.plans:
-            self.plans[0].norm(parts[0] if plans else None, ending)
+            self.plans[0].norm(parts[0] if parts else None, ending)
         else:
             end(ending)
         return Control(ending.control, treatment.decided)
 
-    def _total(self) -> Tensor:
-        """Sums of squares over all processes and devices, on the first of those."""
+    def _total(self, device: torch.device) -> Tensor:
+        """Sums of squares over all processes and devices, brought to one."""
         own = list(map(_sum_of_squares, self.plans, self._devices))
         sums = total(own, self._spreads)
-        return torch.stack([value.to(self._devices[0], non_blocking=True) for value in sums])
+        return torch.stack([value.to(device, non_blocking=True) for value in sums])
 
     def running(self, control: Control | None) -> list[Call]:
         """What steps every parameter and moves every average, in place, as prepared."""
