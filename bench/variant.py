@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fused_ema.step import layout
+
 from .cases import Case
 
 SCALARS = {
@@ -85,7 +87,7 @@ class Bucket:
 
     arrays: those of :data:`ARRAYS`.
     numel: of the tensors, without what aligns them.
-    slots, words, chunks: as in ``csrc/cuda/launch.h``.
+    slots, words, chunks: as in ``csrc/cuda/launch.h`` and ``csrc/layout.h``.
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
@@ -129,11 +131,9 @@ class Bucket:
         key = tuple(scalars)
         if key not in self._words:
             row = torch.tensor([*scalars, EMA_WEIGHT], dtype=torch.float64).view(torch.int64)
-            rows, grads = (
-                torch.zeros(len(self._sizes), dtype=torch.int64),
-                torch.tensor(self._grads),
-            )
-            words = torch.cat([row, rows, grads])
+            at = layout.words(len(row), len(self._sizes))
+            indices = torch.zeros(at.grads - at.indices, dtype=torch.int64)
+            words = torch.cat([row, indices, torch.tensor(self._grads)])
             self._words[key] = (words, words.to(self.device))
         return self._words[key]
 

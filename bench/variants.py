@@ -63,7 +63,7 @@ def hints(load: str = "", store: str = "") -> Macros:
 
 
 BASE = "base"
-ONCE: Macros = {"FUSED_EMA_BLOCK_PER_CHUNK": "1"}
+ONCE: Macros = {"FUSED_EMA_PERSISTENT": "0"}
 CHUNKS = {f"chunk_{k}k": chunk(k) for k in (4, 8, 32, 64, 128)}
 BLOCKS = {
     f"{threads}x{blocks}": block(threads, blocks)

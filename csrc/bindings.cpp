@@ -92,6 +92,19 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("num_words", &Slots::num_words)
       .def_property_readonly("num_changed", &Slots::num_changed)
       .def_property_readonly("num_rows", &Slots::num_rows)
+      .def_property_readonly("word_layout",
+                             [](const Slots& slots) {
+                               const WordLayout layout = slots.layout();
+                               return std::tuple(layout.indices(), layout.grads(), layout.slots());
+                             })
+      .def_property_readonly("slot_layout",
+                             [](const Slots& slots) {
+                               const SlotLayout layout = slots.slot_layout();
+                               return std::tuple(SlotLayout::numel, SlotLayout::param_index,
+                                                 SlotLayout::param, layout.weight(),
+                                                 layout.first_state(), layout.first_average(),
+                                                 layout.size());
+                             })
       .def_property_readonly("num_slots", &Slots::size)
       .def_property_readonly("counters", &Slots::counters)
       .def("pack", &pack)

@@ -66,6 +66,8 @@ inline bool lies_at(const c10::TensorImpl& tensor, int64_t itemsize, int64_t num
 // Sets a word and tells whether it was another one.
 inline bool put(int64_t& word, int64_t value) { return std::exchange(word, value) != value; }
 
+inline bool put(uint16_t& index, uint16_t value) { return std::exchange(index, value) != value; }
+
 inline bool put(int64_t& word, const void* pointer) {
   return put(word, reinterpret_cast<int64_t>(pointer));
 }
@@ -153,6 +155,9 @@ std::pair<uintptr_t, uintptr_t> span(const at::Tensor& tensor) {
   return {begin, begin + (last + 1) * itemsize};
 }
 
+// The word of a slot's k-th tensor beside the parameter and its step: a state or an average.
+constexpr size_t word_of(size_t k) { return SlotLayout::param + k - 1; }
+
 // Tells autograd about a write behind its back, as torch's own in-place operations do.
 void bump_version(const py::object& object) {
   const at::Tensor& tensor = unpack(object);
@@ -176,6 +181,9 @@ Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bo
       num_emas_(static_cast<int>(emas.at(0).size())),
       kinds_{stored_, Kind(at::kDouble)},
       groups_(std::move(groups)) {
+  if (static_cast<int64_t>(params.size()) > WordLayout::most_slots)
+    throw std::invalid_argument("params: received " + std::to_string(params.size()) +
+                                " tensors; allowed: " + std::to_string(WordLayout::most_slots));
   const at::ScalarType average = at::toOpMathType(stored_.dtype);
   for (const auto* held : {&states[0], &emas[0]})
     for (const py::object& tensor : *held) kinds_.emplace_back(unpack(tensor).scalar_type());
@@ -196,13 +204,13 @@ Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bo
     for (py::object& state : states.at(i)) tensors_.push_back(std::move(state));
     for (py::object& average : emas.at(i)) tensors_.push_back(std::move(average));
   }
-  slots_.resize(size() * slot_size());
+  slots_.resize(size() * slot_layout().size());
   for (size_t i = 0; i < size(); ++i) {
-    slots_[i * slot_size()] = shapes_[i].numel;
-    slots_[i * slot_size() + 1] = places.at(i);
+    slot(i)[SlotLayout::numel] = shapes_[i].numel;
+    slot(i)[SlotLayout::param_index] = places.at(i);
   }
   grads_.resize(size());
-  row_of_.resize(size());
+  row_of_.resize((layout().grads() - layout().indices()) * WordLayout::indices_per_word);
   counters_.resize(size());
 }
 
@@ -235,12 +243,12 @@ bool Slots::prepare(const py::object& fold) {
 void Slots::begin() {
   for (size_t i = 0; i < size(); ++i) {
     const py::object* tensor = tensors(i);
-    const int64_t* words = &slots_[i * slot_size()];
-    const int64_t numel = words[0];
-    bool same = lies_at(impl(tensor[0]), stored_.itemsize, numel, words[2]) &&
+    const int64_t* words = slot(i);
+    const int64_t numel = words[SlotLayout::numel];
+    bool same = lies_at(impl(tensor[0]), stored_.itemsize, numel, words[SlotLayout::param]) &&
                 lies_at(impl(tensor[1]), sizeof(double), 1, counters_[i]);
     for (size_t k = 2; k < num_tensors(); ++k)
-      same = same && lies_at(impl(tensor[k]), kinds_[k].itemsize, numel, words[1 + k]);
+      same = same && lies_at(impl(tensor[k]), kinds_[k].itemsize, numel, words[word_of(k)]);
     if (!same && !read_pointers(i)) refuse_moved();
   }
   begin_gradients();
@@ -275,10 +283,10 @@ inline void Slots::fetch(size_t i) const {
 inline bool Slots::read_pointers(size_t i) {
   const py::object* tensor = tensors(i);
   const Shape& shape = shapes_[i];
-  int64_t* words = &slots_[i * slot_size()];
+  int64_t* words = slot(i);
   const c10::TensorImpl& param = impl(tensor[0]);
   if (!as_planned(param, stored_, shape) || param.dim() != shape.dim) return false;
-  new_slots_ |= put(words[2], address(param, stored_.itemsize));
+  new_slots_ |= put(words[SlotLayout::param], address(param, stored_.itemsize));
   double* counter = read_counter(impl(tensor[1]));
   // the device counts where the counter was when the slots were made
   if (counter == nullptr || (capturable_ && counters_[i] != nullptr && counters_[i] != counter))
@@ -287,7 +295,7 @@ inline bool Slots::read_pointers(size_t i) {
   for (size_t k = 2; k < num_tensors(); ++k) {
     const c10::TensorImpl& held = impl(tensor[k]);
     if (!as_planned(held, kinds_[k], shape)) return false;
-    new_slots_ |= put(words[1 + k], address(held, kinds_[k].itemsize));
+    new_slots_ |= put(words[word_of(k)], address(held, kinds_[k].itemsize));
   }
   return true;
 }
@@ -323,18 +331,19 @@ bool Slots::same_strides(const c10::TensorImpl& tensor, const Shape& shape) cons
   return equal;
 }
 
-inline int64_t Slots::find_row(const Row& row) {
+inline uint16_t Slots::find_row(const Row& row) {
   // the parameters of a group nearly always share a count, so the newest row is the likely one
   for (size_t r = capturable_ ? 0 : rows_.size(); r-- > 0;)
     if (rows_[r].group == row.group && rows_[r].active == row.active &&
         rows_[r].before == row.before)
-      return static_cast<int64_t>(r);
+      return static_cast<uint16_t>(r);
   rows_.push_back(row);
-  return static_cast<int64_t>(rows_.size()) - 1;
+  return static_cast<uint16_t>(rows_.size() - 1);
 }
 
 void Slots::fold_rows(const py::object& fold) {
-  std::vector<double> table(rows_.size() * row_size(), 0.0);
+  const RowLayout layout = row_layout();
+  std::vector<double> table(rows_.size() * layout.size(), 0.0);
   double* out = table.data();
   for (const Row& row : rows_) {
     const py::object step = row.active ? py::object(py::float_(row.step)) : py::object(py::none());
@@ -345,9 +354,9 @@ void Slots::fold_rows(const py::object& fold) {
       throw std::runtime_error("a rule folds " + std::to_string(scalars.size()) +
                                " scalars, its kernel takes " + std::to_string(num_scalars_));
     for (size_t k = 0; k < scalars.size(); ++k) out[k] = scalars[k].cast<double>();
-    for (int k = 0; k < num_emas_; ++k) out[num_scalars_ + k] = weights[k].cast<double>();
-    if (rounds_) out[num_scalars_ + num_emas_] = fold.attr("seed")(row.group).cast<double>();
-    out += row_size();
+    for (int k = 0; k < num_emas_; ++k) out[layout.first_weight() + k] = weights[k].cast<double>();
+    if (rounds_) out[layout.seed()] = fold.attr("seed")(row.group).cast<double>();
+    out += layout.size();
   }
   new_slots_ |= table.size() != table_.size();  // what follows the table has moved
   new_table_ |= table != table_;
@@ -407,20 +416,18 @@ void Slots::uncount() {
   }
 }
 
-int64_t Slots::num_words() const {
-  return static_cast<int64_t>(table_.size() + row_of_.size() + grads_.size() + slots_.size());
-}
+int64_t Slots::num_words() const { return layout().slots() + static_cast<int64_t>(slots_.size()); }
 
 int64_t Slots::num_changed() const {
   if (new_slots_) return num_words();
-  if (new_rows_) return num_changing();
-  return new_table_ ? static_cast<int64_t>(table_.size()) : 0;
+  if (new_rows_) return layout().slots();
+  return new_table_ ? layout().indices() : 0;
 }
 
 void Slots::pack(int64_t* words, int64_t count) {
   const auto append = [&](const auto& values) {
-    static_assert(sizeof values[0] == sizeof *words);
-    const int64_t taken = std::min(count, static_cast<int64_t>(values.size()));
+    const int64_t all = values.size() * sizeof values[0] / sizeof *words;
+    const int64_t taken = std::min(count, all);
     if (taken > 0) std::memcpy(words, values.data(), taken * sizeof *words);
     words += taken;
     count -= taken;

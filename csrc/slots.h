@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "layout.h"
 
 namespace fused_ema {
 
@@ -21,14 +22,9 @@ namespace py = pybind11;
 // other threads run in between. That the optimizer still holds these tensors is for its Watch to
 // say.
 //
-// What a kernel reads lies in one sequence of words, those that change most often first:
-//   scalars  a row of doubles: the rule's scalars, a weight per average; where something is rounded
-//            by random bits, the seed of the step
-//   rows     the row of each slot
-//   grads    each slot's gradient, null without one: the averages alone move. One that has elements
-//            is never null, and without elements nothing is read.
-//   slots    numel, which of the optimizer's parameters it is; addresses: param, its master if
-//            there is one, the rule's states, the averages
+// What a kernel reads lies in one sequence of words, see WordLayout. The averages of a slot without
+// a gradient, null, move alone. One that has elements is never null, and without elements nothing
+// is read.
 class Slots {
  public:
   //   frozen: a gradient means that the bucket must be made anew
@@ -69,11 +65,11 @@ class Slots {
 
   int64_t num_words() const;
 
-  // Words before the slots: what changes from step to step.
-  int64_t num_changing() const { return num_words() - static_cast<int64_t>(slots_.size()); }
-
-  // Words before the gradients.
-  int64_t grads_at() const { return num_changing() - static_cast<int64_t>(grads_.size()); }
+  // Where they lie. Those before the slots are what changes from step to step.
+  WordLayout layout() const {
+    return {static_cast<int64_t>(table_.size()), static_cast<int64_t>(size())};
+  }
+  SlotLayout slot_layout() const { return {master_, num_states(), num_emas_}; }
 
   // How many leading words differ from those that were last packed.
   int64_t num_changed() const;
@@ -95,9 +91,8 @@ class Slots {
     return 0;
   }
 
+  RowLayout row_layout() const { return {num_scalars_, num_emas_, rounds_}; }
   size_t size() const { return groups_.size(); }
-  size_t slot_size() const { return 1 + num_tensors(); }
-  size_t row_size() const { return num_scalars_ + num_emas_ + rounds_; }
   c10::Device device() const { return device_; }
   bool capturable() const { return capturable_; }
   int num_scalars() const { return num_scalars_; }
@@ -113,17 +108,17 @@ class Slots {
   int64_t counter(size_t i) const {
     return reinterpret_cast<int64_t>(counters_[i]) + rows_[row_of_[i]].active;
   }
-  const double* row(size_t i) const { return table_.data() + row_of_[i] * row_size(); }
+  const double* row(size_t i) const { return table_.data() + row_of_[i] * row_layout().size(); }
   const void* grad(size_t i) const { return reinterpret_cast<const void*>(grads_[i]); }
   // param, its master if there is one, the rule's states, the averages
   void* const* pointers(size_t i) const {
-    return reinterpret_cast<void* const*>(&slots_[i * slot_size() + 2]);
+    return reinterpret_cast<void* const*>(slot(i) + SlotLayout::param);
   }
   // Of the random bits of the step, 0 where nothing takes any.
   uint32_t key(size_t i) const {
     if (!rounds_) return 0;
-    const auto seed = static_cast<uint32_t>(row(i)[num_scalars_ + num_emas_]);
-    return parameter_key(seed, static_cast<uint32_t>(slots_[i * slot_size() + 1]));
+    const auto seed = static_cast<uint32_t>(row(i)[row_layout().seed()]);
+    return parameter_key(seed, static_cast<uint32_t>(slot(i)[SlotLayout::param_index]));
   }
 
  private:
@@ -153,8 +148,10 @@ class Slots {
   };
 
   size_t num_tensors() const { return 2 + num_states_ + num_emas_; }
+  const int64_t* slot(size_t i) const { return &slots_[i * slot_layout().size()]; }
+  int64_t* slot(size_t i) { return &slots_[i * slot_layout().size()]; }
   const py::object* tensors(size_t i) const { return &tensors_[i * num_tensors()]; }
-  int64_t find_row(const Row& row);
+  uint16_t find_row(const Row& row);
   void fold_rows(const py::object& fold);
   void fetch(size_t i) const;
   double* read_counter(const c10::TensorImpl& step) const;
@@ -186,7 +183,7 @@ class Slots {
 
   // filled by prepare()
   std::vector<double> table_;
-  std::vector<int64_t> row_of_;
+  std::vector<uint16_t> row_of_;  // whole words of them
   std::vector<int64_t> grads_;
   std::vector<int64_t> slots_;
   std::vector<double*> counters_;

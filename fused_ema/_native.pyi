@@ -7,13 +7,9 @@ from .step.backends.plan import Fold
 from .step.gradients import Ending
 
 class Slots:
-    """A bucket's tensors as the words that a device kernel reads.
+    """A bucket's tensors as the words that a device kernel reads, see :mod:`fused_ema.step.layout`.
 
-    ``[scalars: rows x W float64 | row of each slot | gradients | slots]``. A row is the rule's
-    scalars and a weight per average; where averages or states are rounded stochastically, the
-    step's seed comes last. A slot is its number of elements, its place among the optimizer's
-    parameters, then addresses: parameter, states, averages. The first of the states is the master
-    where there is one.
+    The first of the states is the master where there is one.
     """
 
     def __init__(
@@ -48,6 +44,12 @@ class Slots:
     @property
     def num_changed(self) -> int:
         """Leading words that differ from those last packed."""
+    @property
+    def word_layout(self) -> tuple[int, int, int]:
+        """A :class:`~fused_ema.step.layout.WordLayout` of what was prepared."""
+    @property
+    def slot_layout(self) -> tuple[int, int, int, int, int, int, int]:
+        """A :class:`~fused_ema.step.layout.SlotLayout`."""
     @property
     def num_rows(self) -> int: ...
     @property

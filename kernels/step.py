@@ -7,7 +7,7 @@ capitals is known at compile time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -211,7 +211,7 @@ def step_slot(
         )
 
 
-POINTERS = ["p_control", "p_scalars", "p_rows", "p_grads", "p_slots", "p_chunks"]
+POINTERS = ["p_control", "p_scalars", "p_indices", "p_grads", "p_slots", "p_chunks"]
 
 
 # The pointers are not specialized: they point into one buffer, at addresses of any alignment.
@@ -219,14 +219,19 @@ POINTERS = ["p_control", "p_scalars", "p_rows", "p_grads", "p_slots", "p_chunks"
 def step_kernel(
     p_control,
     p_scalars,
-    p_rows,
+    p_indices,
     p_grads,
     p_slots,
     p_chunks,
     RULE: tl.constexpr,
     NUM_SCALARS: tl.constexpr,
-    NUM_STATES: tl.constexpr,
-    NUM_AVERAGES: tl.constexpr,
+    NUMEL_AT: tl.constexpr,
+    INDEX_AT: tl.constexpr,
+    PARAM_AT: tl.constexpr,
+    WEIGHT_AT: tl.constexpr,
+    STATES_AT: tl.constexpr,
+    AVERAGES_AT: tl.constexpr,
+    SLOT_SIZE: tl.constexpr,
     EMA_BEFORE: tl.constexpr,
     STORED: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -242,22 +247,21 @@ def step_kernel(
     p_chunk = p_chunks + 2 * tl.program_id(0).to(tl.int64)
     i_slot = tl.load(p_chunk).to(tl.int64)
     start = tl.load(p_chunk + 1).to(tl.int64) * CHUNK
-    # after numel, place, the parameter, its master
-    STATES: tl.constexpr = 4 if WEIGHT != STORED else 3
     ROUNDS: tl.constexpr = STATE != WEIGHT or AVERAGE != COMPUTE
-    AVERAGES: tl.constexpr = STATES + NUM_STATES
-    p_slot = p_slots + i_slot * (AVERAGES + NUM_AVERAGES)
-    end = tl.minimum(start + CHUNK, tl.load(p_slot))
-    copy = tl.load(p_slot + 2)
-    param = tl.load(p_slot + STATES - 1)
-    averages = load_each(p_slot + AVERAGES, NUM_AVERAGES)
+    NUM_AVERAGES: tl.constexpr = SLOT_SIZE - AVERAGES_AT
+    p_slot = p_slots + i_slot * SLOT_SIZE
+    end = tl.minimum(start + CHUNK, tl.load(p_slot + NUMEL_AT))
+    copy = tl.load(p_slot + PARAM_AT)
+    param = tl.load(p_slot + WEIGHT_AT)
+    averages = load_each(p_slot + AVERAGES_AT, NUM_AVERAGES)
     grad = tl.load(p_grads + i_slot)
     WIDTH: tl.constexpr = NUM_SCALARS + NUM_AVERAGES
-    p_row = p_scalars + tl.load(p_rows + i_slot) * (WIDTH + (1 if ROUNDS else 0))
+    i_row = tl.load(p_indices + i_slot).to(tl.int64) & 0xFFFF
+    p_row = p_scalars + i_row * (WIDTH + (1 if ROUNDS else 0))
     weights = [w.to(COMPUTE) for w in load_each(p_row + NUM_SCALARS, NUM_AVERAGES)]
-    key = chunk_key(tl.load(p_row + WIDTH), tl.load(p_slot + 1), start) if ROUNDS else ()
+    key = chunk_key(tl.load(p_row + WIDTH), tl.load(p_slot + INDEX_AT), start) if ROUNDS else ()
     if grad != 0:
-        states = load_each(p_slot + STATES, NUM_STATES)
+        states = load_each(p_slot + STATES_AT, AVERAGES_AT - STATES_AT)
         scalars = rule_scalars(p_row, tl.load(p_control), COMPUTE, NUM_SCALARS)
         moving = (param, copy, grad, states, averages, scalars, weights, key)
         step_slot(
@@ -316,8 +320,7 @@ def launcher(
     rounded_states: bool,
     average: torch.dtype | None,
     num_scalars: int,
-    num_states: int,
-    num_averages: int,
+    slot: Sequence[int],
     ema_before: bool,
     chunks: Tensor,
 ) -> Callable[..., None]:
@@ -331,6 +334,7 @@ def launcher(
         average: dtype of averages that are rounded stochastically: bfloat16, or float16 for
             differences to the weights; None: in that of the arithmetic.
         num_scalars: how many scalars the rule takes.
+        slot: where a slot's words lie, see :class:`~fused_ema.step.layout.SlotLayout`.
         chunks: int32 pairs, slot and which CHUNK elements of it; every element is in one chunk.
 
     Returns:
@@ -339,16 +343,15 @@ def launcher(
         control: float64, what gradients are multiplied by, and not 0 if nothing shall move.
         scalars: float64, rows of the rule's scalars and each average's weight, then, where
             something is rounded stochastically, the seed of the step.
-        rows: int64, each slot's row.
+        indices: int16, each slot's row, without a sign.
         grads: int64, the address of each slot's gradient, 0 for none: then the averages alone move.
-        slots: int64, each slot's ``numel``, its place among the optimizer's parameters and
-            addresses of parameter, its master if there is one, states, averages.
+        slots: int64, laid out as ``slot`` says.
     """
     stored, compute = TYPES[dtype]
     weight = compute if master else stored
     constants = (
         RULES[rule],
-        *(num_scalars, num_states, num_averages, ema_before),
+        *(num_scalars, *slot, ema_before),
         *(stored, weight, tl.bfloat16 if rounded_states else weight),
         *(compute if average is None else TYPES[average][0], compute),
         *(block_size(compute), CHUNK),
@@ -357,8 +360,8 @@ def launcher(
     step = Launch(step_kernel, len(chunks), chunks.device, constants, options)
 
     def launch(
-        control: Tensor, scalars: Tensor, rows: Tensor, grads: Tensor, slots: Tensor
+        control: Tensor, scalars: Tensor, indices: Tensor, grads: Tensor, slots: Tensor
     ) -> None:
-        step(control, scalars, rows, grads, slots, chunks)
+        step(control, scalars, indices, grads, slots, chunks)
 
     return launch

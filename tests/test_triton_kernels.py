@@ -17,6 +17,7 @@ from fused_ema.ema import formats
 from fused_ema.kernels import step
 from fused_ema.kernels.interpreter import interpreted
 from fused_ema.kernels.rules import FOLDS, RULES
+from fused_ema.step import layout
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 
@@ -162,6 +163,11 @@ def chunks_of(slots: list[Slot]) -> list[tuple[int, int]]:
     return [(i, index) for i, count in enumerate(counts) for index in range(count)]
 
 
+def packed_indices(rows: Sequence[int]) -> Tensor:
+    padded = [*rows, *[0] * (-len(rows) % layout.INDICES_PER_WORD)]
+    return torch.tensor(padded, dtype=torch.int16).view(torch.int64)
+
+
 def launch(
     variant: Variant,
     rows: Sequence[int],
@@ -173,12 +179,12 @@ def launch(
     table = [variant.row(group) for group in range(len(EMA_WEIGHTS))]
     parts = [
         torch.tensor(table, dtype=torch.float64).view(-1).view(torch.int64),
-        torch.tensor(rows),
+        packed_indices(rows),
         torch.tensor(grads),
         torch.tensor(words).view(-1),
     ]
     buffer = torch.cat(parts)
-    scalars, *others = buffer.split([len(part) for part in parts])
+    scalars, indices, *others = buffer.split([len(part) for part in parts])
     step_slots = step.launcher(
         variant.rule,
         variant.dtype,
@@ -186,13 +192,12 @@ def launch(
         variant.rounded_states,
         variant.rounded_average,
         len(SCALARS[variant.rule][0]),
-        variant.states,
-        variant.averages,
+        layout.slot(False, variant.states, variant.averages),
         variant.ema_before,
         torch.tensor(chunks, dtype=torch.int32).view(-1, 2),
     )
     control = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    step_slots(control, scalars.view(torch.float64), *others)
+    step_slots(control, scalars.view(torch.float64), indices.view(torch.int16), *others)
 
 
 def step_interpreted(variant: Variant, slots: list[Slot]) -> None:

@@ -41,8 +41,13 @@ def parameters(count: int = 3) -> list[torch.nn.Parameter]:
 
 
 def words(params: int, states: int, rows: int = 1) -> int:
-    # row and gradient; number of elements, place, and addresses of parameter, states and average
-    return rows * ROW + params * (1 + 1 + 2 + 1 + states + 1)
+    # gradient; number of elements, index, and addresses of parameter, states and average
+    return rows * ROW + indices(params) + params * (1 + 2 + 1 + states + 1)
+
+
+def indices(params: int) -> int:
+    """Words of the indices of rows, four in each."""
+    return -(-params // 4)
 
 
 def test_adam_uploads_its_scalars(uploads):
@@ -67,7 +72,7 @@ def test_new_gradients_upload_rows_and_gradients(uploads):
     for p in params:
         p.grad = torch.ones_like(p)
     opt.step()
-    assert uploads[1:] == [ROW + 2 * 3]
+    assert uploads[1:] == [ROW + indices(3) + 3]
     assert len(kept) == 3
 
 

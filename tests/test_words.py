@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+import twins
 
 from fused_ema import FusedScaledAdamW, FusedScaledSGD, _native
+from fused_ema.step import buckets, layout
 from fused_ema.step.backends import dense, words
 
 SIZES = ((3, 4), (5,), (0, 2), (2, 1, 3), ())
@@ -80,6 +85,7 @@ class Both:
             assert chunks.dtype == torch.int32
             offsets = [c - s.data_ptr() for c, s in zip(slots.counters, steps, strict=True)]
             seen = (slots.num_words, slots.num_rows, slots.num_slots, offsets)
+            seen += (tuple(slots.word_layout), tuple(slots.slot_layout))
             found.append((changed, host.tolist(), chunks.tolist(), *seen))
         assert found[0] == found[1]
         assert versions[0] == versions[1]
@@ -248,3 +254,31 @@ def test_triton_steps_to_the_same_bits(cls, kwargs, monkeypatch):
         found.append([*params, *(t for p in params for t in opt.state[p].values())])
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_more_slots_than_an_index_tells_apart_are_refused_and_shared_out(monkeypatch):
+    count = layout.MOST_SLOTS + 1
+    one, none = [torch.ones(1)] * count, [[]] * count
+    for kind in (_native.Slots, words.Slots):
+        with pytest.raises(ValueError, match="received 65537 tensors; allowed: 65536"):
+            kind(0, False, True, False, False, one, one, none, none, [0] * count, [0] * count)
+    monkeypatch.setattr(buckets, "MOST_SLOTS", 3)
+    params, others = (twins.parameters([(5,)] * 7, torch.float32) for _ in "pq")
+    opts = [
+        FusedScaledAdamW(p, ema_decay=0.9, max_grad_norm=0.1, backend="native")
+        for p in (params, others)
+    ]
+    twins.set_gradients(0, params, others)
+    opts[0].step()
+    monkeypatch.undo()
+    opts[1].step()
+    assert [len(opt.backends) for opt in opts] == [3, 1]
+    twins.assert_same(*opts, rtol=0.0, atol=0.0)
+
+
+def test_the_words_of_a_large_vision_transformer_fit_into_a_small_launch():
+    shapes = json.loads((Path(__file__).parents[1] / "bench/shapes.json").read_text())["vit_l16"]
+    layouts = layout.words(2 * 8, len(shapes))
+    # two groups of AdamW with an average; of 4096 bytes, 64 are the task
+    assert layouts.slots <= (4096 - 64) // 8
+    assert layouts.grads - layouts.indices == len(shapes) // 4

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from fused_ema import rules
 from fused_ema.kernels import fold, squares, step
 from fused_ema.kernels.rules import RULES
+from fused_ema.step import layout
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,7 +37,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 NUM_SCALARS = {name: len(rule.scalars._fields) for name, rule in rules.RULES.items()}
-ARGUMENTS = ("*fp64", "*fp64", "*i64", "*i64", "*i64", "*i32")
+ARGUMENTS = ("*fp64", "*fp64", "*i16", "*i64", "*i64", "*i32")
 SQUARES = "squares"  # the kernel that sums gradients' squares, which is no rule's
 FOLD = "fold "  # what stands before the rule of a kernel that folds its scalars
 FOLD_ARGUMENTS = ("*i64", "*i32", "*fp64", "*fp64", "*i32", "i32", "i32")
@@ -154,8 +155,8 @@ def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.Compi
     else:
         kernel, pointers = step.step_kernel, ARGUMENTS
         scalars = (RULES[variant.rule], NUM_SCALARS[variant.rule])
-        counts = (variant.states, variant.averages)
-        kind = (*scalars, *counts, variant.ema_before)
+        slot = layout.slot(variant.master, variant.states, variant.averages)
+        kind = (*scalars, *slot, variant.ema_before)
         constants = (*kind, stored, variant.weight, variant.state, variant.average, *constants)
     options = step.compile_options(target, bounded=variant.rule != SQUARES)
     return compiled(kernel, pointers, constants, target, options)

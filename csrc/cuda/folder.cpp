@@ -21,7 +21,8 @@ Folder::Folder(const std::string& rule, const Slots& slots)
   }
   group_of_ = at::tensor(group_of, at::kInt).to(device_);
   const auto rows = static_cast<int64_t>(slots.size());
-  table_ = at::zeros({rows, slots.row_size()}, at::TensorOptions(at::kDouble).device(device_));
+  table_ =
+      at::zeros({rows, slots.row_layout().size()}, at::TensorOptions(at::kDouble).device(device_));
   arrivals_ = at::zeros({num_groups_}, at::TensorOptions(at::kInt).device(device_));
 }
 

@@ -24,12 +24,10 @@ constexpr int64_t chunk_elements(StoredType stored) {
 
 // One launch: a bucket of slots, each a parameter with what belongs to it.
 //   chunks:     device, [num_chunks][2]: slot, and which chunk of it
-//   slots:      device, per slot: numel, its place; addresses of param, its master if there is one,
-//               the rule's states, the averages
-//   host_words: what may change at each step: the scalar table (as in `scalars`; left out where
-//               that is set), each slot's row in it, each slot's gradient, 0 where it has none
+//   slots:      device, see SlotLayout
+//   host_words: what may change at each step, see WordLayout: all words before the slots
 //   words:      a device copy of host_words, or null: then they travel by value, see fits()
-//   scalars:    device, [num_rows][rule's scalars, then a weight per average], or null
+//   scalars:    device, num_rows of a RowLayout, or null: then they are the first of the words
 //   control:    device: what gradients are multiplied by; not 0 where nothing shall move
 // The caller has made `device` the current one, and the stream is a cudaStream_t of it.
 struct Launch {

@@ -39,11 +39,11 @@ void Plan::norm(const std::optional<at::Tensor>& part, const std::optional<Given
     launch.chunks = chunks_.const_data_ptr<int32_t>();
     launch.num_chunks = chunks_.size(0);
     launch.slots = slot_table_.const_data_ptr<int64_t>();
-    launch.slot_size = static_cast<int>(slots_->slot_size());
+    launch.slot_size = slots_->slot_layout().size();
     launch.num_slots = static_cast<int>(slots_->size());
     launch.words = device_words();
     launch.host_words = words_.data();
-    launch.grads_at = slots_->grads_at();
+    launch.grads_at = slots_->layout().grads();
     launch.part = part->mutable_data_ptr<double>();
   }
   squares_(launch);
@@ -61,7 +61,7 @@ void Plan::run(const std::optional<at::Tensor>& control, const std::optional<std
   kernel_.kernel({chunks_.const_data_ptr<int32_t>(), chunks_.size(0),
                   slot_table_.const_data_ptr<int64_t>(), static_cast<int>(slots_->size()),
                   slots_->num_rows(), slots_->num_emas(), ema_before_, scalars, device_words(),
-                  words_.data(), slots_->num_changing(), how, slots_->device().index(),
+                  words_.data(), slots_->layout().slots(), how, slots_->device().index(),
                   stream.handle});
   slots_->advance();
 }
@@ -82,8 +82,8 @@ Stream Plan::enter() {
 // an address has changed since.
 void Plan::pack(bool capturing) {
   if (std::exchange(packed_, true) && slots_->num_changed() == 0) return;
-  const bool new_slots = !slot_table_.defined() || slots_->num_changed() > slots_->num_changing();
-  const int64_t changing = slots_->num_changing();
+  const bool new_slots = !slot_table_.defined() || slots_->num_changed() > slots_->layout().slots();
+  const int64_t changing = slots_->layout().slots();
   const int64_t count = new_slots ? slots_->num_words() : changing;
   words_.resize(slots_->num_words());
   slots_->pack(words_.data(), count);
@@ -94,7 +94,7 @@ void Plan::pack(bool capturing) {
 
 // The changing words on the device, null where a launch passes them by value.
 const int64_t* Plan::device_words() const {
-  return fits(slots_->num_changing()) ? nullptr : changing_.const_data_ptr<int64_t>();
+  return fits(slots_->layout().slots()) ? nullptr : changing_.const_data_ptr<int64_t>();
 }
 
 // A new tensor each time: what an earlier launch reads is not written, and a captured graph's

@@ -7,6 +7,7 @@
 #include "cuda/launch.h"
 #include "cuda/pack.cuh"
 #include "dispatch.h"
+#include "layout.h"
 #include "rules.h"
 
 namespace fused_ema::cuda {
@@ -33,6 +34,12 @@ struct Parameters {
   int64_t words[capacity];
 };
 
+// A slot's row: four indices lie in a word, the lowest bits first.
+__device__ inline int row_index(const int64_t* indices, int64_t slot) {
+  constexpr int64_t each = WordLayout::indices_per_word;
+  return indices[slot / each] >> (slot % each * 16) & 0xffff;
+}
+
 // A chunk of a slot: where its tensors are, and its row of the scalar table.
 template <class RuleOf, class LayoutOf, EmaFormat format_of>
 struct Chunk {
@@ -46,8 +53,9 @@ struct Chunk {
   static constexpr bool rounds = Layout::rounded_states || format != EmaFormat::full;
   static constexpr int num_states = Rule::num_states;
   static constexpr int num_scalars = Rule::scalars.size();
-  static constexpr int first_state = 3 + Layout::has_master;
-  static constexpr int first_average = first_state + num_states;
+  static constexpr SlotLayout slot_layout{Layout::has_master, num_states, 0};
+  static constexpr int first_state = slot_layout.first_state();
+  static constexpr int first_average = slot_layout.first_average();
   static constexpr int64_t elements = chunk_bytes / sizeof(Param);
   // What a thread takes at a time: the widest access, but with three states random bits need the
   // registers of half of it.
@@ -67,35 +75,36 @@ struct Chunk {
     const int last = first_average + task.num_emas;
     begin = task.chunks[2 * index + 1] * elements;
     tensors = task.slots + slot * last;
-    const int64_t left = tensors[0] - begin;
+    const int64_t left = tensors[SlotLayout::numel] - begin;
     count = static_cast<int>(left < elements ? left : elements);
     num_emas = task.num_emas;
 
-    const int row_size = num_scalars + task.num_emas + rounds;
+    const RowLayout of_row{num_scalars, task.num_emas, rounds};
     const bool in_words = task.scalars == nullptr;
     const double* table = in_words ? reinterpret_cast<const double*>(words) : task.scalars;
-    const int64_t* rows = words + (in_words ? int64_t{task.num_rows} * row_size : 0);
-    row = table + rows[slot] * row_size;
-    const int64_t grad_address = rows[task.num_slots + slot];
+    const WordLayout of_words{in_words ? int64_t{task.num_rows} * of_row.size() : 0,
+                              task.num_slots};
+    row = table + row_index(words + of_words.indices(), slot) * of_row.size();
+    const int64_t grad_address = words[of_words.grads() + slot];
     grad = grad_address != 0 ? reinterpret_cast<const Param*>(grad_address) + begin : nullptr;
 
     // a chunk begins at a multiple of the widest access, so that the tensors' addresses decide
     int64_t low_bits = grad_address;
 #pragma unroll
-    for (int k = 2; k < first_average; ++k) low_bits |= tensors[k];
+    for (int k = SlotLayout::param; k < first_average; ++k) low_bits |= tensors[k];
 #pragma unroll 1
     for (int k = first_average; k < last; ++k) low_bits |= tensors[k];
     aligned = low_bits % access == 0;
 
     if constexpr (rounds) {
-      const auto seed = static_cast<uint32_t>(row[num_scalars + num_emas]);
-      key = parameter_key(seed, static_cast<uint32_t>(tensors[1]));
+      const auto seed = static_cast<uint32_t>(row[of_row.seed()]);
+      key = parameter_key(seed, static_cast<uint32_t>(tensors[SlotLayout::param_index]));
     }
   }
 
   // Addresses are looked up (in the L1 cache) for each access: kept, each would take two registers.
-  __device__ Param* copy() const { return at<Param>(2); }
-  __device__ Weight* param() const { return at<Weight>(first_state - 1); }
+  __device__ Param* copy() const { return at<Param>(SlotLayout::param); }
+  __device__ Weight* param() const { return at<Weight>(slot_layout.weight()); }
   __device__ State* state(int k) const { return at<State>(first_state + k); }
   __device__ Average* average(int k) const { return at<Average>(first_average + k); }
   __device__ Compute<Weight> weight(int k) const {

@@ -55,6 +55,6 @@ constexpr int unroll = FUSED_EMA_UNROLL;
 // a block a chunk.
 constexpr bool persistent = FUSED_EMA_PERSISTENT != 0;
 
-static_assert(chunk_bytes % (16 * threads) == 0, "threads take a chunk in whole rounds");
+static_assert(chunk_bytes % 16 == 0, "chunks begin at multiples of the widest access");
 
 }  // namespace fused_ema::cuda

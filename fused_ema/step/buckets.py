@@ -17,6 +17,7 @@ from ..extension import native
 from ..rules.frozen import FROZEN
 from ..rules.rule import Rule
 from ..sharding import Spread, local, spread
+from .layout import MOST_SLOTS
 
 # Turns of averages that move apart from their parameters, before and behind all steps.
 BEFORE_ALL, AFTER_ALL = -1, sys.maxsize
@@ -145,9 +146,14 @@ def make_buckets(
             parts = [key] if turn is None or rule is FROZEN else _apart(key, turn, slot)
             for part in parts:
                 members.setdefault(part, []).append(slot)
+    covered = [
+        (key, slots[i : i + MOST_SLOTS])
+        for key, slots in sorted(members.items(), key=lambda item: item[0].turn)
+        for i in range(0, len(slots), MOST_SLOTS)
+    ]
     buckets: list[Bucket] = []
     clocked: set[int] = set()
-    for key, slots in reversed(sorted(members.items(), key=lambda item: item[0].turn)):
+    for key, slots in reversed(covered):
         last = {i for i in _groups_of(slots) - clocked if _has_clock(groups[i], key)}
         clocked |= last
         moving = FROZEN if key.averages_alone else rule

@@ -12,6 +12,7 @@
 #include "cuda/launch.h"
 #include "dispatch.h"
 #include "kernels.h"
+#include "layout.h"
 
 namespace fused_ema {
 
@@ -97,7 +98,10 @@ class Bucket {
       for (int k = 0; k < row_size_; ++k) table_.push_back(scalar(row, k));
   }
 
-  int64_t num_words() const { return num_rows * row_size_ + 2 * sizes_.size(); }
+  WordLayout layout(bool without_scalars = false) const {
+    return {without_scalars ? 0 : int64_t{num_rows} * row_size_,
+            static_cast<int64_t>(sizes_.size())};
+  }
 
   struct How {
     bool words_on_device = false;
@@ -222,11 +226,13 @@ class Bucket {
   }
 
   std::vector<int64_t> words(bool without_scalars) const {
-    std::vector<int64_t> words(without_scalars ? 0 : table_.size());
-    if (!words.empty()) std::memcpy(words.data(), table_.data(), words.size() * sizeof(double));
-    for (size_t i = 0; i < sizes_.size(); ++i) words.push_back(i % num_rows);
-    for (size_t i = 0; i < sizes_.size(); ++i)
-      words.push_back(sizes_[i].has_grad ? slots_[i][1].address() : 0);
+    const WordLayout at = layout(without_scalars);
+    std::vector<int64_t> words(at.slots());
+    std::memcpy(words.data(), table_.data(), at.indices() * sizeof(double));
+    for (size_t i = 0; i < sizes_.size(); ++i) {
+      words[at.indices() + i / 4] |= static_cast<int64_t>(i % num_rows) << i % 4 * 16;
+      words[at.grads() + i] = sizes_[i].has_grad ? slots_[i][1].address() : 0;
+    }
     return words;
   }
 

@@ -112,7 +112,7 @@ int test_words() {
   for (size_t count : {1, 238, 239, 252, 253, 2030, 2031, 2043, 2044, 2500})
     for (bool scalars_on_device : {false, true}) {
       Bucket bucket(kind, std::vector<Size>(count, {9}), 1);
-      const int64_t words = scalars_on_device ? 2 * count : bucket.num_words();
+      const int64_t words = bucket.layout(scalars_on_device).slots();
       const bool fits = cuda::fits(words);
       require(fits == (64 + 8 * words <= 32764), "fits() is wrong about " + std::to_string(words));
       bucket.step({!fits, scalars_on_device});

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...ema import formats
 from ...extension import native
+from .. import layout
 from ..buckets import Bucket
 from ..gradients import Ending
 from . import dense, graphs, streams
@@ -40,7 +41,7 @@ class Parts(NamedTuple):
     """A bucket's words in device memory, see :class:`fused_ema._native.Slots`."""
 
     scalars: Tensor
-    rows: Tensor
+    indices: Tensor
     grads: Tensor
     slots: Tensor
     folded: Tensor
@@ -59,13 +60,10 @@ class DeviceWords:
         kept: host and device memory that captured graphs use.
     """
 
-    def __init__(
-        self, slots: native.Slots, row_size: int, device: torch.device, folder: Folder | None
-    ) -> None:
+    def __init__(self, slots: native.Slots, device: torch.device, folder: Folder | None) -> None:
         self._slots = slots
         self._folder = folder
         self._folded = b""
-        self._row_size = row_size
         self._device = device
         self._words = torch.empty(0, dtype=torch.int64, device=device)
         self._parts: tuple[int, Parts] | None = None
@@ -125,13 +123,13 @@ class DeviceWords:
         return host
 
     def _split(self, words: Tensor) -> Parts:
-        count = self._slots.num_slots
-        begin, end = self._slots.num_rows * self._row_size, self._slots.num_words
+        indices, grads, slots = self._slots.word_layout
+        end = self._slots.num_words
         return Parts(
-            words[:begin].view(torch.float64),
-            words[begin : begin + count],
-            words[begin + count : begin + 2 * count],
-            words[begin + 2 * count : end],
+            words[:indices].view(torch.float64),
+            words[indices:grads].view(torch.int16),
+            words[grads:slots],
+            words[slots:end],
             words[end:],
         )
 
@@ -141,19 +139,19 @@ class TritonPlan:
 
     def __init__(self, bucket: Bucket) -> None:
         from ...kernels.squares import Squares
-        from ...kernels.step import CHUNK, launcher
+        from ...kernels.step import launcher
+        from ...kernels.tuning import CHUNK
 
         key, scalars = bucket.key, bucket.rule.scalars._fields
         self._device = key.device
         self._folder = Folder(bucket) if key.capturable else None
         self._slots = dense.slots(bucket)
-        row_size = 0 if key.capturable else len(scalars) + len(key.emas) + key.rounds
-        self._words = DeviceWords(self._slots, row_size, key.device, self._folder)
+        self._words = DeviceWords(self._slots, key.device, self._folder)
         self._control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=key.device)
         self._chunks = chunks = self._slots.chunks(CHUNK).to(key.device)
         self._readers = streams.Readers(key.device)
-        slot_size = 3 + len(bucket.state_keys) + len(bucket.key.emas)
-        self._squares = Squares(key.dtype, slot_size, chunks)
+        slot = layout.SlotLayout(*self._slots.slot_layout)
+        self._squares = Squares(key.dtype, slot.size, chunks)
         self._ticket: Tensor = self._squares.ticket
         self.num_sums: int = self._squares.num_sums
         self._launch = launcher(
@@ -163,8 +161,7 @@ class TritonPlan:
             master=key.master,
             rounded_states=key.state_format != "full",
             average=formats.DTYPES.get(key.ema_format),
-            num_states=len(key.states or ()),
-            num_averages=len(key.emas),
+            slot=slot,
             ema_before=key.ema_order == "before",
             chunks=chunks,
         )
@@ -220,7 +217,7 @@ class TritonPlan:
         self._launch(
             control=control,
             scalars=scalars,
-            rows=parts.rows,
+            indices=parts.indices,
             grads=parts.grads,
             slots=parts.slots,
         )

@@ -16,6 +16,7 @@ from torch.autograd.graph import increment_version
 
 from ...extension.standin import has_plain_keys
 from ...extension.tensors import C, keys
+from .. import layout
 from ..gradients import copied
 from .plan import Fold
 
@@ -60,12 +61,17 @@ class Slots:
         groups: Sequence[int],
         places: Sequence[int],
     ) -> None:
+        if len(params) > layout.MOST_SLOTS:
+            raise ValueError(
+                f"params: received {len(params)} tensors; allowed: {layout.MOST_SLOTS}"
+            )
         self._num_scalars = num_scalars
         self._frozen, self._takes_grads, self._capturable = frozen, takes_grads, capturable
         self._num_states, self._num_emas = len(states[0]), len(emas[0])
         self._dtype, self._device = params[0].dtype, params[0].device
         self._kinds = [tensor.dtype for tensor in (*states[0], *emas[0])]
         self._rounds = self._check_kinds(master)
+        self.slot_layout = layout.slot(master, self._num_states - master, self._num_emas)
         self._params, self._steps = list(params), list(steps)
         self._held = [[*s, *e] for s, e in zip(states, emas, strict=True)]
         self._groups, self._places = list(groups), list(places)
@@ -188,11 +194,12 @@ class Slots:
 
     @property
     def num_words(self) -> int:
-        return self._num_changing + sum(map(len, self._slot_words))
+        return self.word_layout.slots + sum(map(len, self._slot_words))
 
     @property
-    def _num_changing(self) -> int:
-        return len(self._table) + 2 * len(self._params)
+    def word_layout(self) -> layout.WordLayout:
+        """Where indices of rows, gradients and slots begin."""
+        return layout.words(len(self._table), len(self._params))
 
     @property
     def num_changed(self) -> int:
@@ -200,7 +207,7 @@ class Slots:
         if self._new_slots:
             return self.num_words
         if self._new_rows:
-            return self._num_changing
+            return self.word_layout.slots
         return len(self._table) if self._new_table else 0
 
     @property
@@ -225,12 +232,16 @@ class Slots:
             )
         slots = [word for slot in self._slot_words for word in slot]
         table = torch.tensor(self._table, dtype=torch.float64, device="cpu").view(torch.int64)
-        rest = torch.tensor(
-            [*self._row_of, *self._grad_words, *slots], dtype=torch.int64, device="cpu"
-        )
-        leading = torch.cat([table, rest])[: len(words)]
+        rest = torch.tensor([*self._grad_words, *slots], dtype=torch.int64, device="cpu")
+        leading = torch.cat([table, self._packed_indices(), rest])[: len(words)]
         words[: len(leading)].copy_(leading)
         self._new_table = self._new_rows = self._new_slots = False
+
+    def _packed_indices(self) -> Tensor:
+        count = (self.word_layout.grads - self.word_layout.indices) * layout.INDICES_PER_WORD
+        indices = torch.zeros(count, dtype=torch.int32, device="cpu")
+        indices[: len(self._row_of)] = torch.tensor(self._row_of, dtype=torch.int32, device="cpu")
+        return indices.to(torch.int16).view(torch.int64)  # cut off at 16 bits, whatever the sign
 
     def chunks(self, elements: int) -> Tensor:
         """``(slot, index)`` of each run of ``elements`` elements: int32 ``[n, 2]``."""
