@@ -217,7 +217,7 @@ Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bo
 bool Slots::prepare(const py::object& fold) {
   if (held_)
     throw std::runtime_error("step() is under way in another thread; allowed: one at a time");
-  const auto kappas = fold.attr("kappas").cast<std::vector<double>>();
+  const auto advances = fold.attr("advances").cast<std::vector<double>>();
   rows_.clear();
   grads_held_.clear();
   grads_held_.resize(size());
@@ -230,7 +230,7 @@ bool Slots::prepare(const py::object& fold) {
     Row row{groups_[i], active, 0.0, 0.0};
     if (active && !capturable_) {
       row.before = *counters_[i];
-      row.step = row.before + kappas[groups_[i]];
+      row.step = row.before + advances[groups_[i]];
     }
     if (active) grads_held_[i] = fits(grad, param) ? grad : copy_grad(grad, param);
     read_gradient(i);

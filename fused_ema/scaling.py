@@ -12,6 +12,8 @@ from typing import Literal, TypeAlias
 from .checks import check_kappa, check_range
 from .realmath import Real, expm1, log, log1p, power, sqrt, surely, where
 
+# What kappa drives: the optimizer's rules and the average, or one of them alone.
+KappaScales: TypeAlias = Literal["all", "ema", "optimizer"]
 # How a rule's numbers may follow kappa, where there is more than one way.
 BetaScaling: TypeAlias = Literal["exponential", "linear"]
 MomentumScaling: TypeAlias = Literal["none", "exact"]

@@ -22,6 +22,9 @@ from .step import compile_options as step_options
 # Words of a param group before its numbers and of an average's decay, and what a decay's kind says;
 # fused_ema/step/backends/group_records.py writes them.
 HEAD = tl.constexpr(5)
+# Bits beside the rule's flags: kappa drives the averages alone, or the optimizer alone.
+EMA_ALONE = tl.constexpr(1 << 32)
+OPTIMIZER_ALONE = tl.constexpr(1 << 33)
 DECAY = tl.constexpr(4)
 FIRST_SCHEDULE = tl.constexpr(16)
 # A program is one warp, so that a slot has one thread, whose accesses keep their order.
@@ -120,26 +123,32 @@ def fold_kernel(
     p_group = p_words + i_group * GROUP
     kinds = tl.load(p_group + 4, m_slot, other=0)
     numbers = ()
-    for k in tl.static_range(NUM_NUMBERS):
+    for k in tl.static_range(NUM_NUMBERS - 1):
         word = tl.load(p_group + HEAD + k, m_slot, other=0)
         numbers += (number((kinds >> (4 * k)) & 15, word, m_slot),)
-    kappa = numbers[NUM_NUMBERS - 1]
+    word = tl.load(p_group + HEAD + NUM_NUMBERS - 1, m_slot, other=0)
+    kappa = number((kinds >> (4 * (NUM_NUMBERS - 1))) & 15, word, m_slot)
+    # what kappa does not drive goes on as at the base batch size
+    flags = tl.load(p_group + 2, m_slot, other=0)
+    advance = tl.where((flags & EMA_ALONE) != 0, 1.0, kappa)
+    ema_kappa = tl.where((flags & OPTIMIZER_ALONE) != 0, 1.0, kappa)
+    numbers += (advance,)
     p_before = tl.load(p_group, m_slot, other=0).to(tl.pointer_type(tl.float64))
     before = tl.load(p_before, m_slot, other=0.0)
 
     p_step = (counter & -2).to(tl.pointer_type(tl.float64))
     m_active = m_slot & ((counter & 1) != 0)
     step = tl.load(p_step, m_slot, other=0.0)
-    step = tl.where(m_active, step + kappa, step)
+    step = tl.where(m_active, step + advance, step)
     tl.store(p_step, step, m_active)
 
     p_row = p_table + i_slot.to(tl.int64) * (NUM_SCALARS + NUM_AVERAGES + (1 if ROUNDS else 0))
-    scalars = FOLD(numbers, tl.load(p_group + 2, m_slot, other=0), step)
+    scalars = FOLD(numbers, flags, step)
     for k in tl.static_range(NUM_SCALARS):
         tl.store(p_row + k, scalars[k], m_slot)
     for k in range(NUM_AVERAGES):
         p_decay = p_group + HEAD + NUM_NUMBERS + DECAY * k
-        weight = average_weight(p_decay, before, kappa, m_slot)
+        weight = average_weight(p_decay, before, ema_kappa, m_slot)
         tl.store(p_row + NUM_SCALARS + k, weight, m_slot)
     if ROUNDS:
         seed = step_seed(tl.load(p_group + 3, m_slot, other=0), before)

@@ -66,7 +66,7 @@ def test_steps_between_do_not_touch_averages(monkeypatch):
         launch = launcher(**kind)
 
         def run(**parts):
-            taken.append(kind["num_averages"])
+            taken.append(kind["slot"].size - kind["slot"].first_average)
             launch(**parts)
 
         return run

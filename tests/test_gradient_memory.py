@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from fused_ema import FusedScaledAdamW, FusedScaledSGD
 from fused_ema._native import is_plain
+from fused_ema.step.plans import Plans
 
 BACKENDS = ("native", "triton", "foreach", "reference")
 
@@ -241,10 +242,10 @@ def test_a_schedule_that_frees_the_weights():
 class Between:
     """Acts between a step's two halves, where another thread may run."""
 
-    def __init__(self, monkeypatch, opt, act):
-        original = opt._stepper.running
+    def __init__(self, monkeypatch, act):
+        original = Plans.running
         monkeypatch.setattr(
-            opt._stepper, "running", lambda control: [partial(act), *original(control)]
+            Plans, "running", lambda plans, control: [partial(act), *original(plans, control)]
         )
 
 
@@ -257,7 +258,7 @@ def test_a_gradient_dropped_between_the_halves_is_taken(engine, monkeypatch):
         param.grad = None
         kept.extend(spoil_freed_memory(40_000))
 
-    Between(monkeypatch, opt, act)
+    Between(monkeypatch, act)
     opt.step()
     assert torch.equal(param.detach(), torch.full(param.shape, 0.375))
 
@@ -270,7 +271,7 @@ def test_weights_replaced_between_the_halves_are_stepped(engine, monkeypatch):
     def act():
         param.data = torch.full_like(old, 2.0)
 
-    Between(monkeypatch, opt, act)
+    Between(monkeypatch, act)
     opt.step()
     assert torch.equal(param.detach(), torch.full(param.shape, 1.875))
     assert torch.equal(old, torch.full(param.shape, 0.5))
@@ -281,7 +282,7 @@ def test_weights_replaced_between_the_halves_are_stepped(engine, monkeypatch):
 def test_memory_freed_between_the_halves_is_refused(freed, engine, monkeypatch):
     param, opt = with_schedule(lambda param: None, engine)
     tensors = {"weight": param, "gradient": param.grad, "ema": opt.state[param]["ema"]}
-    Between(monkeypatch, opt, lambda: tensors[freed].untyped_storage().resize_(0))
+    Between(monkeypatch, lambda: tensors[freed].untyped_storage().resize_(0))
     with pytest.raises(RuntimeError, match="storage"):
         opt.step()
     assert opt.state[param]["step"].item() == 1.0
@@ -306,7 +307,7 @@ def test_a_step_holds_no_gradient_when_it_is_over(engine, monkeypatch):
         raise KeyError("between")
 
     param.grad = torch.ones(100)
-    Between(monkeypatch, opt, fail)
+    Between(monkeypatch, fail)
     with pytest.raises(KeyError):
         opt.step()
     assert dropped()

@@ -17,7 +17,7 @@ from tolerances import COMPUTE_OF, NORM, UNIT
 from torch import nn
 
 import fused_ema
-from fused_ema.step import gradients, stepper
+from fused_ema.step import gradients, plans
 
 SHAPES = (*FEW, (CHUNK + 5,), CHANNELS_LAST[0])
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
@@ -204,7 +204,7 @@ def test_gradients_may_be_unscaled_before(fused, kind, backend):
 def test_our_scaler_reads_gradients_twice_and_writes_none(max_norm, monkeypatch):
     passes = []
 
-    class Counted(stepper.Stepper):
+    class Counted(plans.Plans):
         def control(self, treatment):
             passes.append("squares" if treatment.measures else "control")
             return super().control(treatment)
@@ -213,7 +213,7 @@ def test_our_scaler_reads_gradients_twice_and_writes_none(max_norm, monkeypatch)
             passes.append("step")
             return super().running(control)
 
-    monkeypatch.setattr("fused_ema.optim.base.Stepper", Counted)
+    monkeypatch.setattr("fused_ema.step.stepper.Plans", Counted)
     params = parameters()
     opt = fused_ema.FusedScaledAdamW(params, ema_decay=0.9, max_grad_norm=max_norm)
     scaler = make_scaler(fused_ema.GradScaler)
@@ -288,7 +288,7 @@ def test_counts_of_a_skipped_step_are_taken_back_later(every, backend, monkeypat
             asked.append(self)
             return super().skipped()
 
-    monkeypatch.setattr("fused_ema.optim.base.Verdict", Watched)
+    monkeypatch.setattr("fused_ema.optim.stepping.Verdict", Watched)
     params, others = parameters(), parameters()
     options = {"ema_decay": lambda t: 1 - 0.5 / (1 + t), "kappa": 2.0, "ema_every": every}
     opt = fused_ema.FusedScaledAdamW(params, backend=backend, **options)

@@ -35,7 +35,7 @@ class Launches(TorchDispatchMode):
             for name in ("_launch", "_squares"):
                 if hasattr(plan, name):  # Triton's interpreter computes by operators
                     monkeypatch.setattr(plan, name, unseen(getattr(plan, name)))
-        opt._stepper.plans = [Watched(plan, self.found) for plan in opt._stepper.plans]
+        opt._stepper.latest.plans = [Watched(plan, self.found) for plan in opt._stepper.plans]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split("::")[1]

@@ -39,7 +39,7 @@ class Run:
         if options.pop("names", False):
             options["model"] = self.model
         if options.pop("teacher", False):
-            options["ema"] = copy.deepcopy(self.model)
+            options["teacher"] = copy.deepcopy(self.model)
         dtype = options.pop("dtype", None)
         self.model.to(dtype)
         options = {"ema_decay": 0.9, **options}
@@ -66,8 +66,9 @@ class Run:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         for entry in self.opt.state.values():
             tensors += [value for value in entry.values() if isinstance(value, torch.Tensor)]
-        owners = [self.opt, self.stepped, self.opt._stepper, self.opt._between, self.model]
-        return [weakref.ref(kept) for kept in (*tensors, *owners)]
+        owners = [self.opt, self.stepped, self.opt._stepper, self.model]
+        plans = [plans for plans in (self.opt._stepper.latest,) if plans is not None]
+        return [weakref.ref(kept) for kept in (*tensors, *owners, *plans)]
 
 
 def alive(run: Run) -> list[type]:
@@ -227,7 +228,6 @@ def slots(params) -> _native.Slots:
         takes_grads=True,
         capturable=False,
         master=False,
-        teacher=False,
         params=params,
         steps=[torch.zeros((), dtype=torch.float64) for _ in params],
         states=[[torch.zeros(3), torch.zeros(3)] for _ in params],

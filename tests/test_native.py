@@ -144,7 +144,7 @@ def test_one_native_call_a_bucket_and_step(monkeypatch):
             calls.append("run")
             plan.run(control)
 
-    optimizer._stepper.plans = [Counted()]
+    optimizer._stepper.latest.plans = [Counted()]
     optimizer.step()
     assert calls == ["prepare", "run"]
 

@@ -12,6 +12,7 @@ from tolerances import COMPUTE_OF, NORM, UNIT
 from torch import nn
 
 import fused_ema
+from fused_ema.optim.stepping import Begun
 from fused_ema.step.gradients import Control, Ending, Treatment
 
 INF, NAN = math.inf, math.nan
@@ -73,7 +74,7 @@ def test_sums_may_be_combined_in_between(backend):
     for apart in (False, True):
         opt.step()
         assert float(opt.grad_norm) == math.sqrt(4 * 5003) / 4
-        opt._stepper._apart = not apart
+        opt._stepper.latest._apart = not apart
     moved = 1.0 / 4 * 2.0 / (math.sqrt(4 * 5003) / 4 + 1e-6)
     for p in params[:4]:
         torch.testing.assert_close(p.detach(), torch.full_like(p, 1.0 - 2 * moved))
@@ -135,10 +136,10 @@ def few_programs(device_backend, monkeypatch):
 
 
 def parts_of(opt) -> torch.Tensor:
-    (plan,) = opt._prepared().plans
+    (plan,) = opt._prepared(Begun()).plans.plans
     part = torch.full((plan.num_sums,), NAN, dtype=torch.float64)
     plan.norm(part, None)
-    opt._release()
+    opt._stepper.release()
     return part
 
 

@@ -19,7 +19,7 @@ SIZES = ((3, 4), (5,), (0, 2), (2, 1, 3), ())
 class Fold:
     """Scalars that tell their group and step."""
 
-    kappas = (1.0, 2.5)
+    advances = (1.0, 2.5)
 
     def __init__(self, rate: float = 1.0) -> None:
         self.rate = rate

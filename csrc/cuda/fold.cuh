@@ -106,20 +106,23 @@ __device__ void fold_slot(const FoldTask& task, const int64_t* words, int slot) 
 #pragma unroll
   for (int k = 0; k < count; ++k)
     numbers[k] = number(static_cast<Kind>(record[4] >> (4 * k) & 15), record[group_head + k]);
+  // What kappa does not drive goes on as at the base batch size.
   const double kappa = numbers[count - 1];
+  const double ema_kappa = (record[2] & optimizer_alone) != 0 ? 1.0 : kappa;
+  const double advance = numbers[count - 1] = (record[2] & ema_alone) != 0 ? 1.0 : kappa;
   double* const base_steps = at_address<double>(record[0]);
   const double before = *base_steps;
 
   double* const steps = at_address<double>(counter & ~int64_t{1});
   double step = *steps;
-  if ((counter & 1) != 0) *steps = step += kappa;
+  if ((counter & 1) != 0) *steps = step += advance;
 
   double* const row = task.table + slot * (num_scalars + task.num_emas + task.rounds);
   Rule::fold(numbers, Flags(record[2]), step, row);
   const int64_t* decay = record + group_head + count;
 #pragma unroll 1
   for (int k = 0; k < task.num_emas; ++k, decay += decay_words)
-    row[num_scalars + k] = average_weight(decay, before, kappa);
+    row[num_scalars + k] = average_weight(decay, before, ema_kappa);
   if (task.rounds)
     row[num_scalars + task.num_emas] = step_seed(static_cast<uint32_t>(record[3]), before);
   if (record[1] > 0) arrive(task.arrivals + group, record[1], base_steps, kappa);

@@ -8,6 +8,8 @@ namespace fused_ema::cuda {
 
 // Words of a group before its numbers, and of each of its averages; see FoldLaunch.
 constexpr int group_head = 5;
+// Bits beside the rule's flags: kappa drives the averages alone, or the optimizer alone.
+constexpr int64_t ema_alone = int64_t{1} << 32, optimizer_alone = int64_t{1} << 33;
 constexpr int decay_words = 4;
 
 // One launch, which folds the scalars of every slot of a bucket and counts its steps.

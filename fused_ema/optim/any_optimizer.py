@@ -28,6 +28,7 @@ from ..step.backends import BackendName
 from .base import FusedScaledOptimizer
 from .groups import KAPPA
 from .options import documented
+from .stepping import Begun
 
 # Where torch.optim.Optimizer's constructor keeps the hooks of its step.
 HOOKS = "_optimizer_step_post_hooks"
@@ -112,6 +113,7 @@ class FusedEMA(FusedScaledOptimizer):
             backend=backend,
         )
         self._removed = False
+        self._ahead = Begun()
         self._attach()
 
     def remove(self) -> None:
@@ -139,9 +141,9 @@ class FusedEMA(FusedScaledOptimizer):
         self._follow_groups()
         super().load_state_dict(state_dict)
 
-    def _complete_state(self) -> None:
+    def _complete_state(self, begun: Begun) -> None:
         self._follow_groups()
-        super()._complete_state()
+        super()._complete_state(begun)
 
     def _attach(self) -> None:
         """Hook into the optimizer's step, until this object is gone."""
@@ -156,13 +158,15 @@ class FusedEMA(FusedScaledOptimizer):
     def _begin(self) -> None:
         """Let averages start at the weights before the step, and refuse what cannot be moved."""
         self._check_not_swapped("step()")
-        self._release()  # what a step has begun that the optimizer did not end
+        self._release(self._noting())  # what a step has begun that the optimizer did not end
         self._follow_groups()
-        self._settle()
         with torch.inference_mode(False), torch.no_grad():
-            self._stepper.prepare(
-                self.param_groups, self.state, self._check_group, self._complete_state
-            )
+            self._prepared(self._ahead)
+
+    def _noting(self) -> Begun:
+        """What :meth:`_begin` has let begin is this step's."""
+        begun, self._ahead = self._ahead, Begun()
+        return begun
 
     def _follow(self, optimizer: Optimizer) -> None:
         # where torch's fused optimizers read it, too
@@ -189,6 +193,7 @@ class FusedEMA(FusedScaledOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._ahead = Begun()
         if "_optimizer" in state:  # a copy, whose optimizer has lost its hooks
             self._attach()
             if self._removed:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,61 +14,28 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from ..checks import check_choice
-from ..dtypes import is_fixed, is_there
-from ..ema.access import EmaAccess
-from ..ema.buffers import BUFFERS, EmaBuffers, EmaBuffersMode, Moves, moving, resolve
+from ..ema.buffers import BUFFERS, EmaBuffers, EmaBuffersMode, resolve
 from ..ema.decay import EmaDecay, EmaOrder
 from ..ema.formats import EmaFormat, StateFormat
 from ..ema.swap import Flag
 from ..ema.teacher import Teacher, check_buffers_given, named
 from ..ema.teachers import Teachers
-from ..extension import native
 from ..rules.frozen import FROZEN
 from ..rules.rule import Rule
-from ..step import clock
+from ..scaling import KappaScales
 from ..step.backends import BackendName
-from ..step.folding import Checked
-from ..step.gradients import Measured, Treatment, Verdict
-from ..step.state import check_param, complete, reset
+from ..step.state import check_param, reset
 from ..step.stepper import Stepper
-from ..together import Call, together
 from ..values import as_given, number
-from . import checkpoint, replaced
+from . import checkpoint
 from .checkpoint import ASKED
-from .groups import KAPPA, agreed, check_group, check_groups
+from .groups import KAPPA, agreed, check_groups
 from .options import documented
-
-
-class _Begun(NamedTuple):
-    """State that a step has let begin, to be dropped where that step is not taken."""
-
-    keys: list[tuple[Tensor, set[str]]]
-    held: list[dict[str, Tensor]]
-    """Averaged buffers as they were."""
-
-
-class _Doubt(NamedTuple):
-    """A step that was counted, and may have been skipped."""
-
-    verdict: Verdict
-    begun: _Begun | None
-    counted: list[native.Slots]
-    put_back: list[Call]
-
-
-class _UnscalesItself:
-    """Whether ``step()`` is to unscale: what torch's ``GradScaler`` and trainers ask an optimizer.
-
-    True where every param group says ``fused=True``, as torch's constructors have it. An attribute
-    of the same name on the optimizer itself wins.
-    """
-
-    def __get__(self, optimizer: FusedScaledOptimizer | None, owner: type) -> bool:
-        return optimizer is not None and all(group["fused"] for group in optimizer.param_groups)
+from .stepping import Doubt, Stepping
 
 
 @documented
-class FusedScaledOptimizer(EmaAccess):
+class FusedScaledOptimizer(Stepping):
     """Base of the optimizers: one fused pass a bucket for the step and every average.
 
     ``fused=True`` unscales inside the step under a ``torch.amp.GradScaler``, in the same pass.
@@ -90,8 +56,6 @@ class FusedScaledOptimizer(EmaAccess):
 
     rule: ClassVar[Rule]
 
-    _step_supports_amp_scaling = _UnscalesItself()
-    _measured: Measured | None = None  # while our scaler's step lasts
     _made = True  # False while the constructor adds its param groups
 
     def __init__(
@@ -106,6 +70,7 @@ class FusedScaledOptimizer(EmaAccess):
         ema_format: EmaFormat = "full",
         rounding_seed: int = 0,
         kappa: float = KAPPA,
+        kappa_scales: KappaScales = "all",
         model: nn.Module | None = None,
         ema_buffers: EmaBuffersMode | None = None,
         max_grad_norm: float | None = None,
@@ -120,22 +85,24 @@ class FusedScaledOptimizer(EmaAccess):
         self._names: dict[Tensor, str] = {}
         self._buffers: EmaBuffers | None = None
         self._swap_flag = Flag()
-        self._doubt: _Doubt | None = None
-        self._begun: _Begun | None = None  # by a step that is not taken yet
-        self._make_stepper()
+        self._doubt: Doubt | None = None
+        self._stepper = Stepper(self.rule, backend)
         shared: dict[str, Any] = {
             "ema_decay": ema_decay,
             "ema_order": ema_order,
             "ema_every": ema_every,
             "ema_format": ema_format,
             "kappa": kappa,
+            "kappa_scales": kappa_scales,
             "max_grad_norm": max_grad_norm,
             "master_weights": master_weights,
             "state_format": state_format,
             "rounding_seed": rounding_seed,
         }
         shared |= {"base_steps": 0.0, "ema_skips": 0, "ema_waited": 0.0}
-        self._given = _given(ema_decay=ema_decay, ema_order=ema_order, kappa=kappa)
+        self._given = _given(
+            ema_decay=ema_decay, ema_order=ema_order, kappa=kappa, kappa_scales=kappa_scales
+        )
         self._asked: list[dict[str, Any]] = []
         self._placed: list[list[Tensor]] = []
         defaults = as_given({**defaults, **shared})
@@ -209,156 +176,6 @@ class FusedScaledOptimizer(EmaAccess):
         for fields in (self.defaults, *self.param_groups):
             fields[field] = value
 
-    @property
-    def grad_norm(self) -> Tensor | None:
-        """Norm of the last step's gradients before clipping, over all parameters.
-
-        A 0-dim float64 tensor beside the first parameter, unscaled if a ``GradScaler`` is in use;
-        0 on the CPU if there are no parameters; reading it waits for nothing. None before the first
-        step, and without ``max_grad_norm`` (``math.inf`` gives the norm and clips nothing).
-        """
-        return self._grad_norm
-
-    @property
-    def backends(self) -> tuple[str, ...]:
-        """Names of the backends in use, one a bucket; empty before the first step."""
-        return self._stepper.backends or self._between.backends
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every parameter and move every average, in place.
-
-        Called by ``torch.amp.GradScaler.step`` with ``fused=True``, or by our own scaler, it
-        unscales gradients on their way into the rule, and where one is not finite nothing moves
-        and nothing is counted. Groups that are not
-        capturable are counted on the host: the kernels skip, the next step or :meth:`state_dict`
-        takes the count back, and no step waits for its own check (``"foreach"`` and
-        ``"reference"`` do).
-
-        ``torch.compile`` breaks its graph here: a step runs as outside, a closure is compiled.
-        Write to ``param_groups`` outside: in compiled code torch makes their ``capturable`` True.
-
-        Args:
-            closure: re-evaluates the model and returns the loss.
-
-        Returns:
-            What ``closure`` returned, None without one.
-
-        Raises:
-            RuntimeError: inside :meth:`ema_weights`, a sparse gradient, or a backend that cannot.
-            ValueError: a param group holds a bad value. Nothing has moved in either case.
-        """
-        self._check_not_swapped("step()")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-            self._check_not_swapped("step()")
-        self._take_step()
-        return loss
-
-    @_disable_dynamo  # it would compile fragments of it; a closure is left to it
-    def _take_step(self) -> None:
-        try:
-            if torch.is_inference_mode_enabled():
-                # what a plan makes there could not be used by a later step outside
-                with torch.inference_mode(False), torch.no_grad():
-                    self._move()
-            else:
-                self._move()
-        except BaseException:
-            self._release()
-            raise
-
-    def check_gradients(self) -> Tensor:
-        """Whether a gradient is not finite, by one reading pass: a 0-dim float32 tensor, 0 or 1.
-
-        Nothing is moved, and nothing waits for the device.
-        """
-        return self._measure(None, "check_gradients()").found_inf
-
-    @torch.no_grad()
-    def _measure(self, scale: Tensor | None, what: str) -> Measured:
-        """Read the gradients ahead of a step that is to divide them by ``scale``, for ``what``."""
-        self._check_not_swapped(what)
-        try:
-            with torch.inference_mode(False):
-                stepper = self._prepared()
-                max_norm = agreed(self.param_groups, "max_grad_norm")
-                treatment = Treatment(scale, max_norm=max_norm, checked=True)
-                control = stepper.control(treatment)
-                return Measured(treatment, control, control.found_inf, stepper.gradients())
-        finally:
-            self._release()
-
-    def _prepared(self) -> Stepper:
-        """What takes the step at hand, ready to."""
-        if self._doubt is not None:  # dynamo's guard around it takes longer than to look
-            self._settle()
-        averaged = clock.is_due(self.param_groups, agreed(self.param_groups, "ema_every"))
-        stepper = self._stepper if averaged else self._between
-        stepper.prepare(self.param_groups, self.state, self._check_group, self._complete_state)
-        return stepper
-
-    def _move(self) -> None:
-        stepper = self._prepared()
-        averaged = stepper is self._stepper
-        found_inf = getattr(self, "found_inf", None)
-        if not isinstance(found_inf, Tensor):
-            found_inf = None  # torch's GradScaler sums over the gradients it has seen: none, 0
-        max_norm = agreed(self.param_groups, "max_grad_norm")
-        treatment = Treatment(getattr(self, "grad_scale", None), found_inf, max_norm)
-        measured = self._measured
-        if measured is not None and not stepper.takes(measured, treatment):
-            measured = None
-        if found_inf is not None and not stepper.skips:
-            if found_inf.item() != 0.0:
-                self._release()
-                return
-            found_inf = None
-            treatment = treatment._replace(found_inf=None)
-        moves: Moves = []
-        if self._buffers is not None and averaged:
-            moves = self._buffers.moves(self._buffer_weights())
-        control = None
-        if measured is not None:
-            control = measured.control
-        elif not treatment.changes_nothing:
-            control = stepper.control(treatment)
-        if max_norm is not None and control is not None:
-            self._grad_norm = control.norm
-        doubt = None
-        if found_inf is not None and stepper.host_counted:
-            put_back = clock.counts(self.param_groups)
-            doubt = _Doubt(Verdict(found_inf), self._begun, stepper.counted(), put_back)
-        calls = stepper.running(control)
-        kappas = stepper.folder.kappas
-        calls += clock.advance(self.param_groups, kappas, control, stepper.clocked)
-        if self.param_groups[0]["ema_every"] > 1:
-            calls += clock.wait(self.param_groups, kappas, averaged)
-        if moves:
-            calls += moving(moves, None if control is None else control.taken)
-        if doubt is not None or self._doubt is not None:
-            calls.append(partial(setattr, self, "_doubt", doubt))
-        if self._begun is not None:
-            calls.append(partial(setattr, self, "_begun", None))
-        if averaged:
-            self._teachers.reshard()  # the full copies, which nothing reads in between
-        together(calls)
-
-    @_disable_dynamo
-    def _settle(self) -> None:
-        """Take the counts of the last step back if a ``GradScaler`` had it skipped.
-
-        The host counts a step before the device has said whether it is taken, and asks when it
-        needs the counts again: step() waits for no device but, at most, for the step before.
-        """
-        doubt = self._doubt
-        if doubt is not None and doubt.verdict.skipped():
-            uncounting = [partial(slots.uncount) for slots in doubt.counted]
-            together([*doubt.put_back, *uncounting, partial(setattr, self, "_doubt", None)])
-            self._drop(doubt.begun)
-        self._doubt = None
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, as torch does; ``teacher`` in it: its own, without buffers.
 
@@ -403,7 +220,7 @@ class FusedScaledOptimizer(EmaAccess):
             raise
         self._asked.append(asked)
         self._placed.append(list(group["params"]))
-        self._forget_plans()
+        self._stepper.forget()
 
     @torch.no_grad()
     def reset_moments(self, params: Iterable[Tensor] | None = None) -> None:
@@ -469,15 +286,15 @@ class FusedScaledOptimizer(EmaAccess):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state of this class or of its torch namesake, in copies.
 
-        Hyper-parameters load as torch's do; a ``kappa``, ``ema_decay`` or ``ema_order`` that
-        differs from one that the constructor was given is warned of. What chooses storage or an
-        implementation stays as it is here: ``foreach``, ``fused``, ``capturable``,
-        ``differentiable``, ``backend``, ``master_weights``, ``ema_format``, ``state_format``. The
-        state is converted: moments and averages at once, differences and masters that the state
-        lacks at the next step, from the weights as they are then. So do averages begin that it
-        lacks (torch's has none); beside a teacher that is warned of. A teacher's tensors take the
-        saved values in place. Where both sides have ``param_names``, these say which state is
-        whose.
+        Hyper-parameters load as torch's do; a ``kappa``, ``kappa_scales``, ``ema_decay`` or
+        ``ema_order`` that differs from one that the constructor was given is warned of. What
+        chooses storage or an implementation stays as it is here: ``foreach``, ``fused``,
+        ``capturable``, ``differentiable``, ``backend``, ``master_weights``, ``ema_format``,
+        ``state_format``. The state is converted: moments and averages at once, differences and
+        masters that the state lacks at the next step, from the weights as they are then. So do
+        averages begin that it lacks (torch's has none); beside a teacher that is warned of. A
+        teacher's tensors take the saved values in place. Where both sides have ``param_names``,
+        these say which state is whose.
 
         Raises:
             ValueError: groups, names or shapes do not match, or a bad value. Nothing has changed
@@ -529,95 +346,11 @@ class FusedScaledOptimizer(EmaAccess):
         super().__setstate__(state)
         self._grad_norm = None
         self._doubt = None
-        self._begun = None
         if hasattr(self, "_stepper"):  # loading a state dict: graphs may still use old plans
-            self._forget_plans()
+            self._stepper.forget()
         else:
             self._swap_flag = Flag()
-            self._make_stepper()
-
-    def _make_stepper(self) -> None:
-        self._stepper, self._between = (
-            Stepper(self.rule, self.backend, averaged) for averaged in (True, False)
-        )
-
-    def _release(self) -> None:
-        """Let go of the gradients of a step that is not taken, and of what it has let begin."""
-        self._stepper.release()
-        self._between.release()
-        begun, self._begun = self._begun, None
-        self._drop(begun)
-
-    def _drop(self, begun: _Begun | None) -> None:
-        if begun is None:
-            return
-        for param, keys in begun.keys:
-            state = self.state.get(param, {})
-            for key in keys & state.keys():
-                del state[key]
-            if not state:
-                self.state.pop(param, None)
-        if self._buffers is not None:
-            self._buffers.held = begun.held
-        self._forget_plans()
-
-    def _forget_plans(self) -> None:
-        self._stepper.forget()
-        self._between.forget()
-
-    def _complete_state(self) -> None:
-        # an average made under the user's inference_mode could never be stepped
-        self._follow_replaced()
-        if self._begun is None:
-            held = [] if self._buffers is None else list(map(dict, self._buffers.held))
-            self._begun = _Begun([], held)
-        before = [(param, set(self.state.get(param, ()))) for param in self._params()]
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                self._complete_all()
-        finally:
-            new = ((param, self.state.get(param, {}).keys() - keys) for param, keys in before)
-            self._begun.keys.extend((param, keys) for param, keys in new if keys)
-
-    def _complete_all(self) -> None:
-        for group in self.param_groups:
-            clock.complete(group)
-            for param in group["params"]:
-                if not is_there(param) or is_fixed(param):
-                    continue
-                complete(
-                    self.rule, group, param, self.state[param], self._teachers.tensors.get(param)
-                )
-        if self._buffers is not None:
-            self._begin_buffers(self._buffers)
-
-    def _follow_replaced(self) -> None:
-        """Hand on what is held of parameters that others have been put in the place of."""
-        if self._buffers is not None:
-            self._names.update(named(self._buffers.model))
-        for group in self.param_groups:
-            self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
-        replaced.follow(
-            self._placed, self.param_groups, self._names, self.state, self._teachers.tensors
-        )
-        self._placed = [list(group["params"]) for group in self.param_groups]
-
-    def _begin_buffers(self, buffers: EmaBuffers) -> None:
-        """Hold averaged buffers, and let the state show them where checkpoints look."""
-        buffers.begin(self._num_emas())
-        entry, home = buffers.entry(), checkpoint.home(self.param_groups)
-        for param in self._params():
-            self.state.get(param, {}).pop(BUFFERS, None)
-        if entry and home is not None:
-            self.state[home][BUFFERS] = entry
-
-    def _buffer_weights(self) -> tuple[float, ...]:
-        """The weights of the group with the most averages: buffers belong to no group."""
-        weights = [self._stepper.folder.weights(i) for i in range(len(self.param_groups))]
-        return max(weights, key=len)
-
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
+            self._stepper = Stepper(self.rule, self.backend)
 
     def _learn_names(self, group: dict[str, Any]) -> None:
         """Of a new group: the student module's if it is known, which may have grown, or given."""
@@ -626,9 +359,6 @@ class FusedScaledOptimizer(EmaAccess):
             self._names.update(named(self._buffers.model))
         for param, name in zip(params, group.get("param_names", ()), strict=False):
             self._names.setdefault(param, name)
-
-    def _check_group(self, group: Mapping[str, Any]) -> Checked:
-        return check_group(self.rule, group, self.backend)
 
     def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise ValueError for param groups that hold a bad value, or do not go together."""
@@ -639,5 +369,5 @@ class FusedScaledOptimizer(EmaAccess):
 
 def _given(**fields: Any) -> dict[str, Any]:
     """The arguments that a user has given, as far as their defaults tell."""
-    absent = {"ema_decay": None, "ema_order": "after", "kappa": KAPPA}
+    absent = {"ema_decay": None, "ema_order": "after", "kappa": KAPPA, "kappa_scales": "all"}
     return {field: value for field, value in fields.items() if value is not absent[field]}

@@ -35,7 +35,7 @@ CHOICES = (
 )
 
 # Fields that load, and of which a user must hear that another value than the given one does.
-ASKED = ("kappa", "ema_decay", "ema_order")
+ASKED = ("kappa", "kappa_scales", "ema_decay", "ema_order")
 
 Groups = Sequence[Mapping[str, Any]]
 

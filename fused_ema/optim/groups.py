@@ -12,6 +12,7 @@ from ..checks import check_choice, check_range
 from ..ema.decay import EmaOrder, check_ema_decay
 from ..ema.formats import EmaFormat, StateFormat
 from ..rules.rule import Rule
+from ..scaling import KappaScales
 from ..step.backends import requested_backend
 from ..step.folding import Checked, Group, plain_fields
 from ..values import as_given
@@ -44,6 +45,7 @@ def check_group(rule: Rule, group: Group, backend: str) -> Checked:
     rule.check({**group, **values})
     check_ema_decay(values["ema_decay"])
     check_choice("ema_order", group["ema_order"], EmaOrder)
+    check_choice("kappa_scales", group["kappa_scales"], KappaScales)
     check_choice("ema_format", group["ema_format"], EmaFormat)
     check_choice("state_format", group["state_format"], StateFormat)
     _check_seed(group["rounding_seed"])
@@ -63,7 +65,7 @@ def check_group(rule: Rule, group: Group, backend: str) -> Checked:
     if max_grad_norm is not None and group["differentiable"]:
         raise ValueError(f"max_grad_norm={max_grad_norm} with differentiable=True; allowed: None")
     with torch.set_grad_enabled(bool(group["differentiable"])):
-        return Checked(values, rule.scale(values))
+        return Checked(values, rule.scaled({**values, "kappa_scales": group["kappa_scales"]}))
 
 
 def _check_switch(name: str, value: Any) -> None:

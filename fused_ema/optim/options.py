@@ -12,6 +12,7 @@ from ..ema.buffers import EmaBuffersMode
 from ..ema.decay import EmaDecay, EmaOrder
 from ..ema.formats import EmaFormat, StateFormat
 from ..ema.teacher import Teacher
+from ..scaling import KappaScales
 from ..step.backends import BackendName
 
 Class = TypeVar("Class", bound=type)
@@ -27,6 +28,7 @@ class EmaOptions(TypedDict, total=False):
     ema_format: EmaFormat
     ema_buffers: EmaBuffersMode | None
     kappa: float
+    kappa_scales: KappaScales
     model: nn.Module | None
     max_grad_norm: float | None
     master_weights: bool
@@ -58,6 +60,9 @@ EMA = {
         ones; ``"leave"``: a teacher's own.""",
     "kappa": """batch size / base batch size, a number ``> 0``. Scales learning rate, betas,
         eps, weight decay and ``rho`` together, at every step, by :mod:`fused_ema.scaling`.""",
+    "kappa_scales": """what ``kappa`` drives: ``"all"``; ``"ema"``: ``rho`` alone, where learning
+        rate, betas and the rest have been scaled by hand; ``"optimizer"``: all but ``rho``, the
+        control of an experiment.""",
     "model": """the student module. It gives parameters their names, by which teachers and
         checkpoints are paired, and its buffers to the average.""",
     "max_grad_norm": """gradients are scaled down to this norm, taken over all parameters,

@@ -76,6 +76,11 @@ class Rule:
         """The numbers as device kernels count them: each position of a field has its own."""
         return tuple(name for field in self.numbers for name in _positions(field))
 
+    def scaled(self, group: Group) -> Any:
+        """The result of ``scale`` at the ``kappa`` that drives the optimizer."""
+        alone = group.get("kappa_scales") == "ema"
+        return self.scale({**group, "kappa": 1.0} if alone else group)
+
     @property
     def flag_names(self) -> tuple[str, ...]:
         """What the bits of :meth:`flag_bits` stand for: a field, or its second name."""

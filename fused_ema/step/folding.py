@@ -33,6 +33,7 @@ class _Scaled(NamedTuple):
     fields: tuple[Any, ...]
     place: tuple[Any, ...]
     kappa: float
+    advance: float
     hyper: Any
     weights: tuple[float, ...] | None
 
@@ -72,37 +73,45 @@ class Folder:
 
     Args:
         rule: the optimizer's rule.
-        averaged: whether averages move; if not, there are no weights.
 
     Attributes:
         groups: the optimizer's param groups.
         kappas: ``kappa`` of every param group, NaN where it is a tensor on a device.
+        advances: how many base steps of its rule a step of every group is: its ``kappa``, or 1
+            where that drives the averages alone.
     """
 
-    def __init__(self, rule: Rule, averaged: bool = True) -> None:
+    def __init__(self, rule: Rule) -> None:
         self._rule = rule
-        self._averaged = averaged
-        self._given = itemgetter(*rule.hyper, "ema_decay", "max_grad_norm", *PLACING)
+        self._averaged = True
+        self._given = itemgetter(
+            *rule.hyper, "ema_decay", "kappa_scales", "max_grad_norm", *PLACING
+        )
         self._numbers = itemgetter(*rule.numbers, "ema_decay", "max_grad_norm", "ema_every")
         self.groups: Sequence[Group] = ()
         self._seen: list[tuple[Any, ...]] = []
         self._scaled: list[_Scaled] = []
         self.kappas: list[float] = []
+        self.advances: list[float] = []
         self._asked: list[int] = []  # groups with schedules
         self._rows: dict[tuple[int, float | None], Scalars] = {}
         self._scheduled: dict[int, tuple[float, ...]] = {}
         self._warned: set[str] = set()
 
-    def refresh(self, groups: Sequence[dict[str, Any]], check: Check) -> bool:
+    def refresh(
+        self, groups: Sequence[dict[str, Any]], check: Check, averaged: bool = True
+    ) -> bool:
         """Take in the groups' current fields; True if a parameter may belong to another bucket.
 
         Args:
             groups: the optimizer's param groups.
             check: what a param group holds; raises ValueError for a bad value.
+            averaged: whether averages move at this step; if not, there are no weights.
 
         Raises:
             ValueError: a field holds a bad value; nothing has been taken in.
         """
+        self._averaged = averaged
         self._rows.clear()
         self._scheduled.clear()
         self.groups = groups
@@ -119,7 +128,7 @@ class Folder:
         self._warn(known, scaled)
         for group, new in zip(groups, scaled, strict=True):
             if group.get("beta_scaling") == "linear":
-                follow_kappa(group, new.kappa)
+                follow_kappa(group, new.advance)
         moved = any(
             old is not new and (old is None or old.place != new.place)
             for old, new in zip(known, scaled, strict=True)
@@ -127,6 +136,7 @@ class Folder:
         self._scaled = scaled
         self._seen = [new.fields for new in scaled]
         self.kappas = [new.kappa for new in scaled]
+        self.advances = [new.advance for new in scaled]
         self._asked = [
             i
             for i, group in enumerate(groups)
@@ -168,14 +178,16 @@ class Folder:
             return self._rescale(group, numbers, old)
         group.update(as_given(group))  # flags, too
         values, hyper = check(group)
-        ema_decay, kappa = values["ema_decay"], values["kappa"]
+        ema_decay, kappa, scales = values["ema_decay"], values["kappa"], group["kappa_scales"]
         place = others[-len(PLACING) :]
+        known = math.nan if isinstance(kappa, Tensor) else kappa
         return _Scaled(
-            fields=_remembered((*values.values(), group["max_grad_norm"], *place)),
+            fields=_remembered((*values.values(), scales, group["max_grad_norm"], *place)),
             place=(self._rule.states(group), len(decays(ema_decay)), *place),
-            kappa=math.nan if isinstance(kappa, Tensor) else kappa,
+            kappa=known,
+            advance=1.0 if scales == "ema" else known,
             hyper=hyper,
-            weights=_constant_weights(ema_decay, kappa),
+            weights=_constant_weights(ema_decay, ema_kappa(group, kappa)),
         )
 
     def _rescale(self, group: Group, numbers: tuple[Any, ...], old: _Scaled) -> _Scaled:
@@ -187,8 +199,11 @@ class Folder:
             fields=(*numbers, *old.fields[len(numbers) :]),
             place=(self._rule.states(group), *old.place[1:]),
             kappa=kappa,
-            hyper=self._rule.scale(group),
-            weights=old.weights if same else _constant_weights(group["ema_decay"], kappa),
+            advance=1.0 if group["kappa_scales"] == "ema" else kappa,
+            hyper=self._rule.scaled(group),
+            weights=old.weights
+            if same
+            else _constant_weights(group["ema_decay"], ema_kappa(group, kappa)),
         )
 
     def ask_schedules(self) -> None:
@@ -227,8 +242,15 @@ class Folder:
             begin = fields["base_steps"]
             if waited != 0.0:  # averages take the steps that they have let pass at once
                 begin, kappa = begin - waited, waited + kappa
+            if fields["kappa_scales"] == "optimizer":  # each as one of the base batch
+                kappa = 1.0 + fields.get("ema_skips", 0)
             self._scheduled[group] = ema_weights(ema_decay, begin, kappa)
         return self._scheduled[group]
+
+
+def ema_kappa(group: Group, kappa: Any) -> Any:
+    """The ``kappa`` that drives a group's averages."""
+    return 1.0 if group["kappa_scales"] == "optimizer" else kappa
 
 
 def _constant_weights(ema_decay: EmaDecay, kappa: Any) -> tuple[float, ...] | None:

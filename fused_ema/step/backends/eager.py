@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
     scalars: Any
     weights: Sequence[float]
-    kappa: float
+    advance: float
     seed: int
     slots: list[Slot]
     grads: list[Tensor]  # of the slots, as they were prepared; none where no gradient came
@@ -74,7 +74,7 @@ class EagerPlan:
                 if key.spread is not None:  # else it has to be whole, which is looked at
                     grad = local(grad)
                 grad = taken(grad, local(slot.param), key.differentiable)
-                step = slot.state["step"].item() + fold.kappas[slot.group]
+                step = slot.state["step"].item() + fold.advances[slot.group]
             slots, grads = members.setdefault((slot.group, step), ([], []))
             slots.append(slot)
             if grad is not None:
@@ -84,7 +84,7 @@ class EagerPlan:
             scalars, weights = fold(group, step)
             weights = weights if key.emas else ()
             seed = fold.seed(group) if key.rounds else 0
-            self.rows.append(Row(scalars, weights, fold.kappas[group], seed, slots, grads))
+            self.rows.append(Row(scalars, weights, fold.advances[group], seed, slots, grads))
         return True
 
     def release(self) -> None:
@@ -157,7 +157,7 @@ class EagerPlan:
         if master:
             wrap(params).copy_(stored[0])
         for slot in row.slots:
-            slot.state["step"] += row.kappa
+            slot.state["step"] += row.advance
 
     def _round_states(self, row: Row, values: list[list[Tensor]]) -> None:
         for k, (key, state) in enumerate(zip(self.bucket.key.states or (), values, strict=True)):

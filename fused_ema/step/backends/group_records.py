@@ -27,6 +27,7 @@ from ...ema.decay import (
 )
 from ...values import PLAIN
 from ..buckets import Bucket
+from ..folding import ema_kappa
 from . import graphs
 
 Group: TypeAlias = Mapping[str, Any]
@@ -47,6 +48,8 @@ KINDS = {
     torch.int32: 6,
 }
 KIND_BITS = 4
+# Bits beside the rule's flags: kappa drives the averages alone, or the optimizer alone.
+SCALES = {"all": 0, "ema": 1 << 32, "optimizer": 1 << 33}
 # Schedules that kernels know, and their fields in order.
 SCHEDULES: dict[type, tuple[int, tuple[str, ...]]] = {
     CosineDecay: (16, ("start", "total")),
@@ -85,7 +88,7 @@ class GroupRecords:
         self.size = HEAD + self.num_numbers + DECAY * self._num_emas
         self._sizes = dict(sorted(Counter(slot.group for slot in bucket.slots).items()))
         self._clocked = bucket.clocked
-        self._given = itemgetter(*bucket.rule.hyper, "ema_decay", "rounding_seed")
+        self._given = itemgetter(*bucket.rule.hyper, "ema_decay", "kappa_scales", "rounding_seed")
         self._known: dict[int, _Known] = {}
         self._held: list[Tensor] = []
         self._kept: list[list[Tensor]] = []
@@ -130,7 +133,8 @@ class GroupRecords:
             kinds |= kind << KIND_BITS * k
             numbers.append(word)
         waiting = self._sizes[index] if index in self._clocked else 0
-        flags, seed = self._rule.flag_bits(group), group["rounding_seed"]
+        flags = self._rule.flag_bits(group) | SCALES[group["kappa_scales"]]
+        seed = group["rounding_seed"]
         words = [base_steps, waiting, flags, seed, kinds, *numbers]
         if self._num_emas:
             for decay in decays(group["ema_decay"]):
@@ -144,7 +148,7 @@ class GroupRecords:
         if made_of and PLAIN.issuperset(map(type, made_of)):
             words: list[Word] = [kind, *map(float, made_of)]
         else:
-            given = decay_at(decay, group["base_steps"], group["kappa"])
+            given = decay_at(decay, group["base_steps"], ema_kappa(group, group["kappa"]))
             if not self._is_there(given):
                 check_range("ema_decay", given, 0.0, 1.0)
             words = list(self._number(given))

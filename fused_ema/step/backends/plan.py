@@ -22,8 +22,8 @@ class Fold(Protocol):
         """The optimizer's param groups."""
 
     @property
-    def kappas(self) -> Sequence[float]:
-        """``kappa`` of every param group."""
+    def advances(self) -> Sequence[float]:
+        """How many base steps of its rule a step of every param group is."""
 
     def seed(self, group: int) -> int:
         """Of the random bits that round a group's averages: 32 bits."""

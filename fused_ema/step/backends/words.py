@@ -115,7 +115,7 @@ class Slots:
         """Read gradients and pointers, fold the scalars; see ``Plan.prepare``."""
         if self._is_held:
             raise RuntimeError("step() is under way in another thread; allowed: one at a time")
-        kappas = fold.kappas
+        advances = fold.advances
         self._rows = []
         self._grads = [None] * len(self._params)
         for i, param in enumerate(self._params):
@@ -126,7 +126,7 @@ class Slots:
             row = _Row(group, active)
             if active and not self._capturable:
                 before = self._steps[i].item()
-                row = _Row(group, active, before, before + kappas[group])
+                row = _Row(group, active, before, before + advances[group])
             if grad is not None:
                 self._grads[i] = grad if self._fits(grad, param) else self._copied(grad, param)
             self._read_gradient(i)

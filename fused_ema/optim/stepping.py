@@ -1,0 +1,322 @@
+"""How an optimizer takes a step: all of it, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from ..dtypes import is_fixed, is_there
+from ..ema.access import EmaAccess
+from ..ema.buffers import BUFFERS, EmaBuffers, moving
+from ..ema.teacher import named
+from ..extension import native
+from ..rules.rule import Rule
+from ..step import clock
+from ..step.folding import Checked
+from ..step.gradients import Control, Measured, Treatment, Verdict
+from ..step.state import complete
+from ..step.stepper import Prepared, Stepper
+from ..together import Call, together
+from . import checkpoint, replaced
+from .groups import agreed, check_group
+
+
+class Begun:
+    """State that a step lets begin, to be dropped where that step is not taken.
+
+    Attributes:
+        keys: what each parameter's state did not hold before.
+        held: averaged buffers as they were; None: none has been looked at.
+        kept: whether the step is taken.
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[Tensor, set[str]]] = []
+        self.held: list[dict[str, Tensor]] | None = None
+        self.kept = False
+
+
+class Doubt:
+    """A step that was counted on the host, and may have been skipped on the device.
+
+    Args:
+        found_inf: not 0 if it is skipped.
+        begun: what it has let begin.
+        counted: what it was counted in.
+        put_back: what puts the groups' counts back.
+    """
+
+    def __init__(
+        self, found_inf: Tensor, begun: Begun, counted: list[native.Slots], put_back: list[Call]
+    ) -> None:
+        self.verdict = Verdict(found_inf)
+        self.begun = begun
+        self.counted = counted
+        self.put_back = put_back
+
+
+class UnscalesItself:
+    """Whether ``step()`` is to unscale: what torch's ``GradScaler`` and trainers ask an optimizer.
+
+    True where every param group says ``fused=True``, as torch's constructors have it. An attribute
+    of the same name on the optimizer itself wins.
+    """
+
+    def __get__(self, optimizer: Stepping | None, owner: type) -> bool:
+        return optimizer is not None and all(group["fused"] for group in optimizer.param_groups)
+
+
+class Stepping(EmaAccess):
+    """Steps, and what they let begin; :class:`~fused_ema.FusedScaledOptimizer` has the rest."""
+
+    rule: ClassVar[Rule]
+    backend: str
+    _stepper: Stepper
+    _doubt: Doubt | None
+    _grad_norm: Tensor | None
+    _placed: list[list[Tensor]]
+
+    _step_supports_amp_scaling = UnscalesItself()
+    _measured: Measured | None = None  # while our scaler's step lasts
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of the last step's gradients before clipping, over all parameters.
+
+        A 0-dim float64 tensor beside the first parameter, unscaled if a ``GradScaler`` is in use;
+        0 on the CPU if there are no parameters; reading it waits for nothing. None before the first
+        step, and without ``max_grad_norm`` (``math.inf`` gives the norm and clips nothing).
+        """
+        return self._grad_norm
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Names of the backends in use, one a bucket; empty before the first step."""
+        return self._stepper.backends
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter and move every average, in place.
+
+        Called by ``torch.amp.GradScaler.step`` with ``fused=True``, or by our own scaler, it
+        unscales gradients on their way into the rule, and where one is not finite nothing moves
+        and nothing is counted. Groups that are not capturable are counted on the host: the kernels
+        skip, the next step or :meth:`state_dict` takes the count back, and no step waits for its
+        own check (``"foreach"`` and ``"reference"`` do).
+
+        ``torch.compile`` breaks its graph here: a step runs as outside, a closure is compiled.
+        Write to ``param_groups`` outside: in compiled code torch makes their ``capturable`` True.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, None without one.
+
+        Raises:
+            RuntimeError: inside :meth:`ema_weights`, a sparse gradient, or a backend that cannot.
+            ValueError: a param group holds a bad value. Nothing has moved in either case.
+        """
+        self._check_not_swapped("step()")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            self._check_not_swapped("step()")
+        self._take_step()
+        return loss
+
+    @_disable_dynamo  # it would compile fragments of it; a closure is left to it
+    def _take_step(self) -> None:
+        begun = self._noting()
+        try:
+            if torch.is_inference_mode_enabled():
+                # what a plan makes there could not be used by a later step outside
+                with torch.inference_mode(False), torch.no_grad():
+                    self._move(begun)
+            else:
+                self._move(begun)
+        except BaseException:
+            self._release(begun)
+            raise
+
+    def _noting(self) -> Begun:
+        """Where the step at hand notes down what it lets begin."""
+        return Begun()
+
+    def check_gradients(self) -> Tensor:
+        """Whether a gradient is not finite, by one reading pass: a 0-dim float32 tensor, 0 or 1.
+
+        Nothing is moved, and nothing waits for the device.
+        """
+        return self._measure(None, "check_gradients()").found_inf
+
+    @torch.no_grad()
+    def _measure(self, scale: Tensor | None, what: str) -> Measured:
+        """Read the gradients ahead of a step that is to divide them by ``scale``, for ``what``."""
+        self._check_not_swapped(what)
+        begun = Begun()
+        try:
+            with torch.inference_mode(False):
+                plans = self._prepared(begun).plans
+                max_norm = agreed(self.param_groups, "max_grad_norm")
+                treatment = Treatment(scale, max_norm=max_norm, checked=True)
+                control = plans.control(treatment)
+                return Measured(treatment, control, control.found_inf, plans.gradients())
+        finally:
+            self._release(begun)
+
+    def _prepared(self, begun: Begun) -> Prepared:
+        """The step at hand; what it lets begin is noted down in ``begun``."""
+        if self._doubt is not None:  # dynamo's guard around it takes longer than to look
+            self._settle()
+        return self._stepper.prepare(
+            self.param_groups,
+            self.state,
+            self._check_group,
+            partial(self._complete_state, begun),
+            clock.is_due(self.param_groups, agreed(self.param_groups, "ema_every")),
+        )
+
+    def _move(self, begun: Begun) -> None:
+        prepared = self._prepared(begun)
+        plans, folder, averaged = prepared
+        found_inf = getattr(self, "found_inf", None)
+        if not isinstance(found_inf, Tensor):
+            found_inf = None  # torch's GradScaler sums over the gradients it has seen: none, 0
+        max_norm = agreed(self.param_groups, "max_grad_norm")
+        treatment = Treatment(getattr(self, "grad_scale", None), found_inf, max_norm)
+        measured = self._measured
+        if measured is not None and not plans.takes(measured, treatment):
+            measured = None
+        if found_inf is not None and not plans.skips:
+            if found_inf.item() != 0.0:
+                self._release(begun)
+                return
+            found_inf = None
+            treatment = treatment._replace(found_inf=None)
+        moves = []
+        if self._buffers is not None and averaged:
+            moves = self._buffers.moves(self._buffer_weights())
+        control = self._control(prepared, treatment, measured)
+        doubt = None
+        if found_inf is not None and plans.host_counted:
+            put_back = clock.counts(self.param_groups)
+            doubt = Doubt(found_inf, begun, plans.counted(), put_back)
+        calls = plans.running(control)
+        calls += clock.advance(self.param_groups, folder.kappas, control, plans.clocked)
+        if self.param_groups[0]["ema_every"] > 1:
+            calls += clock.wait(self.param_groups, folder.kappas, averaged)
+        if moves:
+            calls += moving(moves, None if control is None else control.taken)
+        if doubt is not None or self._doubt is not None:
+            calls.append(partial(setattr, self, "_doubt", doubt))
+        calls.append(partial(setattr, begun, "kept", True))
+        if averaged:
+            self._teachers.reshard()  # the full copies, which nothing reads in between
+        together(calls)
+
+    def _control(
+        self, prepared: Prepared, treatment: Treatment, measured: Measured | None
+    ) -> Control | None:
+        """What the step takes of its gradients; None: they are taken as they are."""
+        if measured is not None:
+            control = measured.control
+        elif treatment.changes_nothing:
+            return None
+        else:
+            control = prepared.plans.control(treatment)
+        if treatment.max_norm is not None:
+            self._grad_norm = control.norm
+        return control
+
+    @_disable_dynamo
+    def _settle(self) -> None:
+        """Take the counts of the last step back if a ``GradScaler`` had it skipped.
+
+        The host counts a step before the device has said whether it is taken, and asks when it
+        needs the counts again: step() waits for no device but, at most, for the step before.
+        """
+        doubt = self._doubt
+        if doubt is not None and doubt.verdict.skipped():
+            uncounting = [partial(slots.uncount) for slots in doubt.counted]
+            together([*doubt.put_back, *uncounting, partial(setattr, self, "_doubt", None)])
+            self._drop(doubt.begun)
+        self._doubt = None
+
+    def _release(self, begun: Begun) -> None:
+        """Let go of the gradients of a step that is not taken, and of what it has let begin."""
+        self._stepper.release()
+        if not begun.kept:
+            self._drop(begun)
+
+    def _drop(self, begun: Begun) -> None:
+        if begun.held is None:
+            return
+        for param, keys in begun.keys:
+            state = self.state.get(param, {})
+            for key in keys & state.keys():
+                del state[key]
+            if not state:
+                self.state.pop(param, None)
+        if self._buffers is not None:
+            self._buffers.held = begun.held
+        self._stepper.forget()
+
+    def _complete_state(self, begun: Begun) -> None:
+        self._follow_replaced()
+        if begun.held is None:
+            begun.held = [] if self._buffers is None else list(map(dict, self._buffers.held))
+        before = [(param, set(self.state.get(param, ()))) for param in self._params()]
+        try:
+            # an average made under the user's inference_mode could never be stepped
+            with torch.inference_mode(False), torch.no_grad():
+                self._complete_all()
+        finally:
+            new = ((param, self.state.get(param, {}).keys() - keys) for param, keys in before)
+            begun.keys.extend((param, keys) for param, keys in new if keys)
+
+    def _complete_all(self) -> None:
+        for group in self.param_groups:
+            clock.complete(group)
+            for param in group["params"]:
+                if not is_there(param) or is_fixed(param):
+                    continue
+                teacher = self._teachers.tensors.get(param)
+                complete(self.rule, group, param, self.state[param], teacher)
+        if self._buffers is not None:
+            self._begin_buffers(self._buffers)
+
+    def _follow_replaced(self) -> None:
+        """Hand on what is held of parameters that others have been put in the place of."""
+        if self._buffers is not None:
+            self._names.update(named(self._buffers.model))
+        for group in self.param_groups:
+            self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+        teachers = self._teachers.tensors
+        replaced.follow(self._placed, self.param_groups, self._names, self.state, teachers)
+        self._placed = [list(group["params"]) for group in self.param_groups]
+
+    def _begin_buffers(self, buffers: EmaBuffers) -> None:
+        """Hold averaged buffers, and let the state show them where checkpoints look."""
+        buffers.begin(self._num_emas())
+        entry, home = buffers.entry(), checkpoint.home(self.param_groups)
+        for param in self._params():
+            self.state.get(param, {}).pop(BUFFERS, None)
+        if entry and home is not None:
+            self.state[home][BUFFERS] = entry
+
+    def _buffer_weights(self) -> tuple[float, ...]:
+        """The EMA rates of the group with the most averages: buffers belong to no group."""
+        rates = [self._stepper.folder.weights(i) for i in range(len(self.param_groups))]
+        return max(rates, key=len)
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _check_group(self, group: Mapping[str, Any]) -> Checked:
+        return check_group(self.rule, group, self.backend)
