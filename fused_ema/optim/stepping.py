@@ -18,7 +18,7 @@ from ..extension import native
 from ..rules.rule import Rule
 from ..step import clock
 from ..step.folding import Checked
-from ..step.gradients import Control, Measured, Treatment, Verdict
+from ..step.gradients import Measured, Treatment, Verdict
 from ..step.state import complete
 from ..step.stepper import Prepared, Stepper
 from ..together import Call, together
@@ -183,26 +183,31 @@ class Stepping(EmaAccess):
         )
 
     def _move(self, begun: Begun) -> None:
-        prepared = self._prepared(begun)
-        plans, folder, averaged = prepared
+        plans, folder, averaged = self._prepared(begun)
         found_inf = getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):
             found_inf = None  # torch's GradScaler sums over the gradients it has seen: none, 0
         max_norm = agreed(self.param_groups, "max_grad_norm")
-        treatment = Treatment(getattr(self, "grad_scale", None), found_inf, max_norm)
+        scale = getattr(self, "grad_scale", None)
         measured = self._measured
-        if measured is not None and not plans.takes(measured, treatment):
-            measured = None
+        if measured is not None:
+            treatment = Treatment(scale, found_inf, max_norm)
+            measured = measured if plans.takes(measured, treatment) else None
         if found_inf is not None and not plans.skips:
             if found_inf.item() != 0.0:
                 self._release(begun)
                 return
             found_inf = None
-            treatment = treatment._replace(found_inf=None)
         moves = []
         if self._buffers is not None and averaged:
             moves = self._buffers.moves(self._buffer_weights())
-        control = self._control(prepared, treatment, measured)
+        control = None
+        if measured is not None:
+            control = measured.control
+        elif not (scale is None and found_inf is None and max_norm is None):
+            control = plans.control(Treatment(scale, found_inf, max_norm))
+        if max_norm is not None and control is not None:
+            self._grad_norm = control.norm
         doubt = None
         if found_inf is not None and plans.host_counted:
             put_back = clock.counts(self.param_groups)
@@ -219,20 +224,6 @@ class Stepping(EmaAccess):
         if averaged:
             self._teachers.reshard()  # the full copies, which nothing reads in between
         together(calls)
-
-    def _control(
-        self, prepared: Prepared, treatment: Treatment, measured: Measured | None
-    ) -> Control | None:
-        """What the step takes of its gradients; None: they are taken as they are."""
-        if measured is not None:
-            control = measured.control
-        elif treatment.changes_nothing:
-            return None
-        else:
-            control = prepared.plans.control(treatment)
-        if treatment.max_norm is not None:
-            self._grad_norm = control.norm
-        return control
 
     @_disable_dynamo
     def _settle(self) -> None:

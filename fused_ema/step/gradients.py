@@ -92,11 +92,6 @@ class Treatment(NamedTuple):
     checked: bool = False
 
     @property
-    def changes_nothing(self) -> bool:
-        """Whether gradients are taken as they are, for sure."""
-        return self.scale is None and self.found_inf is None and not self.measures
-
-    @property
     def measures(self) -> bool:
         """Whether it takes the sum of squares of all gradients."""
         return self.checked or self.max_norm is not None
