@@ -136,7 +136,7 @@ def few_programs(device_backend, monkeypatch):
 
 
 def parts_of(opt) -> torch.Tensor:
-    (plan,) = opt._prepared(Begun()).plans.plans
+    (plan,) = opt._prepared(Begun()).plans
     part = torch.full((plan.num_sums,), NAN, dtype=torch.float64)
     plan.norm(part, None)
     opt._stepper.release()

@@ -158,13 +158,16 @@ class FusedEMA(FusedScaledOptimizer):
     def _begin(self) -> None:
         """Let averages start at the weights before the step, and refuse what cannot be moved."""
         self._check_not_swapped("step()")
-        self._release(self._noting())  # what a step has begun that the optimizer did not end
+        self._release(self._take_ahead())  # what a step has begun that the optimizer did not end
         self._follow_groups()
         with torch.inference_mode(False), torch.no_grad():
             self._prepared(self._ahead)
 
-    def _noting(self) -> Begun:
-        """What :meth:`_begin` has let begin is this step's."""
+    def _take_step(self, begun: Begun | None = None) -> None:
+        super()._take_step(self._take_ahead())
+
+    def _take_ahead(self) -> Begun:
+        """What :meth:`_begin` has let begin, for the step that it belongs to."""
         begun, self._ahead = self._ahead, Begun()
         return begun
 

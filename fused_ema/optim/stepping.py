@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,8 +19,9 @@ from ..rules.rule import Rule
 from ..step import clock
 from ..step.folding import Checked
 from ..step.gradients import Measured, Treatment, Verdict
+from ..step.plans import Plans
 from ..step.state import complete
-from ..step.stepper import Prepared, Stepper
+from ..step.stepper import Stepper
 from ..together import Call, together
 from . import checkpoint, replaced
 from .groups import agreed, check_group
@@ -31,14 +32,13 @@ class Begun:
 
     Attributes:
         keys: what each parameter's state did not hold before.
-        held: averaged buffers as they were; None: none has been looked at.
+        held: averaged buffers as they were; None: nothing has been looked at.
         kept: whether the step is taken.
     """
 
-    def __init__(self) -> None:
-        self.keys: list[tuple[Tensor, set[str]]] = []
-        self.held: list[dict[str, Tensor]] | None = None
-        self.kept = False
+    keys: Sequence[tuple[Tensor, set[str]]] = ()
+    held: list[dict[str, Tensor]] | None = None
+    kept = False
 
 
 class Doubt:
@@ -131,8 +131,8 @@ class Stepping(EmaAccess):
         return loss
 
     @_disable_dynamo  # it would compile fragments of it; a closure is left to it
-    def _take_step(self) -> None:
-        begun = self._noting()
+    def _take_step(self, begun: Begun | None = None) -> None:
+        begun = Begun() if begun is None else begun
         try:
             if torch.is_inference_mode_enabled():
                 # what a plan makes there could not be used by a later step outside
@@ -143,10 +143,6 @@ class Stepping(EmaAccess):
         except BaseException:
             self._release(begun)
             raise
-
-    def _noting(self) -> Begun:
-        """Where the step at hand notes down what it lets begin."""
-        return Begun()
 
     def check_gradients(self) -> Tensor:
         """Whether a gradient is not finite, by one reading pass: a 0-dim float32 tensor, 0 or 1.
@@ -162,7 +158,7 @@ class Stepping(EmaAccess):
         begun = Begun()
         try:
             with torch.inference_mode(False):
-                plans = self._prepared(begun).plans
+                plans = self._prepared(begun)
                 max_norm = agreed(self.param_groups, "max_grad_norm")
                 treatment = Treatment(scale, max_norm=max_norm, checked=True)
                 control = plans.control(treatment)
@@ -170,8 +166,8 @@ class Stepping(EmaAccess):
         finally:
             self._release(begun)
 
-    def _prepared(self, begun: Begun) -> Prepared:
-        """The step at hand; what it lets begin is noted down in ``begun``."""
+    def _prepared(self, begun: Begun) -> Plans:
+        """The step at hand, ready to run; what it lets begin is noted down in ``begun``."""
         if self._doubt is not None:  # dynamo's guard around it takes longer than to look
             self._settle()
         return self._stepper.prepare(
@@ -183,7 +179,8 @@ class Stepping(EmaAccess):
         )
 
     def _move(self, begun: Begun) -> None:
-        plans, folder, averaged = self._prepared(begun)
+        plans = self._prepared(begun)
+        averaged, kappas = plans.averaged, self._stepper.folder.kappas
         found_inf = getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):
             found_inf = None  # torch's GradScaler sums over the gradients it has seen: none, 0
@@ -213,9 +210,9 @@ class Stepping(EmaAccess):
             put_back = clock.counts(self.param_groups)
             doubt = Doubt(found_inf, begun, plans.counted(), put_back)
         calls = plans.running(control)
-        calls += clock.advance(self.param_groups, folder.kappas, control, plans.clocked)
+        calls += clock.advance(self.param_groups, kappas, control, plans.clocked)
         if self.param_groups[0]["ema_every"] > 1:
-            calls += clock.wait(self.param_groups, folder.kappas, averaged)
+            calls += clock.wait(self.param_groups, kappas, averaged)
         if moves:
             calls += moving(moves, None if control is None else control.taken)
         if doubt is not None or self._doubt is not None:
@@ -269,7 +266,7 @@ class Stepping(EmaAccess):
                 self._complete_all()
         finally:
             new = ((param, self.state.get(param, {}).keys() - keys) for param, keys in before)
-            begun.keys.extend((param, keys) for param, keys in new if keys)
+            begun.keys = [*begun.keys, *((param, keys) for param, keys in new if keys)]
 
     def _complete_all(self) -> None:
         for group in self.param_groups:

@@ -27,6 +27,7 @@ class Plans:
         buckets: of all parameters.
         groups: the optimizer's param groups.
         params: their parameters, local, in order.
+        averaged: whether averages move; if not, they are left as they are.
 
     Attributes:
         plans: one a bucket.
@@ -45,7 +46,9 @@ class Plans:
         buckets: Sequence[Bucket],
         groups: Sequence[Mapping[str, Any]],
         params: list[Tensor],
+        averaged: bool,
     ) -> None:
+        self.averaged = averaged
         self._params = params
         self._written = [*params, *_averages(buckets)]
         self._places = native.Places(self._written)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,18 +26,6 @@ Complete: TypeAlias = Callable[[], None]
 
 # How many modes look on at torch's operations: make_fx, fake tensors, a counter of flops.
 dispatch_modes = torch._C._len_torch_dispatch_stack
-
-
-class Prepared(NamedTuple):
-    """A step that has read and checked everything, and moved nothing: what runs it.
-
-    The gradients are held until what ``plans.running`` returns is called, or ``plans.release``.
-    """
-
-    plans: Plans
-    folder: Folder
-    averaged: bool
-    """Whether averages move; if not, they are left as they are."""
 
 
 class Stepper:
@@ -75,8 +63,11 @@ class Stepper:
 
     def prepare(
         self, groups: Groups, state: State, check: Check, complete: Complete, averaged: bool
-    ) -> Prepared:
+    ) -> Plans:
         """Read gradients and fold scalars; no parameter, state or average is written.
+
+        What it returns runs the step, once. It holds the gradients until what ``running`` returns
+        is called, or ``release``.
 
         Args:
             groups: the optimizer's param groups.
@@ -92,8 +83,9 @@ class Stepper:
             RuntimeError: a gradient that cannot be used, a state of the wrong shape, or no backend
                 that can.
         """
-        moved = self.folder.refresh(groups, check, averaged)
-        if moved or not self._unchanged(groups, state):
+        moved = self.folder.refresh(groups, check, averaged) or any(map(is_there, self._absent))
+        moved = moved or self._watched_modes != dispatch_modes()
+        if moved or self._watch is None or not self._watch.unchanged(groups, state):
             self._drop()
         plans = self._made.get(averaged) or self._make(groups, state, complete, averaged)
         for group in groups:
@@ -106,7 +98,7 @@ class Stepper:
             if not plans.prepare(self.folder):
                 raise RuntimeError("a parameter or its state changes while it is being stepped")
         self.latest = plans
-        return Prepared(plans, self.folder, averaged)
+        return plans
 
     def release(self) -> None:
         """Let go of the gradients of a step that was prepared, and is not taken."""
@@ -116,11 +108,6 @@ class Stepper:
     def forget(self) -> None:
         """Make the plans anew at the next step."""
         self._watch = None
-
-    def _unchanged(self, groups: Groups, state: State) -> bool:
-        if self._watch is None or self._watched_modes != dispatch_modes():
-            return False
-        return not any(map(is_there, self._absent)) and self._watch.unchanged(groups, state)
 
     def _drop(self) -> None:
         """Plans that are not to be used again, whatever fails from here on."""
@@ -137,7 +124,7 @@ class Stepper:
                 "plans, which a graph cannot repeat; take a step before the capture"
             )
         complete()
-        if self._made and not self._unchanged(groups, state):
+        if self._watch is not None and not self._watch.unchanged(groups, state):
             self._drop()  # what moved in memory has made the state follow
         self._watched_modes = dispatch_modes()
         self._absent = [p for group in groups for p in group["params"] if not is_there(p)]
@@ -145,6 +132,6 @@ class Stepper:
         params = [local(param) for group in groups for param in group["params"]]
         in_turn = turns(native.spans(params))
         buckets = make_buckets(self._rule, groups, state, requested, in_turn, averaged)
-        made = self._made[averaged] = Plans(buckets, groups, params)
+        made = self._made[averaged] = Plans(buckets, groups, params, averaged)
         self._watch = native.Watch(groups, state)
         return made
