@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -46,6 +47,12 @@ def summary(session: Session) -> list[str]:
     return [line.partition(" s  ")[2] for line in lines]
 
 
+def child_in(log: Path) -> int | None:
+    """The process that a part says it has started."""
+    found = re.search(r"^child (\d+)$", log.read_text(), re.MULTILINE)
+    return int(found[1]) if found else None
+
+
 def is_alive(pid: int) -> bool:
     state = Path(f"/proc/{pid}/stat")
     return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
@@ -62,10 +69,11 @@ def wait_until(condition) -> bool:
 def test_a_part_that_fails_or_hangs_keeps_no_other_from_running(session):
     fails = part("fails", "echo what went on; exit 3", needed=True)
     hangs, stubborn = part("hangs", POLITE, 1.0), part("stubborn", STUBBORN, 1.0)
+    leaves = part("leaves", "sleep 600 & echo child $!")
     later = part("later", "echo ours 1 ms; echo theirs 2 ms", show="^ours")
     assert not session.run(fails)
     assert session.run(hangs, stubborn)
-    assert session.run(later, part("absent", "", skip="it is not here"))
+    assert session.run(leaves, later, part("absent", "", skip="it is not here"))
     assert session.end() == 1
     assert sorted(session.failed) == ["fails", "hangs", "stubborn"]
     lines = summary(session)
@@ -79,8 +87,24 @@ def test_a_part_that_fails_or_hangs_keeps_no_other_from_running(session):
     assert "  ours 1 ms" in lines
     assert "  theirs 2 ms" not in lines
     assert lines[-1].startswith("FAILED: fails, ")
-    child = int((session._out / "stubborn.log").read_text().rpartition("child ")[2])
-    assert wait_until(lambda: not is_alive(child))
+    for name in ("stubborn", "leaves"):
+        child = child_in(session._out / f"{name}.log")
+        assert wait_until(lambda child=child: not is_alive(child)), name
+
+
+def test_a_session_that_is_told_to_end_leaves_nothing_running(session, monkeypatch):
+    log = session._out / "hangs.log"
+
+    def told(seconds):
+        sleep(seconds)
+        if child_in(log):
+            raise SystemExit(143)
+
+    monkeypatch.setattr(parts, "sleep", told)
+    with pytest.raises(SystemExit):
+        session.run(part("hangs", STUBBORN))
+    assert session.failed == ["hangs"]
+    assert wait_until(lambda: not is_alive(child_in(log)))
 
 
 def test_what_comes_after_the_time_is_not_begun(tmp_path):
@@ -94,7 +118,7 @@ def test_what_comes_after_the_time_is_not_begun(tmp_path):
 def test_a_part_gets_no_more_than_what_is_left(session):
     session._seconds = session.elapsed + 0.5 + 1.0
     session.run(part("long", POLITE))
-    assert session.failed == ["long"]
+    assert summary(session)[0].startswith("long: FAILED, stopped by SIGINT after 1 s")
 
 
 def test_an_interrupt_reaches_parts_of_a_session_in_the_background(tmp_path):

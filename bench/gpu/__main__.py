@@ -61,14 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = KEPT / machine.commit() / here.results.name
     if args.call == "second" and kept.exists() and not here.results.exists():
         shutil.copy(kept, here.results)
-    for together in parts(here):
-        chosen = [part for part in together if wanted(part.name, args)]
-        if not session.run(*chosen):
-            break
-        if here.results.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(here.results, kept)
-    return session.end()
+    try:
+        for together in parts(here):
+            if not session.run(*(part for part in together if wanted(part.name, args))):
+                break
+            if here.results.exists():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(here.results, kept)
+    finally:
+        status = session.end()
+    return status
 
 
 def wanted(name: str, args: argparse.Namespace) -> bool:

@@ -110,7 +110,7 @@ def versions(place: Place) -> Part:
 
 
 def build(place: Place) -> Part:
-    limit = 300 if place.on_cpu else 150  # which may have but two cores
+    limit = 200 if place.on_cpu else 150  # which may have but two cores
     part = place.part("build", limit, "setup.log", "bench.gpu.install", place.arch)
     skip = (
         "nothing has changed since it passed"
@@ -138,8 +138,9 @@ def tune(place: Place, kind: str, limit: float, seconds: float) -> Part:
 def pytest(place: Place, name: str, limit: float, most: int, *arguments: str) -> Part:
     workers = min(most, os.cpu_count() or 1) if find_spec("xdist") else 0
     several = ("-n", str(workers)) if workers else ()
+    hung = ("-vv", "-o", "faulthandler_timeout=45")  # to tell which test, and where
     flags = ("--tb=short", "--maxfail=12", "-p", "no:cacheprovider", "--device", place.device)
-    part = place.part(name, limit, "tests.log", "pytest", *arguments, *flags, *several)
+    part = place.part(name, limit, "tests.log", "pytest", *arguments, *flags, *hung, *several)
     return replace(part, show=TESTED)
 
 

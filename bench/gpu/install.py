@@ -25,13 +25,15 @@ FLAGS = (
 def environment() -> Path:
     """One that sees this Python's packages, and into which pip may write in any case.
 
-    It has no pip of its own: not every Python brings one to install, and the outer one will do.
+    By itself it sees those of the system's Python, but not those of a virtual environment. It has
+    no pip of its own: not every Python brings one to install, and the outer one will do.
     """
     outer = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
     folder = ROOT / "build" / f"gpu-venv-{sys.implementation.cache_tag}-{outer}"
     inner = python(folder)
     if not inner.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        flags = ("--without-pip", "--system-site-packages")
+        subprocess.run([sys.executable, "-m", "venv", *flags, folder], check=True)
     command = [inner, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     line = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"

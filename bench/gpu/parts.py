@@ -160,14 +160,15 @@ class Session:
                     running.remove(one)
                     passed &= self._note(one) or not one.part.needed
                 sleep(POLL)
-        finally:  # when this process is told to end, too
+        finally:  # something is left where this process is told to end
             for one in running:
                 one.finish()
+                self.failed.append(one.part.name)
         return passed
 
     def end(self) -> int:
         """Say how all of it went; the exit status."""
-        for path in self._out.iterdir():
+        for path in filter(Path.is_file, self._out.iterdir()):
             trim(path)
         if self.failed:
             self.say(f"FAILED: {', '.join(self.failed)}")
