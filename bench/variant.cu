@@ -18,6 +18,12 @@ extern "C" {
 
 int64_t variant_elements() { return cuda::chunk_elements(StoredType::float32); }
 
+// Words before the gradients' addresses, where there is one row of scalars.
+int64_t variant_grads_at(int num_slots) {
+  constexpr RowLayout row{Rule::scalars.size(), 1, false};
+  return WordLayout{row.size(), num_slots}.grads();
+}
+
 // The name of the k-th of the rule's scalars, null behind the last.
 const char* variant_scalar(size_t k) {
   return k < Rule::scalars.size() ? Rule::scalars[k] : nullptr;

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from fused_ema.step import layout
 
 from .cases import Case
 
@@ -38,6 +36,8 @@ class Variant:
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         library.variant_elements.restype = ctypes.c_int64
+        library.variant_grads_at.restype = ctypes.c_int64
+        library.variant_grads_at.argtypes = [ctypes.c_int]
         library.variant_scalar.restype = ctypes.c_char_p
         library.variant_scalar.argtypes = [ctypes.c_size_t]
         library.variant_fits.restype = ctypes.c_bool
@@ -54,6 +54,10 @@ class Variant:
         self.scalars = [SCALARS[name] for name in scalar_names(library)]
         self._library = library
 
+    def grads_at(self, num_slots: int) -> int:
+        """Words before the gradients'."""
+        return int(self._library.variant_grads_at(num_slots))
+
     def fits(self, words: Tensor) -> bool:
         """Whether they can travel as the kernel's parameter."""
         return bool(self._library.variant_fits(words.numel()))
@@ -65,7 +69,7 @@ class Variant:
             RuntimeError: CUDA refuses.
         """
         chunks = bucket.chunks(self.elements)
-        words, on_device = bucket.words(self.scalars)
+        words, on_device = bucket.words(self.scalars, self.grads_at(len(bucket.slots)))
         refused = self._library.variant_step(
             *(chunks.data_ptr(), len(chunks), bucket.slots.data_ptr(), len(bucket.slots)),
             *(words.data_ptr(), None if self.fits(words) else on_device.data_ptr(), words.numel()),
@@ -87,7 +91,7 @@ class Bucket:
 
     arrays: those of :data:`ARRAYS`.
     numel: of the tensors, without what aligns them.
-    slots, words, chunks: as in ``csrc/cuda/launch.h`` and ``csrc/layout.h``.
+    slots, words, chunks: as in ``csrc/cuda/launch.h``.
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
@@ -126,14 +130,14 @@ class Bucket:
             self._chunks[elements] = pairs.to(self.device)
         return self._chunks[elements]
 
-    def words(self, scalars: list[float]) -> tuple[Tensor, Tensor]:
-        """On the host and on the device: a row of scalars, each slot's row, its gradient."""
-        key = tuple(scalars)
+    def words(self, scalars: Sequence[float], grads_at: int) -> tuple[Tensor, Tensor]:
+        """On the host and on the device: a row of scalars, which is all slots', and gradients."""
+        key = (*scalars, grads_at)
         if key not in self._words:
+            words = torch.zeros(grads_at + len(self._sizes), dtype=torch.int64)
             row = torch.tensor([*scalars, EMA_WEIGHT], dtype=torch.float64).view(torch.int64)
-            at = layout.words(len(row), len(self._sizes))
-            indices = torch.zeros(at.grads - at.indices, dtype=torch.int64)
-            words = torch.cat([row, indices, torch.tensor(self._grads)])
+            words[: len(row)] = row
+            words[grads_at:] = torch.tensor(self._grads)
             self._words[key] = (words, words.to(self.device))
         return self._words[key]
 
