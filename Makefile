@@ -16,7 +16,7 @@ export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-CXX_TESTS := $(shell find tests -name '*.h' -o -name '*.cpp')
+CXX_TESTS := $(shell find tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # The folders are here because they change when a source is removed.
 CXX_INPUTS := $(CXX_FILES) $(shell find csrc -type d) setup.py
 

@@ -190,6 +190,18 @@ def test_parts_side_by_side_share_no_log(tmp_path):
             assert len({part.log for part in together}) == len(together)
 
 
+def test_profiled_kernels_go_by_their_names():
+    cuda = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
+    kernels = re.findall(r"__global__[^;{]*?(\w+)\(const __grid_constant__", cuda)
+    triton = re.findall(r"^def (\w+)\(", (ROOT / "kernels" / "step.py").read_text(), re.MULTILINE)
+    for pattern, names in (
+        (calls.STEP, kernels),
+        (calls.NORM, kernels),
+        (calls.TRITON_STEP, triton),
+    ):
+        assert [name for name in names if re.search(pattern, name)], pattern
+
+
 def test_every_variant_names_constants_that_there_are():
     assert variants.unknown_macros() == []
     for kind in variants.KINDS.values():

@@ -27,7 +27,7 @@ HEADLINE = (*MODELS, "tiny_10000x64", "groups50", "vit_l16")
 SHRUNK, MORE_SHRUNK = ("--shrink", "200"), ("--shrink", "5000")
 
 # The kernels' names, as the profiler matches them.
-STEP, TRITON_STEP, NORM = "^step$", "^step_kernel$", "squares"
+STEP, TRITON_STEP, NORM = "^step$", "^step_kernel$", "^squares$"
 
 TESTED = r" in \d+\.\d+s|^(FAILED|ERROR) "
 CASE = r"^\w+: .* parameters"
