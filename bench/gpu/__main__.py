@@ -28,19 +28,24 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(cuda)")
     parser.add_argument("--parts", nargs="+", metavar="PART", help="these alone")
     parser.add_argument("--without", nargs="+", metavar="PART", default=[], help="all but these")
+    parser.add_argument(
+        "--patience", type=float, default=1.0, help="multiplies all limits, on a busy machine (1)"
+    )
     return parser.parse_args(argv)
 
 
-def place(call: str, device: str, out: Path) -> Place:
+def place(args: argparse.Namespace) -> Place:
+    device, out = args.device, args.out.resolve()
     name = machine.of_gpu("name") if device == "cuda" else device
     return Place(
-        call=call,
+        call=args.call,
         device=device,
         environment=install.environment(),
         arch=(machine.of_gpu("compute_cap") if device == "cuda" else None) or device,
         out=out,
         results=out / f"{machine.slug(name or device)}.csv",
         variants=VARIANTS / "cpu" if device == "cpu" else VARIANTS,
+        patience=args.patience,
     )
 
 
@@ -52,11 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     signal.signal(signal.SIGTERM, told_to_end)
     args.out.mkdir(parents=True, exist_ok=True)
-    here = place(args.call, args.device, args.out.resolve())
+    here = place(args)
     environment = install.variables(here.environment)
     if here.arch != here.device:
         environment.setdefault("TORCH_CUDA_ARCH_LIST", here.arch)
-    session = Session(here.out, here.file("summary.txt"), TOTAL[args.call], environment)
+    session = Session(here.out, here.file("summary.txt"), here.seconds, environment)
     session.say(f"fused_ema {machine.commit()} on {here.results.stem}, {args.call} call")
     kept = KEPT / machine.commit() / here.results.name
     if args.call == "second" and kept.exists() and not here.results.exists():

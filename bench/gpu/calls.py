@@ -44,6 +44,7 @@ class Place:
     arch: the GPU's compute capability.
     results: the CSV file of :mod:`bench.run`.
     variants: the folder that :mod:`bench.variants` has filled.
+    patience: what limits are multiplied by.
     """
 
     call: str
@@ -53,6 +54,11 @@ class Place:
     out: Path
     results: Path
     variants: Path
+    patience: float = 1.0
+
+    @property
+    def seconds(self) -> float:
+        return TOTAL[self.call] * self.patience
 
     @property
     def on_cpu(self) -> bool:
@@ -67,7 +73,7 @@ class Place:
 
     def part(self, name: str, limit: float, log: str, module: str, *arguments: str) -> Part:
         command = (str(install.python(self.environment)), "-m", module, *arguments)
-        return Part(name, limit, self.file(log), command)
+        return Part(name, limit * self.patience, self.file(log), command)
 
 
 def parts(place: Place) -> Iterator[tuple[Part, ...]]:
@@ -128,7 +134,11 @@ def variants(place: Place) -> Part:
 def tune(place: Place, kind: str, limit: float, seconds: float) -> Part:
     folder, out = place.variants / kind, place.out / place.file("tune.csv")
     arguments = [str(folder), "--out", str(out), "--device", place.device]
-    arguments += ["--seconds", str(seconds), *(MORE_SHRUNK if place.on_cpu else ())]
+    arguments += [
+        "--seconds",
+        str(seconds * place.patience),
+        *(MORE_SHRUNK if place.on_cpu else ()),
+    ]
     part = place.part(f"tune-{kind}", limit, "bench.log", "bench.tune", *arguments)
     if place.on_cpu or (folder / "variants.json").exists():
         return replace(part, show=TUNED)
@@ -155,7 +165,8 @@ def timed(
 ) -> Part:
     """Tables; the last one may begin at the last moment. No providers stand for all."""
     out = str(into or place.results)
-    arguments = ["--device", place.device, "--seconds", str(limit - 15), "--out", out, "--add"]
+    seconds = str((limit - 15) * place.patience)
+    arguments = ["--device", place.device, "--seconds", seconds, "--out", out, "--add"]
     arguments += ["--scenarios", *scenarios, "--cases", *cases, *place.shrunk]
     if providers:
         arguments += ["--providers", *providers]
