@@ -17,6 +17,7 @@ import torch
 from bench import report, run, tune, variants
 from bench.cases import Case
 from bench.gpu import calls, parts
+from bench.gpu.__main__ import main as gpu_main
 from bench.gpu.calls import TOTAL, Place
 from bench.gpu.parts import Part, Session
 from bench.rows import Results
@@ -182,6 +183,11 @@ def test_no_more_files_than_come_back(call, tmp_path):
     files = {Path(name).name for name in written if name.endswith(".csv")}
     assert {"results.csv", f"{call}-tune.csv"} <= files
     assert len(files | {part.log for part in chosen} | {f"{call}-summary.txt"}) <= MOST_FILES
+
+
+def test_a_part_that_there_is_not_is_an_error(tmp_path):
+    with pytest.raises(SystemExit, match="no part is called headlines: there are versions, "):
+        gpu_main(["first", str(tmp_path), "--device", "cpu", "--without", "headlines"])
 
 
 def test_parts_side_by_side_share_no_log(tmp_path):

@@ -19,6 +19,8 @@ from .parts import Session
 # Kept on the machine from the first call to the second, whose file goes on from it.
 KEPT = machine.ROOT / "build" / "gpu-results"
 VARIANTS = machine.ROOT / "build" / "variants"
+# No time counts there: threads that wait for each other would only be in the way.
+ON_CPU = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -35,16 +37,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def place(args: argparse.Namespace) -> Place:
-    device, out = args.device, args.out.resolve()
-    name = machine.of_gpu("name") if device == "cuda" else device
+    out, on_cpu = args.out.resolve(), args.device == "cpu"
+    name, arch = (None if on_cpu else machine.of_gpu(key) for key in ("name", "compute_cap"))
     return Place(
         call=args.call,
-        device=device,
+        device=args.device,
         environment=install.environment(),
-        arch=(machine.of_gpu("compute_cap") if device == "cuda" else None) or device,
+        arch=arch or "",
         out=out,
-        results=out / f"{machine.slug(name or device)}.csv",
-        variants=VARIANTS / "cpu" if device == "cpu" else VARIANTS,
+        results=out / f"{machine.slug(name or args.device)}.csv",
+        variants=VARIANTS / "cpu" if on_cpu else VARIANTS,
         patience=args.patience,
     )
 
@@ -55,12 +57,14 @@ def told_to_end(number: int, frame: FrameType | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
-    signal.signal(signal.SIGTERM, told_to_end)
     args.out.mkdir(parents=True, exist_ok=True)
     here = place(args)
-    environment = install.variables(here.environment)
-    if here.arch != here.device:
-        environment.setdefault("TORCH_CUDA_ARCH_LIST", here.arch)
+    names = [part.name for together in parts(here) for part in together]
+    if unknown := {*(args.parts or ()), *args.without}.difference(names):
+        sys.exit(f"no part is called {' or '.join(sorted(unknown))}: there are {', '.join(names)}")
+    signal.signal(signal.SIGTERM, told_to_end)
+    own = ON_CPU if here.on_cpu else {"TORCH_CUDA_ARCH_LIST": here.arch} if here.arch else {}
+    environment = own | install.variables(here.environment)
     session = Session(here.out, here.file("summary.txt"), here.seconds, environment)
     session.say(f"fused_ema {machine.commit()} on {here.results.stem}, {args.call} call")
     kept = KEPT / machine.commit() / here.results.name

@@ -31,7 +31,7 @@ STEP, TRITON_STEP, NORM = "^step$", "^step_kernel$", "^squares$"
 
 TESTED = r" in \d+\.\d+s|^(FAILED|ERROR) "
 CASE = r"^\w+: .* parameters"
-TIMED = rf"{CASE}|^(fused_ema|torch|Triton|copy|stream|no time for (?!.*left out)|no time left)"
+TIMED = rf"{CASE}|^(fused_ema|torch|Triton|lerp|copy|stream|no time for (?!.*left out)|no time left)"
 TUNED = rf"{CASE}|^ *[0-9]+\. |OTHER BITS|no time left"
 COUNTED = r"DRAM Throughput|Memory Throughput|Duration|Registers Per|Achieved Occ|Context"
 
@@ -41,7 +41,7 @@ class Place:
     """Where a call runs.
 
     environment: whose Python finds all packages, see :mod:`bench.gpu.install`.
-    arch: the GPU's compute capability.
+    arch: the GPU's compute capability, empty where it is not known.
     results: the CSV file of :mod:`bench.run`.
     variants: the folder that :mod:`bench.variants` has filled.
     patience: what limits are multiplied by.
