@@ -93,6 +93,13 @@ def test_a_part_that_fails_or_hangs_keeps_no_other_from_running(session):
         assert wait_until(lambda child=child: not is_alive(child)), name
 
 
+def test_a_part_has_its_time_to_end_also_where_the_session_was_late(session, monkeypatch):
+    monkeypatch.setattr(parts, "sleep", lambda _: sleep(1.0))  # beyond the limit and KILL_AFTER
+    session.run(part("late", POLITE, 0.1))
+    assert summary(session)[0].startswith("late: FAILED, stopped by SIGINT after 0 s")
+    assert "  | told" in summary(session)
+
+
 def test_a_session_that_is_told_to_end_leaves_nothing_running(session, monkeypatch):
     log = session._out / "hangs.log"
 

@@ -31,7 +31,9 @@ STEP, TRITON_STEP, NORM = "^step$", "^step_kernel$", "^squares$"
 
 TESTED = r" in \d+\.\d+s|^(FAILED|ERROR) "
 CASE = r"^\w+: .* parameters"
-TIMED = rf"{CASE}|^(fused_ema|torch|Triton|lerp|copy|stream|no time for (?!.*left out)|no time left)"
+TIMED = (
+    rf"{CASE}|^(fused_ema|torch|Triton|lerp|copy|stream|no time for (?!.*left out)|no time left)"
+)
 TUNED = rf"{CASE}|^ *[0-9]+\. |OTHER BITS|no time left"
 COUNTED = r"DRAM Throughput|Memory Throughput|Duration|Registers Per|Achieved Occ|Context"
 

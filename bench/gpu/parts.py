@@ -54,6 +54,7 @@ class Running:
         self.part = part
         self.limit = limit
         self.signals: list[signal.Signals] = []
+        self._until = limit
         self._log = log
         with log.open("a") as file:
             file.write(f"\n$ {' '.join(part.command)}\n")
@@ -78,11 +79,10 @@ class Running:
         """Whether it has; what goes on for too long is told to end, then made to."""
         if self._process.poll() is not None:
             return True
-        limits = (self.limit, self.limit + KILL_AFTER)
-        for number, (kind, after) in enumerate(zip(SIGNALS, limits, strict=True)):
-            if self.seconds > after and len(self.signals) == number:
-                self.signals.append(kind)
-                self._tell(kind)
+        if self.seconds > self._until and len(self.signals) < len(SIGNALS):
+            self._tell(SIGNALS[len(self.signals)])
+            self.signals.append(SIGNALS[len(self.signals)])
+            self._until = self.seconds + KILL_AFTER  # from now, also where this process was late
         return False
 
     def finish(self) -> int:
