@@ -91,7 +91,7 @@ class Bucket:
 
     arrays: those of :data:`ARRAYS`.
     numel: of the tensors, without what aligns them.
-    slots, words, chunks: as in ``csrc/cuda/launch.h``.
+    slots, words, chunks: as in ``csrc/cuda/launch.h`` and ``csrc/layout.h``.
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
