@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from cases import Case, Shape
-from oracles import Array, OracleConfig, OracleState, config_from, initial_state, oracle_step
+from optimizers import STATE_NAMES, config_from
+from oracles import Array, OracleConfig, OracleState, initial_state, oracle_step
 from tolerances import COMPUTE_OF, Bounds, assert_local, assert_trajectory, no_error, propagate
 
 SKIP_PATTERNS = 3
 Ratios = dict[str, float]
 Taken = Callable[[list[Array | None], list[torch.dtype]], list[Array | None]]
 DEVICE = torch.device("cpu")  # where the problems are, see --device
-STATE_KEYS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -138,16 +138,17 @@ def configs_of(case: Case) -> list[OracleConfig]:
 
 def stored(opt: torch.optim.Optimizer, cohort: Cohort, key: str) -> Array | None:
     """One state of all the cohort's parameters, or None while it does not exist."""
-    states = [opt.state.get(p, {}) for p in cohort.params]
-    values = [None if is_placeholder(key, state) else state.get(key) for state in states]
+    values = [opt.state.get(p, {}).get(key) for p in cohort.params]
     return None if any(value is None for value in values) else vector(values)
 
 
-def is_placeholder(key: str, state: Mapping[str, Any]) -> bool:
-    """A momentum buffer that no gradient has entered yet: torch has none then."""
-    if key != "momentum_buffer" or float(state.get("step", 1.0)) != 0.0:
-        return False
-    return state.get(key) is None or (state[key].numel() > 0 and not bool(state[key].any()))
+def has_begun(opt: torch.optim.Optimizer, cohort: Cohort, key: str) -> bool:
+    """Whether a gradient has entered a state that torch has not before; until then it is zeros."""
+    for state in (opt.state.get(p, {}) for p in cohort.params):
+        value, step = state.get(key), float(state.get("step", 1.0))
+        if step == 0.0 and (value is None or (value.numel() > 0 and not bool(value.any()))):
+            return False
+    return True
 
 
 def stored_emas(opt: torch.optim.Optimizer, cohort: Cohort, count: int) -> tuple[Array, ...]:
@@ -163,10 +164,13 @@ def synchronised(
 ) -> OracleState:
     """The oracle's state with every array replaced by what the optimizer holds."""
     fresh = initial_state(config, vector(cohort.params))
-    held = {key: stored(opt, cohort, key) for key in STATE_KEYS}
-    held = {key: getattr(fresh, key) if value is None else value for key, value in held.items()}
+    held = {key: stored(opt, cohort, key) for key in STATE_NAMES}
+    for key in config.late_states:
+        if not has_begun(opt, cohort, key):
+            held[key] = None
+    states = {k: fresh.states.get(k) if value is None else value for k, value in held.items()}
     emas = stored_emas(opt, cohort, len(config.ema_decay))
-    return replace(carried, param=fresh.param, emas=emas, **held)
+    return replace(carried, param=fresh.param, emas=emas, states=states)
 
 
 @dataclass

@@ -38,8 +38,7 @@ A format narrower than the compute format adds half a unit in its last place, on
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -52,8 +51,6 @@ from oracles import (
     Scalars,
     effective_gradient,
     oracle_step,
-    scale,
-    sgd_direction,
 )
 
 COMPUTE_OF = {
@@ -87,24 +84,26 @@ FOLDED = {"shim": 0, "triton": 16}
 ABSOLUTE = 4
 HIGHER_ORDER = 1 + 2.0**-10
 
-FIELDS = ("param", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-
 
 @dataclass(frozen=True)
 class Bounds:
-    """Absolute error bounds of the fields of an OracleState, elementwise."""
+    """Absolute error bounds of the arrays of an OracleState, elementwise."""
 
     param: Array
-    momentum_buffer: Array
-    exp_avg: Array
-    exp_avg_sq: Array
-    max_exp_avg_sq: Array
+    states: Mapping[str, Array]
     emas: tuple[Array, ...]
+
+    def with_errors(self, param: Array, **states: Array) -> Bounds:
+        return replace(self, param=param, states={**self.states, **states})
+
+    def times(self, factor: float) -> Bounds:
+        states = {name: factor * bound for name, bound in self.states.items()}
+        return Bounds(factor * self.param, states, tuple(factor * bound for bound in self.emas))
 
 
 def no_error(state: OracleState) -> Bounds:
     zero = np.zeros_like(state.param)
-    return Bounds(zero, zero, zero, zero, zero, tuple(zero for _ in state.emas))
+    return Bounds(zero, dict.fromkeys(state.states, zero), tuple(zero for _ in state.emas))
 
 
 def half_ulp(x: Array, dtype: torch.dtype) -> Array:
@@ -140,35 +139,6 @@ def gradient_bound(
     return scalars.l2 * incoming.param + unit * (product + GRADIENT_SUM * np.abs(g))
 
 
-def sgd_bounds(
-    config: OracleConfig, state: OracleState, after: OracleState, incoming: Bounds, unit: float, g
-) -> Bounds:
-    scalars = scale(config, state.clock)
-    mu, units = scalars.momentum, scalars.buffer_units
-    entry = 1 / units
-    fold = 0.0 if units == 1 else FOLD * (1 / (1 - mu) + 1 / (1 - config.momentum))
-    g_error = gradient_bound(scalars, state, g, incoming, unit)
-    direction, buffer = sgd_direction(config, scalars, state, g)
-    error = buffer_error = g_error
-    if buffer is not None and (state.momentum_buffer is not None or units != 1):
-        first = state.momentum_buffer is None
-        old = 0.0 if first else mu * np.abs(state.momentum_buffer)
-        new = entry if first else entry * abs(scalars.gradient_weight)
-        rounding = BUFFER_OLD * old + BUFFER_NEW * new * np.abs(g) + BUFFER_SUM * np.abs(buffer)
-        buffer_error = mu * incoming.momentum_buffer + new * g_error + unit * rounding
-        buffer_error = buffer_error + fold * new * np.abs(g)
-        error = units * buffer_error
-    if config.nesterov:
-        own = mu * units * np.abs(buffer)
-        rounding = BUFFER_OLD * own + BUFFER_SUM * np.abs(direction)
-        error = g_error + mu * units * buffer_error + unit * rounding + fold * own
-    update = scalars.lr * np.abs(direction)
-    relative = SGD_UPDATE * unit + FOLD * (1 + 1 / (1 - mu))
-    param = incoming.param + scalars.lr * error + relative * update
-    param = param + unit * WEIGHT_SUM * np.abs(after.param)
-    return replace(incoming, param=param, momentum_buffer=buffer_error)
-
-
 def root_bound(square: Array, error: Array) -> Array:
     """The largest change of sqrt(square) when square may be off by error."""
     root = np.sqrt(square)
@@ -176,59 +146,16 @@ def root_bound(square: Array, error: Array) -> Array:
     return np.divide(error, span, out=np.zeros_like(error), where=span > 0)
 
 
-def update_bound(
-    scalars: Scalars, after: OracleState, mean_error: Array, root_error: Array, unit: float
-) -> tuple[Array, Array]:
-    """Adam's |update| and its error, from those of the moments."""
-    bc1, bc2 = -math.expm1(after.log_product1), -math.expm1(after.log_product2)
-    square = after.exp_avg_sq if after.max_exp_avg_sq is None else after.max_exp_avg_sq
-    denominator = np.sqrt(square / bc2) + scalars.eps
-    error = root_error / math.sqrt(bc2) + DENOMINATOR * unit * denominator
-    lowest = denominator - error
-    if not (lowest > 0).all():
-        raise ValueError("test data make Adam's denominator indistinguishable from zero")
-    size = scalars.lr / bc1 * np.abs(after.exp_avg) / denominator
-    relative = ADAM_UPDATE * unit + FOLD * (1 / bc1 + 1 / bc2)
-    carried = scalars.lr / bc1 * mean_error / lowest + size * error / lowest
-    return size, carried + size * relative
-
-
-def adam_bounds(
-    config: OracleConfig, state: OracleState, after: OracleState, incoming: Bounds, unit: float, g
-) -> Bounds:
-    scalars = scale(config, state.clock)
-    g_error = gradient_bound(scalars, state, g, incoming, unit)
-    square_error = (2 * np.abs(g) + g_error) * g_error + SQUARE * unit * g * g
-    beta1, beta2 = math.exp(scalars.log_beta1), math.exp(scalars.log_beta2)
-    mean = beta1 * incoming.exp_avg + (1 - beta1) * g_error
-    mean = mean + lerp_bound(state.exp_avg, g, 1 - beta1, unit)
-    second = beta2 * incoming.exp_avg_sq + (1 - beta2) * square_error
-    second = second + lerp_bound(state.exp_avg_sq, g * g, 1 - beta2, unit)
-    largest, used = incoming.max_exp_avg_sq, after.exp_avg_sq
-    if config.amsgrad:
-        largest, used = np.maximum(largest, second), after.max_exp_avg_sq
-    root_error = root_bound(used, largest if config.amsgrad else second)
-    update, error = update_bound(scalars, after, mean, root_error, unit)
-    rounding = WEIGHT_SUM * np.abs(after.param) + INNER_SUM * update
-    if scalars.keep != 1:
-        rounding = rounding + DECAY * np.abs(state.param)
-    param = scalars.keep * incoming.param + error + unit * rounding
-    return replace(incoming, param=param, exp_avg=mean, exp_avg_sq=second, max_exp_avg_sq=largest)
-
-
 def ema_bounds(
     config: OracleConfig, state: OracleState, target: Array, target_error: Array | float,
     incoming: Bounds, unit: float,
 ) -> tuple[Array, ...]:  # fmt: skip
-    weights = scale(config, state.clock).ema_weights
+    weights = config.ema_weights(state.clock)
     triples = zip(state.emas, incoming.emas, weights, strict=True)
     return tuple(
         (1 - weight) * error + weight * target_error + lerp_bound(ema, target, weight, unit)
         for ema, error, weight in triples
     )
-
-
-BOUNDS_OF = {"sgd": sgd_bounds, "adam": adam_bounds}
 
 
 def propagate(
@@ -248,8 +175,8 @@ def propagate(
     unit = HIGHER_ORDER * (UNIT[compute] + UNIT[torch.float64])
     outgoing = incoming
     if grad is not None:
-        g = effective_gradient(config, scale(config, state.clock), state, grad)
-        outgoing = BOUNDS_OF[config.rule](config, state, after, incoming, unit, g)
+        g = effective_gradient(config, config.scale(state.clock), state, grad)
+        outgoing = config.bounds(state, after, incoming, unit, g)
     target, error = (after.param, outgoing.param) if seen is None else (seen, 0.0)
     if config.ema_order == "before":
         target, error = state.param, incoming.param
@@ -291,12 +218,13 @@ def storage_bound(expected: Array, bound: Array, storage: torch.dtype) -> Array:
 
 def pairs_of(
     actual: OracleState, expected: OracleState, bounds: Bounds, storage: torch.dtype
-) -> Iterator[tuple[str, Array | None, Array | None, Array]]:
+) -> Iterator[tuple[str, Array | None, Array | None, Array | None]]:
     """Name, both values and the bound of everything that is compared."""
-    for name in FIELDS:
-        wanted, bound = getattr(expected, name), getattr(bounds, name)
+    yield "param", actual.param, expected.param, storage_bound(expected.param, bounds.param, storage)
+    for name in {**expected.states, **actual.states}:
+        wanted, bound = expected.states.get(name), bounds.states.get(name)
         bound = bound if wanted is None else storage_bound(wanted, bound, storage)
-        yield name, getattr(actual, name), wanted, bound
+        yield name, actual.states.get(name), wanted, bound
     for index, emas in enumerate(zip_longest(actual.emas, expected.emas, bounds.emas)):
         yield f"EMA {index}", *emas
 
@@ -345,8 +273,5 @@ def assert_trajectory(
 
     Comparing two rounded implementations with each other, both may be off: `implementations=2`.
     """
-    scaled = Bounds(
-        *(implementations * getattr(bounds, field) for field in FIELDS),
-        tuple(implementations * bound for bound in bounds.emas),
-    )
+    scaled = bounds.times(implementations)
     return compare(actual, expected, scaled, dtype, f"{context} (trajectory)")

@@ -1,0 +1,182 @@
+"""The optimizers as tests know them: one record each. Their cases are in cases.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from oracles import OracleConfig
+from oracles.adam import Adam, AdamW
+from oracles.sgd import Sgd
+
+import fused_ema
+
+PREFIX = "FusedScaled"
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One optimizer of fused_ema, and what belongs to it alone.
+
+    ours: its class.
+    theirs: the class of torch.optim that does the same, if there is one.
+    oracle: its float64 oracle, with torch's names of the states.
+    settings: options that theirs takes too. Together they need every state and every kernel of
+        the rule. The first is for tests that take one.
+    numbers: what gradients reach with differentiable=True; betas one by one.
+    numbers_in_torch: those that they reach in theirs.
+    formulas: options that change how the numbers enter a step.
+    scalars: three rows of its kernels' table, in the order of the rule's record. Flags are off and
+        on, decays are none and some, and rates of lerp are on both sides of 1/2.
+    adaptive: whether a step is divided by the root of squares: then a finite gradient moves a
+        weight by a finite amount, and the kernels divide.
+    draw: random options; those that all optimizers have are drawn elsewhere.
+    """
+
+    ours: type[fused_ema.FusedScaledOptimizer]
+    theirs: type[torch.optim.Optimizer] | None
+    oracle: type[OracleConfig]
+    settings: Mapping[str, Options]
+    numbers: Mapping[str, float]
+    numbers_in_torch: tuple[str, ...]
+    formulas: tuple[Options, ...]
+    scalars: tuple[tuple[float, ...], ...]
+    adaptive: bool
+    draw: Callable[[Random], dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.ours.__name__.removeprefix(PREFIX)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def options(self) -> Options:
+        return next(iter(self.settings.values()))
+
+    def kernel(self, options: Options) -> tuple[str, int]:
+        """The rule and the number of states that a group with these options takes."""
+        (group,) = self.ours([torch.zeros(1, requires_grad=True)], **options).param_groups
+        return self.ours.rule.name, len(self.ours.rule.states(group))
+
+
+def draw_sgd(rng: Random) -> dict[str, Any]:
+    momentum = rng.choice((0.0, 0.9))
+    nesterov = momentum > 0 and rng.random() < 0.4
+    return {
+        "momentum": momentum,
+        "nesterov": nesterov,
+        "dampening": 0.0 if nesterov else rng.choice((0.0, 0.3)),
+        "momentum_scaling": rng.choice(("none", "exact")),
+    }
+
+
+def draw_adam(rng: Random) -> dict[str, Any]:
+    return {
+        "eps": rng.choice((1e-2, 1e-3)),
+        "amsgrad": rng.random() < 0.3,
+        "betas": rng.choice(((0.9, 0.999), (0.5, 0.9), (0.0, 0.99))),
+    }
+
+
+SGD = Optimizer(
+    ours=fused_ema.FusedScaledSGD,
+    theirs=torch.optim.SGD,
+    oracle=Sgd,
+    settings={
+        "momentum": {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
+        "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        "plain": {"maximize": True},
+    },
+    numbers={"lr": 0.1, "weight_decay": 0.2, "momentum": 0.7, "dampening": 0.1},
+    numbers_in_torch=("lr", "weight_decay"),
+    formulas=({}, {"nesterov": True, "dampening": 0.0}, {"momentum_scaling": "exact"}),
+    scalars=(
+        (1.0, 0.0, 0.9, 0.7, 0.8, 0.0, 0.1),
+        (-1.0, 0.2, 0.6, 0.5, 0.4, 1.0, 0.03),
+        (0.3, 0.3, 0.9, 0.0, 1.0, 1.0, 0.5),
+    ),
+    adaptive=False,
+    draw=draw_sgd,
+)
+ADAM = Optimizer(
+    ours=fused_ema.FusedScaledAdam,
+    theirs=torch.optim.Adam,
+    oracle=Adam,
+    settings={
+        "amsgrad": {"amsgrad": True, "weight_decay": 0.1},
+        "plain": {},
+        "l2": {"weight_decay": 0.1, "maximize": True},
+    },
+    numbers={"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.2, "eps": 0.1},
+    numbers_in_torch=("lr", "beta1", "beta2", "weight_decay"),
+    formulas=({"amsgrad": True}, {"beta_scaling": "linear"}),
+    scalars=(
+        (1.0, 0.2, 0.01, 0.1, 0.001, 0.002, 1e-8),
+        (-1.0, 0.0, 0.0, 0.7, 0.6, 0.03, 1e-3),
+        (0.3, 0.3, 0.04, 0.5, 0.1, 0.7, 0.0),
+    ),
+    adaptive=True,
+    draw=draw_adam,
+)
+ADAMW = Optimizer(
+    ours=fused_ema.FusedScaledAdamW,
+    theirs=torch.optim.AdamW,
+    oracle=AdamW,
+    settings={
+        "decay": {"weight_decay": 0.1},
+        "amsgrad": {"amsgrad": True},
+        "maximize": {"maximize": True},
+    },
+    numbers=ADAM.numbers,
+    numbers_in_torch=ADAM.numbers_in_torch,
+    formulas=(
+        {},
+        {"weight_decay_scaling": "none", "ema_decay": 0.9},
+        {"beta_scaling": "linear"},
+    ),
+    scalars=ADAM.scalars,
+    adaptive=True,
+    draw=draw_adam,
+)
+
+OPTIMIZERS = {optimizer.name: optimizer for optimizer in (SGD, ADAM, ADAMW)}
+SETTINGS = {
+    f"{optimizer}-{name}": (optimizer, options)
+    for optimizer in OPTIMIZERS.values()
+    for name, options in optimizer.settings.items()
+}
+IN_TORCH = {name: pair for name, pair in SETTINGS.items() if pair[0].theirs is not None}
+
+each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+each_in_torch = pytest.mark.parametrize(
+    "optimizer", [o for o in OPTIMIZERS.values() if o.theirs is not None], ids=str
+)
+each_setting = pytest.mark.parametrize(("optimizer", "options"), SETTINGS.values(), ids=SETTINGS)
+each_setting_in_torch = pytest.mark.parametrize(
+    ("optimizer", "options"), IN_TORCH.values(), ids=IN_TORCH
+)
+
+# What tests of kernels walk: a rule's name, and the states that it is compiled for.
+NO_RULE = ("frozen", 0)
+KERNELS = tuple(dict.fromkeys([NO_RULE, *(o.kernel(options) for o, options in SETTINGS.values())]))
+SCALARS = {NO_RULE[0]: ((), (), ()), **{o.ours.rule.name: o.scalars for o in OPTIMIZERS.values()}}
+ADAPTIVE_RULES = {o.ours.rule.name for o in OPTIMIZERS.values() if o.adaptive}
+STATE_NAMES = tuple(
+    dict.fromkeys(name for o in OPTIMIZERS.values() for name in o.oracle.state_names)
+)
+
+
+def config_from(optimizer: str, kwargs: Options) -> OracleConfig:
+    """The oracle's view of a class's keyword arguments, with torch's defaults."""
+    known = dict(kwargs)
+    decay = known.pop("ema_decay", None)
+    known["ema_decay"] = () if decay is None else decay if isinstance(decay, tuple) else (decay,)
+    known["lr"] = float(known.get("lr", 1e-3))
+    return OPTIMIZERS[optimizer.removeprefix(PREFIX)].oracle(**known)
