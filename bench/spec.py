@@ -181,6 +181,9 @@ def scaled_sgd(base_lr: float) -> Mapping[str, Any]:
 ADAMW = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 SGD = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
 OPTIMIZERS = {
-    "adamw": Spec("adamw", FusedScaledAdamW, torch.optim.AdamW, ADAMW, scaled_adamw, num_states=2),
-    "sgd": Spec("sgd", FusedScaledSGD, torch.optim.SGD, SGD, scaled_sgd, num_states=1),
+    spec.name: spec
+    for spec in (
+        Spec("adamw", FusedScaledAdamW, torch.optim.AdamW, ADAMW, scaled_adamw, num_states=2),
+        Spec("sgd", FusedScaledSGD, torch.optim.SGD, SGD, scaled_sgd, num_states=1),
+    )
 }

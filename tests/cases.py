@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from optimizers import OPTIMIZERS, Optimizer
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EXACT_DTYPES = (torch.float32, torch.float64)
@@ -37,9 +38,9 @@ class Case:
     """
 
     name: str
-    optimizer: str
+    optimizer: Optimizer
     kwargs: Mapping[str, Any]
-    torch: str | None = None
+    torch: type[torch.optim.Optimizer] | None = None
     groups: tuple[Mapping[str, Any], ...] = ({},)
     kappas: Mapping[int, float] = field(default_factory=dict)
     none_rate: float = 0.0
@@ -59,11 +60,9 @@ def cosine(t: float) -> float:
 
 def like_torch(rule: str, name: str, flags: Mapping[str, Any], **of_case: Any) -> Case:
     """A case without EMA at kappa = 1, with its torch.optim counterpart."""
-    return Case(f"{rule}-{name}", f"FusedScaled{rule}", {"lr": 1e-2, **flags}, rule, **of_case)
-
-
-def flag_cases(rule: str, table: Mapping[str, Mapping[str, Any]]) -> tuple[Case, ...]:
-    return tuple(like_torch(rule, name, flags) for name, flags in table.items())
+    optimizer = OPTIMIZERS[rule]
+    kwargs = {"lr": 1e-2, **flags}
+    return Case(f"{rule}-{name}", optimizer, kwargs, optimizer.theirs, **of_case)
 
 
 SGD_FLAGS = {
@@ -115,35 +114,34 @@ ADAMW_GROUPS = (
     {"lr": 3e-3, "weight_decay": 0.3, "eps": 1e-2},
     {"amsgrad": True},
 )
+# Of those that torch has.
+FLAGS = {"SGD": SGD_FLAGS, "Adam": ADAM_FLAGS, "AdamW": ADAMW_FLAGS}
 FLAG_CASES = (
-    flag_cases("SGD", SGD_FLAGS)
-    + flag_cases("Adam", ADAM_FLAGS)
-    + flag_cases("AdamW", ADAMW_FLAGS)
-    + (
-        like_torch("SGD", "tensor-lr", {"momentum": 0.9}, tensor_lr=True),
-        like_torch("AdamW", "tensor-lr", {}, tensor_lr=True),
-        like_torch("SGD", "none-gradients", {"momentum": 0.9, "dampening": 0.3}, none_rate=0.3),
-        like_torch("AdamW", "none-gradients", {}, none_rate=0.3),
-        like_torch("SGD", "groups", {}, groups=SGD_GROUPS),
-        like_torch("AdamW", "groups", {}, groups=ADAMW_GROUPS),
-    )
+    *(like_torch(rule, name, own) for rule, table in FLAGS.items() for name, own in table.items()),
+    like_torch("SGD", "tensor-lr", {"momentum": 0.9}, tensor_lr=True),
+    like_torch("AdamW", "tensor-lr", {}, tensor_lr=True),
+    like_torch("SGD", "none-gradients", {"momentum": 0.9, "dampening": 0.3}, none_rate=0.3),
+    like_torch("AdamW", "none-gradients", {}, none_rate=0.3),
+    like_torch("SGD", "groups", {}, groups=SGD_GROUPS),
+    like_torch("AdamW", "groups", {}, groups=ADAMW_GROUPS),
 )
 
 SGD_BASE = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.05, "ema_decay": 0.99}
 ADAM_BASE = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-2, "ema_decay": 0.99}
 ADAMW_BASE = {"lr": 1e-2, "weight_decay": 0.5, "eps": 1e-2, "ema_decay": 0.99}
+# Of all: what the cases that every rule has start from.
+BASES = {"SGD": SGD_BASE, "Adam": ADAM_BASE, "AdamW": ADAMW_BASE}
 THREE = (0.9, warm_up, 0.9999)
 
 
-def scaled(name: str, rule: str, base: Mapping[str, Any], **changes: Any) -> Case:
+def scaled(name: str, rule: str, **changes: Any) -> Case:
     """A case with EMAs or kappa; `changes` that are fields of Case go there."""
     of_case = {key: changes.pop(key) for key in ("groups", "kappas", "none_rate") if key in changes}
-    return Case(f"{rule}-{name}", f"FusedScaled{rule}", {**base, **changes}, **of_case)
+    return Case(f"{rule}-{name}", OPTIMIZERS[rule], {**BASES[rule], **changes}, **of_case)
 
 
 def per_rule(name: str, **changes: Any) -> tuple[Case, ...]:
-    bases = {"SGD": SGD_BASE, "Adam": ADAM_BASE, "AdamW": ADAMW_BASE}
-    return tuple(scaled(name, rule, base, **changes) for rule, base in bases.items())
+    return tuple(scaled(name, rule, **changes) for rule in BASES)
 
 
 SCALED_SGD_GROUPS = (
@@ -172,15 +170,15 @@ SCALED_CASES = (
     + per_rule("ema-none-gradients", **SKIPPING)
     + per_rule("extreme-decays", ema_decay=(0.0, 1.0, 1 - 1e-7), kappa=1.5)
     + (
-        scaled("exact", "SGD", SGD_BASE, **EXACT, kappa=4.0),
-        scaled("exact-changes", "SGD", SGD_BASE, **EXACT, nesterov=True, kappas={4: 6.0, 20: 0.5}),
-        scaled("dampening-eightfold", "SGD", SGD_BASE, dampening=0.3, kappa=8.0),
-        scaled("linear", "Adam", ADAM_BASE, **LINEAR, kappa=8.0),
-        scaled("linear", "AdamW", ADAMW_BASE, **LINEAR, kappa=3.0),
-        scaled("unscaled-decay", "AdamW", ADAMW_BASE, weight_decay_scaling="none", kappa=8.0),
-        scaled("amsgrad-maximize", "AdamW", ADAMW_BASE, amsgrad=True, maximize=True, kappa=3.0),
-        scaled("scaled-groups", "SGD", SGD_BASE, groups=SCALED_SGD_GROUPS),
-        scaled("scaled-groups", "AdamW", ADAMW_BASE, groups=SCALED_ADAMW_GROUPS),
+        scaled("exact", "SGD", **EXACT, kappa=4.0),
+        scaled("exact-changes", "SGD", **EXACT, nesterov=True, kappas={4: 6.0, 20: 0.5}),
+        scaled("dampening-eightfold", "SGD", dampening=0.3, kappa=8.0),
+        scaled("linear", "Adam", **LINEAR, kappa=8.0),
+        scaled("linear", "AdamW", **LINEAR, kappa=3.0),
+        scaled("unscaled-decay", "AdamW", weight_decay_scaling="none", kappa=8.0),
+        scaled("amsgrad-maximize", "AdamW", amsgrad=True, maximize=True, kappa=3.0),
+        scaled("scaled-groups", "SGD", groups=SCALED_SGD_GROUPS),
+        scaled("scaled-groups", "AdamW", groups=SCALED_ADAMW_GROUPS),
     )
 )
 

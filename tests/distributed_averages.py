@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_case import (
-    OPTIMIZERS,
     assert_close,
     assert_same_training,
     batch,
@@ -20,6 +19,7 @@ from distributed_case import (
     train,
     whole,
 )
+from optimizers import OPTIMIZERS
 from torch.distributed.tensor import DTensor
 
 

@@ -11,21 +11,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+from optimizers import OPTIMIZERS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-import fused_ema
-
 RTOL, ATOL = 1e-11, 1e-12
 WORLD = 2
 MAX_NORM = 2.0
-SHARED = {"ema_decay": (0.9, 0.99), "kappa": 2.0, "max_grad_norm": MAX_NORM}
-OPTIMIZERS = {
-    "SGD": (fused_ema.FusedScaledSGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
-    "AdamW": (fused_ema.FusedScaledAdamW, {"lr": 0.02, "weight_decay": 0.1}),
-}
+SHARED = {"lr": 0.02, "ema_decay": (0.9, 0.99), "kappa": 2.0, "max_grad_norm": MAX_NORM}
 BACKENDS = ("native", "triton", "foreach", "reference")
 
 
@@ -50,8 +45,8 @@ def grid(replicas: int, shards: int) -> DeviceMesh:
 
 
 def optimizer(name: str, module: nn.Module, **options):
-    cls, fields = OPTIMIZERS[name]
-    return cls(module.parameters(), **{**fields, **SHARED, **options})
+    own = OPTIMIZERS[name]
+    return own.ours(module.parameters(), **{**own.options, **SHARED, **options})
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:

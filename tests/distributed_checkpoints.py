@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_case import (
-    OPTIMIZERS,
     assert_same_training,
     batch,
     line,
@@ -20,6 +19,7 @@ from distributed_case import (
     shard,
     train,
 )
+from optimizers import OPTIMIZERS
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dsd
 from torch.distributed.tensor import DTensor

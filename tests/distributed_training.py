@@ -12,7 +12,6 @@ import torch.distributed as dist
 from distributed_case import (
     BACKENDS,
     MAX_NORM,
-    OPTIMIZERS,
     SHARED,
     WORLD,
     assert_close,
@@ -28,6 +27,7 @@ from distributed_case import (
     train,
     whole,
 )
+from optimizers import OPTIMIZERS
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -237,7 +237,7 @@ def zero_with_fewer_parameters_than_processes(tmp_path: Path) -> None:
             nn.init.ones_(self.weight)
 
     model, other = OneByOne(), OneByOne()
-    cls, fields = OPTIMIZERS["AdamW"]
+    cls, fields = fused_ema.FusedScaledAdamW, {"weight_decay": 0.1}
     twin = cls(other.parameters(), **fields, **SHARED)
     parallel = nn.parallel.DistributedDataParallel(model)
     opt = ZeroRedundancyOptimizer(parallel.parameters(), cls, **fields, **SHARED)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from cases import Case, Shape
-from optimizers import STATE_NAMES, config_from
+from optimizers import STATE_NAMES
 from oracles import Array, OracleConfig, OracleState, initial_state, oracle_step
 from tolerances import COMPUTE_OF, Bounds, assert_local, assert_trajectory, no_error, propagate
 
@@ -21,7 +21,10 @@ DEVICE = torch.device("cpu")  # where the problems are, see --device
 
 @dataclass(frozen=True)
 class Cohort:
-    """Parameters of one group, dtype and history of gradients: one vector for the oracle."""
+    """Parameters of one group, dtype and history of gradients: one vector for the oracle.
+
+    A single one, if the rule is not elementwise.
+    """
 
     params: tuple[torch.nn.Parameter, ...]
     group: int
@@ -106,12 +109,14 @@ def make_problem(
     generator = torch.Generator().manual_seed(seed)
     patterns = SKIP_PATTERNS if case.none_rate else 1
     skips = [skipped_steps(case, pattern, steps, generator) for pattern in range(patterns)]
-    dealt: dict[tuple[int, int, torch.dtype], list[torch.nn.Parameter]] = {}
+    together = all(config.elementwise for config in configs_of(case))
+    dealt: dict[tuple[int, int, torch.dtype, int], list[torch.nn.Parameter]] = {}
     for dtype in dtypes:
         for index, shape in enumerate(shapes):
-            key = (index % len(case.groups), index // len(case.groups) % patterns, dtype)
+            group, pattern = index % len(case.groups), index // len(case.groups) % patterns
+            key = (group, pattern, dtype, 0 if together else index)
             dealt.setdefault(key, []).append(draw_parameter(shape, dtype, generator))
-    cohorts = [Cohort(tuple(ps), group, skips[k]) for (group, k, _), ps in dealt.items()]
+    cohorts = [Cohort(tuple(ps), group, skips[k]) for (group, k, *_), ps in dealt.items()]
     groups = [
         {"params": [p for c in cohorts if c.group == index for p in c.params], **overrides}
         for index, overrides in enumerate(case.groups)
@@ -133,7 +138,8 @@ def build(cls: Any, case: Case, problem: Problem, **extra: Any) -> Any:
 
 def configs_of(case: Case) -> list[OracleConfig]:
     """The oracle's hyper-parameters of every group."""
-    return [config_from(case.optimizer, {**case.kwargs, **group}) for group in case.groups]
+    config = case.optimizer.config
+    return [config({**case.kwargs, **group}) for group in case.groups]
 
 
 def stored(opt: torch.optim.Optimizer, cohort: Cohort, key: str) -> Array | None:

@@ -15,7 +15,6 @@ from oracles.sgd import Sgd
 
 import fused_ema
 
-PREFIX = "FusedScaled"
 Options = Mapping[str, Any]
 
 
@@ -30,6 +29,8 @@ class Optimizer:
         the rule. The first is for tests that take one.
     numbers: what gradients reach with differentiable=True; betas one by one.
     numbers_in_torch: those that they reach in theirs.
+    settings_in_torch: the settings whose steps theirs differentiates. It detaches SGD's first
+        momentum, and writes over what the derivative of amsgrad's maximum needs.
     formulas: options that change how the numbers enter a step.
     scalars: three rows of its kernels' table, in the order of the rule's record. Flags are off and
         on, decays are none and some, and rates of lerp are on both sides of 1/2.
@@ -44,6 +45,7 @@ class Optimizer:
     settings: Mapping[str, Options]
     numbers: Mapping[str, float]
     numbers_in_torch: tuple[str, ...]
+    settings_in_torch: tuple[str, ...]
     formulas: tuple[Options, ...]
     scalars: tuple[tuple[float, ...], ...]
     adaptive: bool
@@ -51,7 +53,7 @@ class Optimizer:
 
     @property
     def name(self) -> str:
-        return self.ours.__name__.removeprefix(PREFIX)
+        return self.ours.__name__.removeprefix("FusedScaled")
 
     def __str__(self) -> str:
         return self.name
@@ -60,10 +62,17 @@ class Optimizer:
     def options(self) -> Options:
         return next(iter(self.settings.values()))
 
-    def kernel(self, options: Options) -> tuple[str, int]:
-        """The rule and the number of states that a group with these options takes."""
+    def config(self, kwargs: Options) -> OracleConfig:
+        """The oracle's view of keyword arguments, with torch's defaults."""
+        decay = kwargs.get("ema_decay")
+        decays = () if decay is None else decay if isinstance(decay, tuple) else (decay,)
+        lr = float(kwargs.get("lr", 1e-3))
+        return self.oracle(**{**kwargs, "lr": lr, "ema_decay": decays})
+
+    def states(self, options: Options) -> tuple[str, ...]:
+        """Those that a group with these options needs, in the kernels' order."""
         (group,) = self.ours([torch.zeros(1, requires_grad=True)], **options).param_groups
-        return self.ours.rule.name, len(self.ours.rule.states(group))
+        return self.ours.rule.states(group)
 
 
 def draw_sgd(rng: Random) -> dict[str, Any]:
@@ -96,6 +105,7 @@ SGD = Optimizer(
     },
     numbers={"lr": 0.1, "weight_decay": 0.2, "momentum": 0.7, "dampening": 0.1},
     numbers_in_torch=("lr", "weight_decay"),
+    settings_in_torch=("plain",),
     formulas=({}, {"nesterov": True, "dampening": 0.0}, {"momentum_scaling": "exact"}),
     scalars=(
         (1.0, 0.0, 0.9, 0.7, 0.8, 0.0, 0.1),
@@ -116,6 +126,7 @@ ADAM = Optimizer(
     },
     numbers={"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.2, "eps": 0.1},
     numbers_in_torch=("lr", "beta1", "beta2", "weight_decay"),
+    settings_in_torch=("plain", "l2"),
     formulas=({"amsgrad": True}, {"beta_scaling": "linear"}),
     scalars=(
         (1.0, 0.2, 0.01, 0.1, 0.001, 0.002, 1e-8),
@@ -136,6 +147,7 @@ ADAMW = Optimizer(
     },
     numbers=ADAM.numbers,
     numbers_in_torch=ADAM.numbers_in_torch,
+    settings_in_torch=("decay", "maximize"),
     formulas=(
         {},
         {"weight_decay_scaling": "none", "ema_decay": 0.9},
@@ -163,20 +175,18 @@ each_setting_in_torch = pytest.mark.parametrize(
     ("optimizer", "options"), IN_TORCH.values(), ids=IN_TORCH
 )
 
-# What tests of kernels walk: a rule's name, and the states that it is compiled for.
-NO_RULE = ("frozen", 0)
-KERNELS = tuple(dict.fromkeys([NO_RULE, *(o.kernel(options) for o, options in SETTINGS.values())]))
-SCALARS = {NO_RULE[0]: ((), (), ()), **{o.ours.rule.name: o.scalars for o in OPTIMIZERS.values()}}
+SCALARS = {"frozen": ((), (), ()), **{o.ours.rule.name: o.scalars for o in OPTIMIZERS.values()}}
 ADAPTIVE_RULES = {o.ours.rule.name for o in OPTIMIZERS.values() if o.adaptive}
 STATE_NAMES = tuple(
     dict.fromkeys(name for o in OPTIMIZERS.values() for name in o.oracle.state_names)
 )
 
 
-def config_from(optimizer: str, kwargs: Options) -> OracleConfig:
-    """The oracle's view of a class's keyword arguments, with torch's defaults."""
-    known = dict(kwargs)
-    decay = known.pop("ema_decay", None)
-    known["ema_decay"] = () if decay is None else decay if isinstance(decay, tuple) else (decay,)
-    known["lr"] = float(known.get("lr", 1e-3))
-    return OPTIMIZERS[optimizer.removeprefix(PREFIX)].oracle(**known)
+def rules_and_states() -> tuple[tuple[str, int], ...]:
+    """What kernels are compiled for: a rule's name, and the number of its states.
+
+    A function, because torch imports Triton where it makes an optimizer, and conftest.py decides
+    before that whether Triton's kernels are interpreted.
+    """
+    pairs = ((o.ours.rule.name, len(o.states(options))) for o, options in SETTINGS.values())
+    return tuple(dict.fromkeys([("frozen", 0), *pairs]))

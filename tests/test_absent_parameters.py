@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import twins
+from optimizers import each_optimizer
 from torch import nn
 
 import fused_ema
@@ -33,10 +34,10 @@ def test_a_meta_parameter_without_a_gradient_is_left_alone(chosen):
     assert opt.state_dict()["state"].keys() == twin.state_dict()["state"].keys()
 
 
-@pytest.mark.parametrize("cls", [fused_ema.FusedScaledSGD, fused_ema.FusedScaledAdamW])
-def test_a_meta_parameter_with_a_gradient_is_stepped_as_by_torchs_foreach(cls):
+@each_optimizer
+def test_a_meta_parameter_with_a_gradient_is_stepped_as_by_torchs_foreach(optimizer):
     p, meta = with_gradient(), with_gradient("meta")
-    opt = cls([meta, p], lr=0.1, ema_decay=0.5)
+    opt = optimizer.ours([meta, p], lr=0.1, ema_decay=0.5, **optimizer.options)
     opt.step()
     assert opt.backends == ("foreach", "native")
     assert opt.state[meta]["ema"].is_meta

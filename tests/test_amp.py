@@ -9,15 +9,12 @@ from copy import deepcopy
 import pytest
 import torch
 import twins
+from optimizers import each_in_torch
 from torch import nn
 
 import fused_ema
 
 SHAPES = ((), (7,), (5, 3))
-PAIRS = [
-    (fused_ema.FusedScaledSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
-    (fused_ema.FusedScaledAdamW, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.1}),
-]
 FLAGS = [{}, {"fused": False}, {"foreach": True}, {"fused": True}]
 SCALERS = [torch.amp.GradScaler, fused_ema.GradScaler]
 
@@ -59,11 +56,12 @@ class Loop:
 
 @pytest.mark.parametrize("kind", SCALERS)
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize(("ours", "theirs", "kwargs"), PAIRS)
-def test_two_optimizers_under_one_scaler_step_as_torchs(ours, theirs, kwargs, flags, kind):
-    loop = Loop(lambda params: ours(params, **kwargs, **flags), kind)
+@each_in_torch
+def test_two_optimizers_under_one_scaler_step_as_torchs(optimizer, flags, kind):
+    kwargs = {"lr": 0.1, **optimizer.options}
+    loop = Loop(lambda params: optimizer.ours(params, **kwargs, **flags), kind)
     # not torch's fused SGD, whose buffers are uninitialised memory after a skipped first step
-    twin = Loop(lambda params: theirs(params, **kwargs), torch.amp.GradScaler)
+    twin = Loop(lambda params: optimizer.theirs(params, **kwargs), torch.amp.GradScaler)
     for number in range(8):
         how = {"clip": number in (1, 2, 5), "overflow": number in (0, 3, 5)}
         loop.step(number, **how)
@@ -94,10 +92,11 @@ def test_the_step_clips_unscaled_gradients(flags, kind):
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize(("ours", "theirs", "kwargs"), PAIRS)
-def test_trainers_hear_what_torchs_says(ours, theirs, kwargs, flags):
+@each_in_torch
+def test_trainers_hear_what_torchs_says(optimizer, flags):
     params = twins.parameters(SHAPES, torch.float64)
-    assert says(ours(params, **kwargs, **flags)) is says(theirs(params, **kwargs, **flags))
+    options = {**optimizer.options, **flags}
+    assert says(optimizer.ours(params, **options)) is says(optimizer.theirs(params, **options))
 
 
 def test_it_is_said_of_the_present_groups():

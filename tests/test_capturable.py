@@ -10,6 +10,7 @@ import twins
 from cases import FEW, by_name
 from graphs import Graph
 from harness import build, follow, make_problem
+from optimizers import each_optimizer
 from twins import set_gradients
 
 import fused_ema
@@ -39,8 +40,7 @@ SHAPES = ((), (0,), (7,), (5, 3))
 def test_steps_and_trajectory_match_the_oracle(name, device_backend):
     case = by_name(name)
     problem = make_problem(case, FEW, [torch.float32], 20)
-    cls = getattr(fused_ema, case.optimizer)
-    opt = build(cls, case, problem, backend=device_backend, capturable=True)
+    opt = build(case.optimizer.ours, case, problem, backend=device_backend, capturable=True)
     follow(opt, case, problem, 20)
     assert set(opt.backends) == {device_backend}
 
@@ -48,20 +48,14 @@ def test_steps_and_trajectory_match_the_oracle(name, device_backend):
 parameters = partial(twins.parameters, SHAPES, torch.float64)
 assert_same = partial(twins.assert_same, rtol=1e-12, atol=1e-14)
 
-OPTIMIZERS = {
-    "SGD": (fused_ema.FusedScaledSGD, {"momentum": 0.9, "dampening": 0.1}),
-    "Adam": (fused_ema.FusedScaledAdam, {"amsgrad": True, "weight_decay": 0.1}),
-    "AdamW": (fused_ema.FusedScaledAdamW, {"weight_decay": 0.5}),
-}
-
 
 REPLAYS = 100
 
 
-@pytest.mark.parametrize("rule", OPTIMIZERS)
-def test_a_replayed_graph_goes_on(rule, device_backend, monkeypatch):
+@each_optimizer
+def test_a_replayed_graph_goes_on(optimizer, device_backend, monkeypatch):
     """Step counts, schedules and tensor hyper-parameters move while Python stands still."""
-    cls, flags = OPTIMIZERS[rule]
+    cls, flags = optimizer.ours, optimizer.options
     options = {**flags, "ema_decay": (0.9, CosineDecay(0.5, total=40.0))}
     params, others = parameters(), parameters()
     lr = torch.tensor(1e-2, dtype=torch.float64)
@@ -88,10 +82,10 @@ def test_a_replayed_graph_goes_on(rule, device_backend, monkeypatch):
         assert_same(opt, twin)
 
 
-@pytest.mark.parametrize("rule", OPTIMIZERS)
-def test_eager_steps_go_on_after_a_capture(rule, device_backend, monkeypatch):
+@each_optimizer
+def test_eager_steps_go_on_after_a_capture(optimizer, device_backend, monkeypatch):
     """What a capture noted down but did not carry out is not taken for done."""
-    cls, flags = OPTIMIZERS[rule]
+    cls, flags = optimizer.ours, optimizer.options
     options = {**flags, "ema_decay": 0.9}
     params, others = parameters(), parameters()
     opt = cls(params, 1e-2, capturable=True, backend=device_backend, **options)
@@ -168,7 +162,7 @@ def test_other_backends_say_that_they_cannot():
 
 def test_state_moves_between_capturable_and_not():
     """A count on the device continues on the host, and the other way round."""
-    cls, flags = OPTIMIZERS["AdamW"]
+    cls, flags = fused_ema.FusedScaledAdamW, {"weight_decay": 0.5}
     chain = [parameters(), parameters(), parameters()]
     straight = parameters()
     twin = cls(straight, ema_decay=0.9, **flags)
@@ -191,7 +185,7 @@ def test_state_moves_between_capturable_and_not():
 
 
 def test_capturable_may_change_between_steps():
-    cls, flags = OPTIMIZERS["AdamW"]
+    cls, flags = fused_ema.FusedScaledAdamW, {"weight_decay": 0.5}
     params, others = parameters(), parameters()
     opt = cls(params, ema_decay=0.9, backend="triton", **flags)
     twin = cls(others, ema_decay=0.9, **flags)
@@ -272,7 +266,7 @@ def test_a_schedule_out_of_range_moves_nothing(rho):
 def test_a_new_group_leaves_a_graphs_counters_in_place(device_backend, monkeypatch):
     """A graph goes on counting where eager steps look."""
     first, second, twins_of_first = parameters(), parameters(seed=1), parameters()
-    cls, flags = OPTIMIZERS["AdamW"]
+    cls, flags = fused_ema.FusedScaledAdamW, {"weight_decay": 0.5}
     for count in (len(first), 1):
         opt = cls(first[-count:], capturable=True, backend=device_backend, **flags)
         twin = cls(twins_of_first[-count:], **flags)
@@ -297,7 +291,7 @@ def test_a_new_group_leaves_a_graphs_counters_in_place(device_backend, monkeypat
 
 def test_a_counter_that_lies_elsewhere_is_seen():
     params, others = parameters(), parameters()
-    cls, flags = OPTIMIZERS["AdamW"]
+    cls, flags = fused_ema.FusedScaledAdamW, {"weight_decay": 0.5}
     opt = cls(params, capturable=True, backend="triton", **flags)
     twin = cls(others, **flags)
     for step in range(3):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimizers import OPTIMIZERS
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
@@ -28,7 +29,8 @@ BATCH = 8
 CXX = os.environ.get("CXX", "g++")
 
 CASES = {
-    "SGD": (FusedScaledSGD, {"momentum": 0.9, "nesterov": True, "ema_decay": 0.9}),
+    **{name: (o.ours, {**o.options, "ema_decay": 0.9}) for name, o in OPTIMIZERS.items()},
+    "SGD-nesterov": (FusedScaledSGD, {"momentum": 0.9, "nesterov": True, "ema_decay": 0.9}),
     "AdamW": (FusedScaledAdamW, {"ema_decay": WarmUpDecay(0.99), "max_grad_norm": 0.5}),
     "AdamW-reference": (FusedScaledAdamW, {"ema_decay": 0.9, "backend": "reference"}),
     "AdamW-between": (
@@ -63,8 +65,8 @@ class Training:
         self.model = nn.Sequential(self.trunk, self.head).to(dtype)
         self.dtype = dtype
         cls, options = CASES[case]
-        shared = {"lr": 0.1, "weight_decay": 0.1, "kappa": 2.0}
-        self.opt = cls(self.model.parameters(), model=self.model, **shared, **options)
+        shared = {"lr": 0.1, "weight_decay": 0.1, "kappa": 2.0, **options}
+        self.opt = cls(self.model.parameters(), model=self.model, **shared)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.opt, lambda step: 1 / (1 + step))
         self.compilations: list[int] = []
 

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from optimizers import OPTIMIZERS, each_in_torch
 
-from fused_ema import FusedScaledAdam, FusedScaledAdamW, FusedScaledSGD
-
-CASES = [
-    (FusedScaledSGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.1}),
-    (FusedScaledAdam, torch.optim.Adam, {"lr": 0.1, "weight_decay": 0.1, "maximize": True}),
-    (FusedScaledAdamW, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.1}),
-]
+from fused_ema import FusedScaledAdamW, FusedScaledSGD
 
 
 def through_steps(cls, kwargs, steps: int = 3) -> torch.Tensor:
@@ -26,10 +21,15 @@ def through_steps(cls, kwargs, steps: int = 3) -> torch.Tensor:
     return grad
 
 
-@pytest.mark.parametrize(("ours", "theirs", "kwargs"), CASES)
-def test_gradients_through_several_steps_equal_torchs(ours, theirs, kwargs):
-    found = through_steps(ours, {**kwargs, "ema_decay": 0.9})
-    torch.testing.assert_close(found, through_steps(theirs, kwargs))
+@pytest.mark.parametrize(
+    ("optimizer", "setting"),
+    [(o, name) for o in OPTIMIZERS.values() for name in o.settings_in_torch],
+    ids=str,
+)
+def test_gradients_through_several_steps_equal_torchs(optimizer, setting):
+    kwargs = {"lr": 0.1, "weight_decay": 0.1, **optimizer.settings[setting]}
+    found = through_steps(optimizer.ours, {**kwargs, "ema_decay": 0.9})
+    torch.testing.assert_close(found, through_steps(optimizer.theirs, kwargs))
 
 
 def test_averages_stay_out_of_the_graph():
@@ -64,50 +64,29 @@ def leaves(**values: float) -> dict[str, torch.Tensor]:
     return {k: tensor.requires_grad_() for k, tensor in tensors.items()}
 
 
-SGD_NUMBERS = {"lr": 0.1, "weight_decay": 0.2}
-ADAM_NUMBERS = {"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.2}
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "numbers", "options"),
-    [
-        (FusedScaledSGD, torch.optim.SGD, SGD_NUMBERS, {}),
-        (FusedScaledSGD, torch.optim.SGD, SGD_NUMBERS, {"maximize": True}),
-        (FusedScaledAdam, torch.optim.Adam, ADAM_NUMBERS, {}),
-        (FusedScaledAdamW, torch.optim.AdamW, ADAM_NUMBERS, {"maximize": True}),
-    ],
-)
-def test_gradients_reach_hyper_parameters_as_in_torch(ours, theirs, numbers, options):
+@pytest.mark.parametrize("maximize", [False, True])
+@each_in_torch
+def test_gradients_reach_hyper_parameters_as_in_torch(optimizer, maximize):
     found = []
-    for cls in (ours, theirs):
-        tensors = leaves(**numbers)
-        loss = after_steps(cls, tensors, **options).square().sum()
+    for cls in (optimizer.ours, optimizer.theirs):
+        tensors = leaves(**{name: optimizer.numbers[name] for name in optimizer.numbers_in_torch})
+        loss = after_steps(cls, tensors, maximize=maximize).square().sum()
         found.append(torch.autograd.grad(loss, list(tensors.values())))
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kappa", [1.0, 2.5])
 @pytest.mark.parametrize(
-    ("cls", "numbers", "options"),
-    [
-        (FusedScaledSGD, {**SGD_NUMBERS, "momentum": 0.7, "dampening": 0.1}, {}),
-        (FusedScaledSGD, {**SGD_NUMBERS, "momentum": 0.7}, {"nesterov": True}),
-        (FusedScaledSGD, {**SGD_NUMBERS, "momentum": 0.7}, {"momentum_scaling": "exact"}),
-        (FusedScaledAdam, {**ADAM_NUMBERS, "eps": 0.1}, {"amsgrad": True}),
-        (FusedScaledAdamW, {**ADAM_NUMBERS, "eps": 0.1}, {}),
-        (FusedScaledAdamW, ADAM_NUMBERS, {"weight_decay_scaling": "none", "ema_decay": 0.9}),
-        (FusedScaledAdamW, ADAM_NUMBERS, {"beta_scaling": "linear"}),
-    ],
-    ids=str,
+    ("optimizer", "options"), [(o, own) for o in OPTIMIZERS.values() for own in o.formulas], ids=str
 )
-def test_gradients_of_hyper_parameters_are_finite_differences(cls, numbers, options, kappa):
-    tensors = leaves(**numbers)
+def test_gradients_of_hyper_parameters_are_finite_differences(optimizer, options, kappa):
+    tensors = leaves(**{k: value for k, value in optimizer.numbers.items() if k not in options})
     if options.get("beta_scaling") == "linear":
         kappa = 1.0 + kappa / 10.0
 
     def weights(*values):
         named = dict(zip(tensors, values, strict=True))
-        return after_steps(cls, named, 3, kappa=kappa, **options)
+        return after_steps(optimizer.ours, named, 3, kappa=kappa, **options)
 
     assert torch.autograd.gradcheck(weights, tuple(tensors.values()), raise_exception=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from optimizers import each_setting
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -139,22 +140,22 @@ def test_kernels_asked_for_by_name_refuse(engine):
     assert not torch.equal(param, before)
 
 
-@pytest.mark.parametrize("cls", [FusedScaledSGD, FusedScaledAdamW])
-def test_fake_tensors_are_stepped_outside_their_mode(cls):
+@each_setting
+def test_fake_tensors_are_stepped_outside_their_mode(optimizer, options):
     with FakeTensorMode():
         param = nn.Parameter(torch.ones(3))
         param.grad = torch.ones(3)
-    opt = cls([param], lr=0.1, ema_decay=0.5)
+    opt = optimizer.ours([param], lr=0.1, ema_decay=0.5, **options)
     for _ in range(2):
         opt.step()
     assert isinstance(opt.state[param]["ema"], FakeTensor)
 
 
-@pytest.mark.parametrize("cls", [FusedScaledSGD, FusedScaledAdamW])
-def test_fake_tensors_are_stepped(cls):
+@each_setting
+def test_fake_tensors_are_stepped(optimizer, options):
     with FakeTensorMode() as mode:
         param = nn.Parameter(torch.ones(3))
-        opt = cls([param], lr=0.1, ema_decay=0.5)
+        opt = optimizer.ours([param], lr=0.1, ema_decay=0.5, **options)
         for _ in range(3):
             param.grad = torch.ones(3)
             opt.step()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DTYPES, EXACT_DTYPES
+from optimizers import each_setting_in_torch
 from tolerances import COMPUTE_OF, LERP_NEW, LERP_OLD, UNIT
 from torch import nn
 
@@ -158,14 +159,6 @@ def test_formats_convert_infinities(backend):
 
 
 EXTREME = (1e-45, 1e-38, 1e-30, 1e-22, 1e-19, 1e15, 1.7e19, 2e19, 1e20, 5e20)
-ADAMS = {
-    "adam": (FusedScaledAdam, torch.optim.Adam, {}),
-    "l2": (FusedScaledAdam, torch.optim.Adam, {"weight_decay": 0.1}),
-    "adamw": (FusedScaledAdamW, torch.optim.AdamW, {"weight_decay": 0.1}),
-    "amsgrad": (FusedScaledAdamW, torch.optim.AdamW, {"amsgrad": True}),
-    "maximize": (FusedScaledAdamW, torch.optim.AdamW, {"maximize": True}),
-    "sgd": (FusedScaledSGD, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
-}
 
 
 def extreme_gradients(step: int) -> torch.Tensor:
@@ -186,11 +179,10 @@ def run(optimizer, dtype: torch.dtype, steps: int = 5) -> list[torch.Tensor]:
     return path
 
 
-@pytest.mark.parametrize("name", ADAMS)
-def test_extreme_gradients_do_no_harm_where_torch_stays_finite(backend, name):
-    ours, torchs, kwargs = ADAMS[name]
-    lr = 1e-2
-    found = run(lambda p: ours(p, lr=lr, backend=backend, **kwargs), torch.float32)
+@each_setting_in_torch
+def test_extreme_gradients_do_no_harm_where_torch_stays_finite(backend, optimizer, options):
+    torchs, kwargs, lr = optimizer.theirs, options, 1e-2
+    found = run(lambda p: optimizer.ours(p, lr=lr, backend=backend, **kwargs), torch.float32)
     peer = run(lambda p: torchs(p, lr=lr, foreach=False, **kwargs), torch.float32)
     right = run(lambda p: torchs(p, lr=lr, foreach=False, **kwargs), torch.float64)
     for mine, other, exact in zip(found, peer, right, strict=True):
@@ -198,7 +190,7 @@ def test_extreme_gradients_do_no_harm_where_torch_stays_finite(backend, name):
         error, allowed = (mine - exact).abs(), (other - exact).abs()
         bound = 4.0 * allowed + 32 * 2.0**-24 * (exact.abs() + 5 * lr)
         assert bool((error <= bound)[finite].all()), (error / bound)[finite].max()
-        if name != "sgd":
+        if optimizer.adaptive:
             assert bool(mine.isfinite().all())
 
 

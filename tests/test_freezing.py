@@ -7,6 +7,7 @@ from itertools import chain
 
 import pytest
 import torch
+from optimizers import each_setting
 from torch import nn
 
 from fused_ema import FusedScaledAdamW, FusedScaledSGD
@@ -63,12 +64,12 @@ def duplicate(opt, params):
 @pytest.mark.parametrize(
     "cause", [replan, another_state, reload, duplicate], ids=lambda f: f.__name__
 )
-@pytest.mark.parametrize("cls", [FusedScaledAdamW, FusedScaledSGD])
-def test_masters_outlive_freezing(cls, cause):
+@each_setting
+def test_masters_outlive_freezing(optimizer, options, cause):
     ends = []
     for what in (nothing, cause):
         params = halves()
-        opt = cls(params, lr=1e-3, master_weights=True, ema_decay=0.9)
+        opt = optimizer.ours(params, lr=1e-3, master_weights=True, ema_decay=0.9, **options)
         for _ in range(5):
             take(opt, params)
         params[0].requires_grad_(False)

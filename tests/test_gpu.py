@@ -9,6 +9,7 @@ import torch
 import twins
 from cases import FEW, by_name
 from harness import build, make_problem
+from optimizers import each_optimizer
 from torch.profiler import ProfilerActivity, profile
 from twins import set_gradients
 
@@ -122,13 +123,12 @@ def test_two_gpus_in_one_optimizer(kernels):
     assert_same(opt, twin)
 
 
-@pytest.mark.parametrize("rule", ["SGD", "AdamW"])
+@each_optimizer
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_a_replayed_graph_goes_on(kernels, rule):
+def test_a_replayed_graph_goes_on(kernels, optimizer):
     """Step counts, schedules and tensor hyper-parameters move while Python stands still."""
-    cls = getattr(fused_ema, f"FusedScaled{rule}")
-    flags = {"momentum": 0.9} if rule == "SGD" else {"weight_decay": 0.1}
-    options = {**flags, "ema_decay": (0.9, CosineDecay(0.5, total=40.0))}
+    cls, decays = optimizer.ours, (0.9, CosineDecay(0.5, total=40.0))
+    options = {**optimizer.options, "ema_decay": decays}
     params, others = parameters(), on_cpu()
     lr = torch.tensor(1e-2, device="cuda", dtype=torch.float64)
     kappa = torch.tensor(2.0, device="cuda", dtype=torch.float64)

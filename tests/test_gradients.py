@@ -59,8 +59,7 @@ def test_clipped_steps_match_the_oracle(name, dtype, backend):
     case = by_name(name)
     problem = make_problem(case, SHAPES, [dtype], 12)
     max_norm = 1.2 * math.sqrt(sum(p.numel() for c in problem.cohorts for p in c.params) / 2)
-    cls = getattr(fused_ema, case.optimizer)
-    opt = build(cls, case, problem, backend=backend, max_grad_norm=max_norm)
+    opt = build(case.optimizer.ours, case, problem, backend=backend, max_grad_norm=max_norm)
     taken = Taken(opt, max_norm)
     follow(opt, case, problem, 12, taken)
     assert set(opt.backends) == {backend}

@@ -9,18 +9,13 @@ import torch
 import twins
 from cases import CHANNELS_LAST, CHUNK, FEW
 from graphs import Graph
+from optimizers import each_setting
 from torch import nn
 
 import fused_ema
 
 SHAPES = (*FEW, (CHUNK + 5,), CHANNELS_LAST[0])
 HALVES = (torch.bfloat16, torch.float16)
-OPTIMIZERS = {
-    "SGD": (fused_ema.FusedScaledSGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-    "SGD-plain": (fused_ema.FusedScaledSGD, {"maximize": True}),
-    "Adam": (fused_ema.FusedScaledAdam, {"amsgrad": True, "weight_decay": 0.1}),
-    "AdamW": (fused_ema.FusedScaledAdamW, {"weight_decay": 0.5}),
-}
 
 
 def halves_and_floats(dtype: torch.dtype, shapes=SHAPES) -> tuple[list, list]:
@@ -52,13 +47,12 @@ def assert_follows(opt, twin, params, floats) -> None:
             assert torch.equal(held[key], value), key
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@each_setting
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_the_bits_of_a_float32_run(dtype, name, backend):
-    cls, flags = OPTIMIZERS[name]
-    params, floats = halves_and_floats(dtype)
-    options = {**flags, "lr": 1e-2, "kappa": 2.0, "ema_decay": (0.9, 0.99), "backend": backend}
-    order = "before" if name == "Adam" else "after"
+def test_the_bits_of_a_float32_run(dtype, optimizer, options, backend):
+    cls, (params, floats) = optimizer.ours, halves_and_floats(dtype)
+    order = "before" if options is optimizer.options else "after"
+    options = {**options, "lr": 1e-2, "kappa": 2.0, "ema_decay": (0.9, 0.99), "backend": backend}
     opt = cls(params, master_weights=True, ema_order=order, **options)
     twin = cls(floats, ema_order=order, **options)
     for step in range(5):
@@ -98,7 +92,7 @@ def test_other_parameters_need_no_master():
 
 
 def test_a_resumed_run_is_bit_exact():
-    cls, flags = OPTIMIZERS["AdamW"]
+    cls, flags = fused_ema.FusedScaledAdamW, {"weight_decay": 0.5}
     (params, floats), (others, _) = halves_and_floats(torch.bfloat16), halves_and_floats(HALVES[0])
     opt, twin = cls(params, master_weights=True, **flags), cls(floats, **flags)
     for step in range(3):

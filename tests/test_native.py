@@ -10,33 +10,27 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CHUNK, DTYPES
+from optimizers import Optimizer, Options, each_setting
 from torch import nn
 
-from fused_ema import FusedScaledAdam, FusedScaledAdamW, FusedScaledSGD, _native, rules
+from fused_ema import FusedScaledAdamW, FusedScaledSGD, _native, rules
 
 TARGETS = _native.cpu_targets()
-OPTIMIZERS = {
-    "sgd": (FusedScaledSGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
-    "adam": (FusedScaledAdam, {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1}),
-    "adamw": (FusedScaledAdamW, {"lr": 0.1, "weight_decay": 0.1}),
-}
 
 
-def trajectory(name: str, dtype: torch.dtype) -> list[torch.Tensor]:
+def trajectory(optimizer: Optimizer, options: Options, dtype: torch.dtype) -> list[torch.Tensor]:
     """Everything an optimizer holds after some steps over awkward sizes."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((0,), (1,), (15,), (16,), (17,), (3, 33), (2 * CHUNK + 5,))
     params = [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
-    cls, kwargs = OPTIMIZERS[name]
-    optimizer = cls(
-        params, ema_decay=(0.9, 0.3), kappa=2.0, backend="native", max_grad_norm=5.0, **kwargs
-    )
+    shared = {"lr": 0.1, "ema_decay": (0.9, 0.3), "kappa": 2.0, "max_grad_norm": 5.0}
+    opt = optimizer.ours(params, backend="native", **shared, **options)
     for _ in range(4):
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator).to(dtype)
-        optimizer.step()
-    held = [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
-    return [*held, optimizer.grad_norm]
+        opt.step()
+    held = [t for p in params for t in (p.detach(), *opt.state[p].values())]
+    return [*held, opt.grad_norm]
 
 
 def assert_same_bits(tensors, others) -> None:
@@ -46,24 +40,24 @@ def assert_same_bits(tensors, others) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_cpu_target_gives_the_same_bits(name, dtype, monkeypatch):
+@each_setting
+def test_every_cpu_target_gives_the_same_bits(optimizer, options, dtype, monkeypatch):
     results = []
     for target in TARGETS:
         monkeypatch.setenv("FUSED_EMA_CPU", target)
-        results.append(trajectory(name, dtype))
+        results.append(trajectory(optimizer, options, dtype))
     for result in results[1:]:
         assert_same_bits(results[0], result)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_thread_count_does_not_change_a_bit(name, dtype):
+@each_setting
+def test_thread_count_does_not_change_a_bit(optimizer, options, dtype):
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(trajectory(name, dtype))
+            results.append(trajectory(optimizer, options, dtype))
     finally:
         torch.set_num_threads(2)
     assert_same_bits(results[0], results[1])

@@ -39,7 +39,7 @@ Step = Callable[[OracleConfig, OracleState, np.ndarray | None], OracleState]
 @pytest.mark.parametrize("case", FLAG_CASES, ids=str)
 def test_oracle_matches_torch(case, dtype):
     problem = make_problem(case, FEW, [dtype], STEPS)
-    opt = build(getattr(torch.optim, case.torch), case, problem, foreach=False)
+    opt = build(case.torch, case, problem, foreach=False)
     followers = start_followers(case, problem)
     for step in range(STEPS):
         for follower, grad in zip(followers, problem.set_gradients(step), strict=True):
@@ -53,7 +53,7 @@ def test_oracle_matches_torch(case, dtype):
 def test_torch_foreach_is_within_the_bounds_too(case):
     """The bounds hold for every order of evaluation, not just for one implementation."""
     problem = make_problem(case, FEW, [torch.float32], STEPS)
-    opt = build(getattr(torch.optim, case.torch), case, problem, foreach=True)
+    opt = build(case.torch, case, problem, foreach=True)
     followers = start_followers(case, problem)
     for step in range(STEPS):
         for follower, grad in zip(followers, problem.set_gradients(step), strict=True):

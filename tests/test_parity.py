@@ -19,8 +19,6 @@ from cases import (
 )
 from harness import Follower, Problem, build, follow, make_problem, start_followers
 
-import fused_ema
-
 STEPS = 50
 
 
@@ -29,11 +27,11 @@ def name_of(value: object) -> str:
 
 
 def ours(case: Case, problem: Problem, backend: str):
-    return build(getattr(fused_ema, case.optimizer), case, problem, backend=backend)
+    return build(case.optimizer.ours, case, problem, backend=backend)
 
 
 def theirs(case: Case, problem: Problem):
-    return build(getattr(torch.optim, case.torch), case, problem, foreach=False)
+    return build(case.torch, case, problem, foreach=False)
 
 
 def parameters(problem: Problem) -> list[torch.nn.Parameter]:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from optimizers import each_in_torch
 from torch import nn
 
 import fused_ema.step.stepper
-from fused_ema import FusedEMA, FusedScaledAdam, FusedScaledAdamW, FusedScaledSGD
-
-CASES = {
-    "SGD": (FusedScaledSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
-    "Adam": (FusedScaledAdam, torch.optim.Adam, {"lr": 0.1, "amsgrad": True}),
-    "AdamW": (FusedScaledAdamW, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.1}),
-}
+from fused_ema import FusedEMA, FusedScaledAdamW
 
 
 def parameters() -> list[nn.Parameter]:
@@ -30,10 +25,11 @@ def give(params: list[nn.Parameter], step: int) -> None:
 
 
 @pytest.mark.parametrize("which", ["all", "some"])
-@pytest.mark.parametrize(("cls", "base", "fields"), CASES.values(), ids=CASES)
-def test_as_a_new_optimizer_whose_average_goes_on(cls, base, fields, which, backend):
+@each_in_torch
+def test_as_a_new_optimizer_whose_average_goes_on(optimizer, which, backend):
+    fields, base = {"lr": 0.1, **optimizer.options}, optimizer.theirs
     params, twins = parameters(), parameters()
-    opt = cls(params, ema_decay=0.75, backend=backend, **fields)
+    opt = optimizer.ours(params, ema_decay=0.75, backend=backend, **fields)
     optimizers = [base([twin], **fields) for twin in twins]
     right = [twin.detach().clone() for twin in twins]
     for step in range(6):

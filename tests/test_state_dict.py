@@ -8,23 +8,12 @@ import pickle
 
 import pytest
 import torch
+from optimizers import each_setting, each_setting_in_torch
 from torch import nn
 
-import fused_ema
 from fused_ema import CosineDecay, FusedScaledAdam, FusedScaledAdamW, FusedScaledSGD
 
-PAIRS = {
-    "sgd": ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.2}),
-    "adam": ("Adam", {"lr": 0.01, "amsgrad": True}),
-    "adamw": ("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
-}
-
-
-def make(name: str, params, *, ours: bool, **extra):
-    rule, kwargs = PAIRS[name]
-    if ours:
-        return getattr(fused_ema, f"FusedScaled{rule}")(params, **kwargs, **extra)
-    return getattr(torch.optim, rule)(params, foreach=False, **kwargs)
+LR = 0.1
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -48,44 +37,45 @@ def through_file(state_dict):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_from_torch(name, backend):
+@each_setting_in_torch
+def test_from_torch(optimizer, options, backend):
     ours, theirs = parameters(), parameters()
-    reference = make(name, theirs, ours=False)
+    reference = optimizer.theirs(theirs, lr=LR, foreach=False, **options)
     advance(theirs, reference, 5, seed=1)
     with torch.no_grad():
         for p, q in zip(ours, theirs, strict=True):
             p.copy_(q)
-    optimizer = make(name, ours, ours=True, ema_decay=0.9, backend=backend)
-    optimizer.load_state_dict(through_file(reference.state_dict()))
-    assert optimizer.param_groups[0]["ema_decay"] == 0.9
+    opt = optimizer.ours(ours, lr=LR, **options, ema_decay=0.9, backend=backend)
+    opt.load_state_dict(through_file(reference.state_dict()))
+    assert opt.param_groups[0]["ema_decay"] == 0.9
     advance(theirs, reference, 5, seed=2)
-    advance(ours, optimizer, 5, seed=2)
+    advance(ours, opt, 5, seed=2)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_into_torch(name, backend):
+@each_setting_in_torch
+def test_into_torch(optimizer, options, backend):
     ours, theirs = parameters(), parameters()
-    optimizer = make(name, ours, ours=True, ema_decay=(0.9, 0.99), backend=backend)
-    advance(ours, optimizer, 5, seed=1)
+    opt = optimizer.ours(ours, lr=LR, **options, ema_decay=(0.9, 0.99), backend=backend)
+    advance(ours, opt, 5, seed=1)
     with torch.no_grad():
         for p, q in zip(ours, theirs, strict=True):
             q.copy_(p)
-    reference = make(name, theirs, ours=False)
-    reference.load_state_dict(through_file(optimizer.state_dict()))
+    reference = optimizer.theirs(theirs, lr=LR, foreach=False, **options)
+    reference.load_state_dict(through_file(opt.state_dict()))
     advance(theirs, reference, 5, seed=2)
-    advance(ours, optimizer, 5, seed=2)
+    advance(ours, opt, 5, seed=2)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
 
 
 def test_momentum_that_saw_no_gradient_starts_in_torch_as_the_gradient():
     ours, theirs = parameters(), parameters()
-    optimizer = make("sgd", ours, ours=True, ema_decay=0.9)
+    momentum = {"lr": LR, "momentum": 0.9, "dampening": 0.2}
+    optimizer = FusedScaledSGD(ours, ema_decay=0.9, **momentum)
     optimizer.step()
-    reference = make("sgd", theirs, ours=False)
+    reference = torch.optim.SGD(theirs, foreach=False, **momentum)
     reference.load_state_dict(optimizer.state_dict())
     advance(theirs, reference, 3, seed=2)
     advance(ours, optimizer, 3, seed=2)
@@ -94,37 +84,36 @@ def test_momentum_that_saw_no_gradient_starts_in_torch_as_the_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", PAIRS)
-def test_resume_in_mid_training_is_bit_exact(name, dtype, backend):
-    options = {"ema_decay": CosineDecay(0.9, 40.0), "kappa": 2.0, "backend": backend}
+@each_setting
+def test_resume_in_mid_training_is_bit_exact(optimizer, options, dtype, backend):
+    shared = {"lr": LR, "ema_decay": CosineDecay(0.9, 40.0), "backend": backend, **options}
     straight = parameters(dtype)
-    optimizer = make(name, straight, ours=True, **options)
-    advance(straight, optimizer, 6, seed=1)
-    saved = through_file(optimizer.state_dict())
+    opt = optimizer.ours(straight, kappa=2.0, **shared)
+    advance(straight, opt, 6, seed=1)
+    saved = through_file(opt.state_dict())
     weights = [p.detach().clone() for p in straight]
-    advance(straight, optimizer, 6, seed=2)
+    advance(straight, opt, 6, seed=2)
 
     resumed = parameters(dtype)
     with torch.no_grad():
         for p, weight in zip(resumed, weights, strict=True):
             p.copy_(weight)
-    del options["kappa"]
-    other = make(name, resumed, ours=True, **options)
+    other = optimizer.ours(resumed, **shared)
     other.load_state_dict(saved)
     assert other.kappa == 2.0
     advance(resumed, other, 6, seed=2)
     for p, q in zip(straight, resumed, strict=True):
         assert torch.equal(p, q)
-        for key, value in optimizer.state[p].items():
+        for key, value in opt.state[p].items():
             assert torch.equal(value, other.state[q][key]), key
 
 
 def test_loading_keeps_dtypes_and_copies():
     params = parameters(torch.bfloat16)
-    optimizer = make("adamw", params, ours=True, ema_decay=0.999)
+    optimizer = FusedScaledAdamW(params, ema_decay=0.999)
     advance(params, optimizer, 4, seed=1)
     other_params = parameters(torch.bfloat16)
-    other = make("adamw", other_params, ours=True, ema_decay=0.999)
+    other = FusedScaledAdamW(other_params, ema_decay=0.999)
     other.load_state_dict(optimizer.state_dict())
     for p, q in zip(params, other_params, strict=True):
         assert other.state[q]["ema"].dtype == torch.float32
@@ -136,7 +125,7 @@ def test_loading_keeps_dtypes_and_copies():
 
 def test_a_schedule_is_not_saved_but_its_position_is():
     params = parameters()
-    optimizer = make("adamw", params, ours=True, ema_decay=(CosineDecay(0.9, 10.0), 0.99))
+    optimizer = FusedScaledAdamW(params, ema_decay=(CosineDecay(0.9, 10.0), 0.99))
     optimizer.kappa = 3.0
     advance(params, optimizer, 2, seed=1)
     (saved,) = optimizer.state_dict()["param_groups"]
@@ -177,7 +166,7 @@ def test_adamw_keeps_its_decay_when_loading_adam():
 )
 def test_a_bad_state_changes_nothing(damage, message):
     params = parameters()
-    optimizer = make("adamw", params, ours=True, ema_decay=0.9)
+    optimizer = FusedScaledAdamW(params, ema_decay=0.9)
     advance(params, optimizer, 2, seed=1)
     before = copy.deepcopy(optimizer.state_dict())
     bad = copy.deepcopy(before)
@@ -193,7 +182,7 @@ def test_a_bad_state_changes_nothing(damage, message):
 
 def test_users_hooks_see_the_loaded_state():
     params = parameters()
-    optimizer = make("adamw", params, ours=True, ema_decay=0.9)
+    optimizer = FusedScaledAdamW(params, ema_decay=0.9)
     advance(params, optimizer, 2, seed=1)
     seen = []
     optimizer.register_load_state_dict_pre_hook(
@@ -208,21 +197,21 @@ def test_users_hooks_see_the_loaded_state():
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-@pytest.mark.parametrize("name", PAIRS)
-def test_deepcopy_and_pickle_train_on_alike(name, clone, backend):
+@each_setting
+def test_deepcopy_and_pickle_train_on_alike(optimizer, options, clone, backend):
     params = parameters()
     teacher = [p.detach().clone() for p in params]
-    optimizer = make(name, params, ours=True, ema_decay=0.9, teacher=teacher, backend=backend)
-    advance(params, optimizer, 3, seed=1)
-    other = clone(optimizer)
+    opt = optimizer.ours(params, lr=LR, **options, ema_decay=0.9, teacher=teacher, backend=backend)
+    advance(params, opt, 3, seed=1)
+    other = clone(opt)
     others = other.param_groups[0]["params"]
     assert other.backend == backend
-    advance(params, optimizer, 3, seed=2)
+    advance(params, opt, 3, seed=2)
     advance(others, other, 3, seed=2)
     for p, q in zip(params, others, strict=True):
         assert p is not q
         assert torch.equal(p, q)
-        assert torch.equal(optimizer.state[p]["ema"], other.state[q]["ema"])
+        assert torch.equal(opt.state[p]["ema"], other.state[q]["ema"])
         assert other.state[q]["ema"] is other._teachers.tensors[q]
 
 

@@ -9,6 +9,7 @@ from itertools import cycle, product
 import pytest
 import torch
 from cases import DTYPES
+from optimizers import SCALARS, rules_and_states
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -21,22 +22,8 @@ from fused_ema.step import layout
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 
-RULE_STATES = (("frozen", 0), ("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3))
-# In the order of the records in fused_ema/rules. Flags are off and on, decays are none and
-# some, and there are weights on both sides of 1/2, where lerp changes its formula.
-SCALARS = {
-    "frozen": ((), (), ()),
-    "sgd": (
-        (1.0, 0.0, 0.9, 0.7, 0.8, 0.0, 0.1),
-        (-1.0, 0.2, 0.6, 0.5, 0.4, 1.0, 0.03),
-        (0.3, 0.3, 0.9, 0.0, 1.0, 1.0, 0.5),
-    ),
-    "adam": (
-        (1.0, 0.2, 0.01, 0.1, 0.001, 0.002, 1e-8),
-        (-1.0, 0.0, 0.0, 0.7, 0.6, 0.03, 1e-3),
-        (0.3, 0.3, 0.04, 0.5, 0.1, 0.7, 0.0),
-    ),
-}
+RULE_STATES = rules_and_states()
+# There are weights on both sides of 1/2, where lerp changes its formula.
 EMA_WEIGHTS = ((0.1, 0.0, 0.6), (1.0, 0.3, 1e-7), (0.8, 0.5, 0.01))
 SEEDS = (0, 0xFFFFFFFF, 123456789)
 SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -2e-8, 7e-5, 6e4, -3e38)

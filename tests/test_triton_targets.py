@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import triton.language as tl
+from optimizers import ADAPTIVE_RULES
 from triton_targets import FOLDS, SQUARES, TARGETS, VARIANTS, Row, Variant
 
 from fused_ema.kernels import step
@@ -17,7 +18,7 @@ from fused_ema.kernels import step
 # Of a multiprocessor's threads.
 OCCUPANCY = 1 / 2
 # Kernels with divisions and roots.
-DIVIDING = ("adam", SQUARES)
+DIVIDING = {*ADAPTIVE_RULES, SQUARES}
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import twins
+from optimizers import each_optimizer
 
-from fused_ema import FusedScaledAdamW, FusedScaledSGD, _native
+from fused_ema import FusedScaledAdamW, _native
 from fused_ema.step import buckets, layout
 from fused_ema.step.backends import dense, words
 
@@ -231,18 +232,16 @@ def test_errors_are_alike():
     [{}, {"master_weights": True}, {"ema_format": "bf16", "state_format": "bf16"}],
     ids=str,
 )
-@pytest.mark.parametrize("cls", [FusedScaledSGD, FusedScaledAdamW])
-def test_triton_steps_to_the_same_bits(cls, kwargs, monkeypatch):
+@each_optimizer
+def test_triton_steps_to_the_same_bits(optimizer, kwargs, monkeypatch):
     dtype = torch.bfloat16 if "master_weights" in kwargs else torch.float32
     found = []
     for why_not in (None, "not wanted"):
         monkeypatch.setattr(dense, "why_not", why_not)
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(n, dtype=dtype)) for n in (7, 1030)]
-        more = {"momentum": 0.9} if cls is FusedScaledSGD else {}
-        opt = cls(
-            params, lr=0.1, ema_decay=0.9, backend="triton", max_grad_norm=1.0, **more, **kwargs
-        )
+        shared = {"lr": 0.1, "ema_decay": 0.9, "max_grad_norm": 1.0, **optimizer.options}
+        opt = optimizer.ours(params, backend="triton", **shared, **kwargs)
         for k in range(3):
             for p in params:
                 p.grad = torch.randn_like(p)

@@ -220,7 +220,8 @@ def pairs_of(
     actual: OracleState, expected: OracleState, bounds: Bounds, storage: torch.dtype
 ) -> Iterator[tuple[str, Array | None, Array | None, Array | None]]:
     """Name, both values and the bound of everything that is compared."""
-    yield "param", actual.param, expected.param, storage_bound(expected.param, bounds.param, storage)
+    bound = storage_bound(expected.param, bounds.param, storage)
+    yield "param", actual.param, expected.param, bound
     for name in {**expected.states, **actual.states}:
         wanted, bound = expected.states.get(name), bounds.states.get(name)
         bound = bound if wanted is None else storage_bound(wanted, bound, storage)

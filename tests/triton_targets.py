@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from optimizers import rules_and_states
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -86,9 +87,8 @@ class Variant:
 
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-RULE_STATES = (("frozen", 0), ("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3))
 VARIANTS = (
-    *(Variant(rule, states, dtype) for rule, states in RULE_STATES for dtype in DTYPES),
+    *(Variant(rule, states, dtype) for rule, states in rules_and_states() for dtype in DTYPES),
     Variant("adam", 2, averages=0),
     Variant("adam", 2, averages=3),
     Variant("adam", 2, ema_before=True),

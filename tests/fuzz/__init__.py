@@ -2,7 +2,7 @@
 
 A check takes a seed and raises AssertionError. ``python -m fuzz`` in ``tests`` runs them, for a
 time with fresh seeds or for one seed; ``test_fuzz.py`` runs a fixed number of fixed seeds. The
-oracle is ``oracles.py``, in float64 numpy, with the bounds of ``tolerances.py``.
+oracles are in ``oracles``, in float64 numpy, with the bounds of ``tolerances.py``.
 """
 
 from __future__ import annotations

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import harness
 import numpy as np
 import torch
 from cases import CHUNK, cosine, warm_up
-from oracles import OracleConfig, OracleState, config_from, initial_state, oracle_step
+from optimizers import OPTIMIZERS, Optimizer
+from oracles import OracleConfig, OracleState, initial_state, oracle_step
 from tolerances import COMPUTE_OF, NORM, UNIT, assert_local
 from torch.nn import Parameter
 
@@ -97,25 +98,17 @@ def is_shared(grad: torch.Tensor) -> bool:
     )
 
 
-def draw_group(rng: random.Random, rule: str, averages: int) -> dict[str, Any]:
+def draw_group(rng: random.Random, optimizer: Optimizer, averages: int) -> dict[str, Any]:
     """Hyper-parameters of a group; all of a kind that every rule and schedule can follow."""
-    group: dict[str, Any] = {
+    return {
         "lr": rng.choice((0.0, 1e-3, 1e-2)),
         "weight_decay": rng.choice((0.0, 0.1)),
         "maximize": rng.random() < 0.3,
         "kappa": rng.choice((0.5, 1.0, 1.0, 3.0, 8.0)),
         "ema_order": rng.choice(("after", "after", "before")),
         "ema_decay": tuple(rng.choice(DECAYS) for _ in range(averages)) or None,
+        **optimizer.draw(rng),
     }
-    if rule == "SGD":
-        group["momentum"] = rng.choice((0.0, 0.9))
-        group["nesterov"] = group["momentum"] > 0 and rng.random() < 0.4
-        group["dampening"] = 0.0 if group["nesterov"] else rng.choice((0.0, 0.3))
-        group["momentum_scaling"] = rng.choice(("none", "exact"))
-    else:
-        group |= {"eps": rng.choice((1e-2, 1e-3)), "amsgrad": rng.random() < 0.3}
-        group["betas"] = rng.choice(((0.9, 0.999), (0.5, 0.9), (0.0, 0.99)))
-    return group
 
 
 @dataclass
@@ -140,7 +133,7 @@ class Run:
     def __init__(self, seed: int, lazy: bool = False, freezes: bool = False) -> None:
         self.rng = rng = random.Random(seed)
         self.lazy, self.freezes = lazy, freezes
-        self.rule = rng.choice(("SGD", "Adam", "AdamW"))
+        self.optimizer = rng.choice(tuple(OPTIMIZERS.values()))
         self.averages = rng.choice((0, 1, 1, 2, 3))
         self.every = rng.choice((1, 1, 1, 2, 3))
         self.max_norm = rng.choice((None, None, 0.5, 5.0))
@@ -153,7 +146,7 @@ class Run:
         if self.scaled:  # only who asks for torch's fused class is handed scaled gradients
             options |= {"backend": "auto", "fused": True}
         options |= {"max_grad_norm": self.max_norm, "master_weights": masters}
-        self.opt = getattr(fused_ema, f"FusedScaled{self.rule}")(groups, **options)
+        self.opt = self.optimizer.ours(groups, **options)
         self.remember()
 
     def make_group(self) -> dict[str, Any]:
@@ -161,7 +154,7 @@ class Run:
         params = [draw_parameter(rng, rng.choice(DTYPES)) for _ in range(rng.randrange(1, 4))]
         if rng.random() < 0.3:
             params += slices_of_one(rng, rng.choice(DTYPES))
-        group = draw_group(rng, self.rule, self.averages)
+        group = draw_group(rng, self.optimizer, self.averages)
         if self.every > 1:
             # what a schedule is read at is told by test_ema_every.py
             decays = group["ema_decay"] or ()
@@ -175,7 +168,7 @@ class Run:
         for group in self.opt.param_groups:
             for p in group["params"]:
                 if id(p) not in known:
-                    state = initial_state(config_of(self.rule, group), harness.vector([p]))
+                    state = initial_state(config_of(self.optimizer, group), harness.vector([p]))
                     self.members.append(Member(p, group, replace(state, clock=clock)))
 
     def change(self) -> None:
@@ -253,7 +246,7 @@ class Run:
     def check(self, member: Member, grad: np.ndarray | None) -> None:
         member.waited, member.begun = member.waited + 1, True
         due = self.steps % self.every == 0
-        config = config_of(self.rule, member.group)
+        config = config_of(self.optimizer, member.group)
         decays = tuple(
             decay if self.every == 1 else decay**member.waited if due else 1.0
             for decay in config.ema_decay
@@ -290,9 +283,9 @@ def stored_gradient(param: Parameter, factor: float) -> np.ndarray | None:
     return harness.vector([param.grad.clone()]) / factor
 
 
-def config_of(rule: str, group: dict[str, Any]) -> OracleConfig:
-    fields = set(OracleConfig.__dataclass_fields__) - {"rule", "decoupled"}
-    return config_from(f"FusedScaled{rule}", {k: v for k, v in group.items() if k in fields})
+def config_of(optimizer: Optimizer, group: dict[str, Any]) -> OracleConfig:
+    known = {field.name for field in fields(optimizer.oracle)}
+    return optimizer.config({key: value for key, value in group.items() if key in known})
 
 
 def follow(run: Run) -> None:
@@ -329,7 +322,7 @@ def early_reads(seed: int) -> None:
         for member in run.members:
             member.param.add_(1.0)
             member.held = initial_state(
-                config_of(run.rule, member.group), harness.vector([member.param])
+                config_of(run.optimizer, member.group), harness.vector([member.param])
             )
     follow(run)
 

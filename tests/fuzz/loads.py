@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from cases import warm_up
+from optimizers import OPTIMIZERS
 from torch import nn
-
-import fused_ema
 
 from .snapshots import difference, snapshot
 
@@ -26,14 +25,13 @@ class Training:
         torch.manual_seed(seed)
         dtype = rng.choice((torch.float32, torch.float32, torch.float64, torch.bfloat16))
         self.model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).to(dtype)
-        rule = rng.choice(("SGD", "Adam", "AdamW"))
+        optimizer = rng.choice(tuple(OPTIMIZERS.values()))
         params = list(self.model.parameters())
         cut = rng.choice((2, len(params)))
         groups = [{"params": part} for part in (params[:cut], params[cut:]) if part]
         options: dict[str, Any] = {"lr": 1e-2, "kappa": rng.choice((1.0, 4.0))}
         options["ema_decay"] = rng.choice((None, 0.9, (0.9, 0.99), warm_up))
-        if rule == "SGD":
-            options["momentum"] = rng.choice((0.0, 0.9))
+        options |= rng.choice(tuple(optimizer.settings.values()))
         if options["ema_decay"] is not None and rng.random() < 0.5:
             options |= {"model": self.model, "ema_buffers": rng.choice(("average", "copy"))}
         options["ema_every"] = rng.choice((1, 1, 2))
@@ -41,7 +39,7 @@ class Training:
         if dtype == torch.float32 and options["ema_every"] == 1:
             options["ema_format"] = rng.choice(("full", "full", "bf16", "delta"))
         options["backend"] = backend or rng.choice(("auto", "native", "foreach"))
-        self.opt = getattr(fused_ema, f"FusedScaled{rule}")(groups, **options)
+        self.opt = optimizer.ours(groups, **options)
         self.advance(rng.randrange(1, 5), seed)
 
     @property

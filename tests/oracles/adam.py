@@ -127,9 +127,7 @@ class Adam(OracleConfig):
         if scalars.keep != 1:
             rounding = rounding + DECAY * np.abs(state.param)
         param = scalars.keep * incoming.param + error + unit * rounding
-        return incoming.with_errors(
-            param, exp_avg=mean, exp_avg_sq=second, max_exp_avg_sq=largest
-        )
+        return incoming.with_errors(param, exp_avg=mean, exp_avg_sq=second, max_exp_avg_sq=largest)
 
 
 @dataclass(frozen=True)
