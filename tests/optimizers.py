@@ -34,6 +34,7 @@ class Optimizer:
     formulas: options that change how the numbers enter a step.
     scalars: three rows of its kernels' table, in the order of the rule's record. Flags are off and
         on, decays are none and some, and rates of lerp are on both sides of 1/2.
+    folded: numbers from which devices fold their scalars, all with the same states.
     adaptive: whether a step is divided by the root of squares: then a finite gradient moves a
         weight by a finite amount, and the kernels divide.
     draw: random options; those that all optimizers have are drawn elsewhere.
@@ -48,6 +49,7 @@ class Optimizer:
     settings_in_torch: tuple[str, ...]
     formulas: tuple[Options, ...]
     scalars: tuple[tuple[float, ...], ...]
+    folded: tuple[Options, ...]
     adaptive: bool
     draw: Callable[[Random], dict[str, Any]]
 
@@ -112,6 +114,11 @@ SGD = Optimizer(
         (-1.0, 0.2, 0.6, 0.5, 0.4, 1.0, 0.03),
         (0.3, 0.3, 0.9, 0.0, 1.0, 1.0, 0.5),
     ),
+    folded=(
+        {"lr": 0.125, "momentum": 0.9, "weight_decay": 0.1},
+        {"lr": 1e-3, "momentum": 0.99},
+        {"lr": 0.5, "momentum": 1.0},
+    ),
     adaptive=False,
     draw=draw_sgd,
 )
@@ -132,6 +139,10 @@ ADAM = Optimizer(
         (1.0, 0.2, 0.01, 0.1, 0.001, 0.002, 1e-8),
         (-1.0, 0.0, 0.0, 0.7, 0.6, 0.03, 1e-3),
         (0.3, 0.3, 0.04, 0.5, 0.1, 0.7, 0.0),
+    ),
+    folded=(
+        {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.1},
+        {"lr": 0.25, "betas": (0.0, 0.98), "eps": 1e-3},
     ),
     adaptive=True,
     draw=draw_adam,
@@ -154,6 +165,7 @@ ADAMW = Optimizer(
         {"beta_scaling": "linear"},
     ),
     scalars=ADAM.scalars,
+    folded=ADAM.folded,
     adaptive=True,
     draw=draw_adam,
 )
@@ -175,7 +187,9 @@ each_setting_in_torch = pytest.mark.parametrize(
     ("optimizer", "options"), IN_TORCH.values(), ids=IN_TORCH
 )
 
-SCALARS = {"frozen": ((), (), ()), **{o.ours.rule.name: o.scalars for o in OPTIMIZERS.values()}}
+# The first of each rule.
+OF_RULE = {o.ours.rule.name: o for o in reversed(OPTIMIZERS.values())}
+SCALARS = {"frozen": ((), (), ()), **{rule: o.scalars for rule, o in OF_RULE.items()}}
 ADAPTIVE_RULES = {o.ours.rule.name for o in OPTIMIZERS.values() if o.adaptive}
 STATE_NAMES = tuple(
     dict.fromkeys(name for o in OPTIMIZERS.values() for name in o.oracle.state_names)

@@ -11,6 +11,7 @@ import shim_backend
 import torch
 from cases import DEVICE_BACKENDS
 from graphs import Graph
+from optimizers import OF_RULE, each_optimizer
 from tolerances import folding_bound
 from twins import set_gradients
 
@@ -37,23 +38,11 @@ DECAYS = (
     *(PowerDecay(6.94), lambda t: (1.0 + t) / (10.0 + t)),
 )
 # As few as a bucket may hold, of one number of states each.
-NUMBERS: dict[str, tuple[dict[str, Any], ...]] = {
-    "sgd": (
-        {"lr": 0.125, "momentum": 0.9, "weight_decay": 0.1},
-        {"lr": 1e-3, "momentum": 0.99},
-        {"lr": 0.5, "momentum": 1.0},
-    ),
-    "adam": (
-        {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.1},
-        {"lr": 0.25, "betas": (0.0, 0.98), "eps": 1e-3},
-    ),
-    "frozen": ({},),
-}
+NUMBERS = {"frozen": ({},), **{rule: o.folded for rule, o in OF_RULE.items()}}
 DAMPENING = 0.25  # where Nesterov's momentum allows it
 MAKERS: dict[str, Callable[..., Any]] = {
-    "sgd": fused_ema.FusedScaledSGD,
-    "adam": fused_ema.FusedScaledAdam,
     "frozen": fused_ema.FusedScaledSGD,  # parameters that require no grad
+    **{rule: o.ours for rule, o in OF_RULE.items()},
 }
 RULES = rules.RULES
 
@@ -240,8 +229,8 @@ MOST_LAUNCHES = 3
 
 
 @pytest.mark.parametrize("num_groups", [1, 50])
-@pytest.mark.parametrize("cls", ["FusedScaledSGD", "FusedScaledAdam", "FusedScaledAdamW"])
-def test_launches_of_a_captured_step(cls, num_groups, device_backend, monkeypatch):
+@each_optimizer
+def test_launches_of_a_captured_step(optimizer, num_groups, device_backend, monkeypatch):
     decays = [0.99, CosineDecay(0.5, 40.0), WarmUpDecay(0.9), PowerDecay(1.0)]
     given = [
         {
@@ -252,7 +241,7 @@ def test_launches_of_a_captured_step(cls, num_groups, device_backend, monkeypatc
         }
         for k in range(num_groups)
     ]
-    opt = getattr(fused_ema, cls)(given, capturable=True, backend=device_backend)
+    opt = optimizer.ours(given, capturable=True, backend=device_backend)
     for _ in range(2):
         for group in opt.param_groups:
             set_gradients(0, group["params"])
