@@ -30,7 +30,7 @@ from .distributed import Group
 from .evaluation import knn, linear_probe, outputs
 from .folder import Folder
 from .networks import backbone, mlp
-from .recipe import Recipe, left_alone
+from .recipe import Recipe
 from .results import curves, first, last
 from .training import Run, Session
 
@@ -204,8 +204,8 @@ def make_optimizer(
     groups = [
         {**group, "ema_decay": ema_decay}
         for part, ema_decay in (
-            (online.encoder, rho(config, run, total)),
-            (online.projector, rho(config, run, total)),
+            (online.encoder, rho(config, total)),
+            (online.projector, rho(config, total)),
             (online.predictor, None),
         )
         for group in param_groups_weight_decay(part, decay)
@@ -213,6 +213,7 @@ def make_optimizer(
     shared: EmaOptions = {
         "teacher": target,
         "model": online,
+        "kappa_scales": "all" if run.rule else "optimizer",
         "ema_buffers": config.ema_buffers,
         "backend": config.backend,
     }
@@ -222,10 +223,9 @@ def make_optimizer(
     return FusedScaledSGD(groups, lr=config.lr, momentum=config.momentum, **shared)
 
 
-def rho(config: Config, run: Run, total: float) -> Decay:
-    """The target's base decay; without the rule, one that is ``rho`` again at the run's kappa."""
-    decay = CosineDecay(config.rho, total) if config.rho_schedule == "cosine" else config.rho
-    return decay if run.rule else left_alone(decay, run.kappas[0])
+def rho(config: Config, total: float) -> Decay:
+    """The target's base decay."""
+    return CosineDecay(config.rho, total) if config.rho_schedule == "cosine" else config.rho
 
 
 def fixed(config: Config, kappa: float, seed: int, rule: bool = True) -> Run:

@@ -6,6 +6,7 @@ The average does not enter the training, so that one run keeps two: ``rho**kappa
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from .distributed import Group
 from .evaluation import score
 from .folder import Folder
 from .networks import backbone
-from .recipe import Recipe, left_alone
+from .recipe import Recipe
 from .results import curves, gaps, last
 from .training import Run, Session
 
@@ -117,10 +118,14 @@ def train(config: Config, run: Run, session: Session) -> None:
 
 
 def averages(config: Config, run: Run) -> dict[str, Decay]:
-    """Base decays of the averages: the rule's and, at a fixed kappa, that of rho left alone."""
+    """Base decays of the averages: the rule's and, at a fixed kappa, that of rho left alone.
+
+    Both follow one training, where ``kappa_scales`` would take two: the second's base decay is such
+    that ``kappa`` makes ``rho`` of it.
+    """
     if len(run.kappas) > 1:
         return {"rule": config.rho}
-    return {"rule": config.rho, "none": left_alone(config.rho, run.kappas[0])}
+    return {"rule": config.rho, "none": math.pow(config.rho, 1.0 / run.kappas[0])}
 
 
 def make_optimizer(config: Config, run: Run, model: nn.Module) -> FusedScaledOptimizer:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..ema.buffers import EmaBuffersMode
-from ..ema.decay import Decay
 from ..step.backends import BackendName
 from .config import option, positive
 
@@ -109,10 +108,3 @@ class Recipe(Resources):
             done = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
             return (1.0 + math.cos(math.pi * min(done, 1.0))) / 2.0
         return 1.0
-
-
-def left_alone(decay: Decay, kappa: float) -> Decay:
-    """A base decay that is ``decay`` at ``kappa``: what an average does that nobody scaled."""
-    if callable(decay):
-        return lambda t: decay(t) ** (1.0 / kappa)
-    return math.pow(decay, 1.0 / kappa)
