@@ -102,8 +102,9 @@ def averaged_model(how: Callable[[float], Mapping[str, Any]]) -> Callable[..., A
 def model_ema_v3(weights: Weights, decay: float) -> Average:
     """In the parameters' dtype: it rounds to bfloat16 stochastically."""
     module = nn.ParameterList(weights.exact)
-    make = library("timm.utils").ModelEmaV3
-    averaged = make(module, decay=decay, dtype=weights.params[0].dtype)
+    make, dtype = library("timm.utils").ModelEmaV3, weights.params[0].dtype
+    # older ones have no such argument, and need none where weights are float32
+    averaged = make(module, decay=decay, **({"dtype": dtype} if dtype != torch.float32 else {}))
     return Average(partial(averaged.update, module), lambda: list(averaged.module.parameters()))
 
 
