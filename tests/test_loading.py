@@ -204,7 +204,7 @@ def test_a_teacher_without_a_saved_average_is_told():
     torchs.step()
     teacher = [torch.zeros_like(p) for p in params]
     opt = FusedScaledAdamW(params, ema_decay=0.9, teacher=teacher)
-    with pytest.warns(UserWarning, match="no average for the teacher .* copy the weights into it"):
+    with pytest.warns(UserWarning, match="no average for the teacher, .* copy the weights into it"):
         opt.load_state_dict(torchs.state_dict())
     fresh_one = FusedScaledAdamW(
         params, ema_decay=0.9, teacher=[torch.zeros_like(p) for p in params]

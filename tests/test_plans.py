@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fused_ema import FusedScaledAdamW, FusedScaledSGD
+from fused_ema.optim.stepping import Begun
 
 STATES = ("exp_avg", "exp_avg_sq", "ema")
 
@@ -277,7 +278,7 @@ def test_a_state_that_is_written_to_and_as_before_keeps_its_plans(backend):
         for p in params:
             optimizer.state[p]["note"] = 1
             del optimizer.state[p]["note"]
-        optimizer._prepared()
+        optimizer._prepared(Begun())
         assert optimizer._stepper.plans is plans
         replace_averages(params, optimizer)
 
