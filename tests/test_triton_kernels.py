@@ -112,7 +112,7 @@ class Table:
     """What a native plan takes its scalars from: group i has row i."""
 
     variant: Variant
-    kappas: Sequence[float] = (1.0,) * len(EMA_WEIGHTS)
+    advances: Sequence[float] = (1.0,) * len(EMA_WEIGHTS)
 
     def __call__(self, group: int, step: float | None):
         scalars = () if step is None else SCALARS[self.variant.rule][group]
