@@ -20,32 +20,50 @@ constexpr float delta_scale = 1024;
 constexpr float largest_half = 65504;
 constexpr uint32_t largest_bfloat16 = 0x7f7f0000;  // as float's bits
 
-// 32 bits from 32 bits, each of them dependent on all: MurmurHash3's finalizer.
-FUSED_EMA_INLINE uint32_t mix(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x85ebca6bu;
+// 32 bits from 32 bits, each of them dependent on all: MurmurHash3's finalizer, in two steps. Of
+// the first, spread(a ^ b) is spread(a) ^ spread(b).
+FUSED_EMA_INLINE uint32_t spread(uint32_t x) { return x ^ (x >> 16); }
+
+FUSED_EMA_INLINE uint32_t mix_spread(uint32_t x) {
+  x *= 0x85ebca6bu;
   x = (x ^ (x >> 13)) * 0xc2b2ae35u;
   return x ^ (x >> 16);
 }
+
+FUSED_EMA_INLINE uint32_t mix(uint32_t x) { return mix_spread(spread(x)); }
 
 // Of a parameter, from those of the step and which of the optimizer's parameters it is.
 FUSED_EMA_INLINE uint32_t parameter_key(uint32_t seed, uint32_t parameter) {
   return mix(seed ^ mix(parameter));
 }
 
+// Of elements that share the upper half of their index.
+FUSED_EMA_INLINE uint32_t upper_key(int64_t index) {
+  return mix(static_cast<uint32_t>(index >> 32));
+}
+
 // Which average the first of the rule's states is to the hash.
 constexpr uint32_t first_state_key = uint32_t{1} << 31;
 
-// Random bits of the elements from `begin + offset` on, which share the upper half of their index
-// with `begin`: those of average `which`, or of a state.
+// Of an average, or of a state: far enough apart that their elements meet different hashes.
+FUSED_EMA_INLINE uint32_t stream_key(uint32_t which) { return which * 0x9e3779b1u; }
+
+// The 16 random bits of an element: a half of the hash that it shares with its neighbour.
+FUSED_EMA_INLINE uint32_t half_of(uint32_t hash, uint32_t index) {
+  return index % 2 == 0 ? hash & 0xffffu : hash >> 16;
+}
+
+// Random bits of the elements from `begin` on, which share the upper half of their index with it:
+// those of average `which`, or of a state.
 class RandomBits {
  public:
   RandomBits() = default;
-  FUSED_EMA_INLINE RandomBits(uint32_t key, uint32_t which, int64_t begin, uint32_t offset = 0)
-      : key_(mix(key ^ which) ^ mix(static_cast<uint32_t>(begin >> 32))),
-        first_(static_cast<uint32_t>(begin) + offset) {}
+  FUSED_EMA_INLINE RandomBits(uint32_t key, uint32_t which, int64_t begin)
+      : key_(key ^ stream_key(which) ^ upper_key(begin)), first_(static_cast<uint32_t>(begin)) {}
 
   FUSED_EMA_INLINE uint32_t operator[](int64_t i) const {
-    return mix(key_ ^ (first_ + static_cast<uint32_t>(i)));
+    const uint32_t index = first_ + static_cast<uint32_t>(i);
+    return half_of(mix(key_ ^ (index >> 1)), index);
   }
 
  private:
@@ -57,17 +75,18 @@ class RandomBits {
 // stays one.
 FUSED_EMA_INLINE BFloat16 round_bfloat16(float value, uint32_t bits) {
   const uint32_t magnitude = as_bits(value) & 0x7fffffffu;
-  const uint32_t low = (bits >> 16) & -uint32_t{magnitude < largest_bfloat16};
+  const uint32_t low = bits & -uint32_t{magnitude < largest_bfloat16};
   const uint32_t rounded = (as_bits(value) + low) >> 16;
   const bool is_nan = magnitude > 0x7f800000u;
   return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
 }
 
-// Likewise; cut off at the largest number. Selects instead of branches, to vectorise.
+// Likewise, by the lower 13 bits; cut off at the largest number. Selects instead of branches, to
+// vectorise.
 FUSED_EMA_INLINE Half round_half(float value, uint32_t bits) {
   const uint32_t pattern = as_bits(value) & 0x7fffffffu;
   const float magnitude = as_float(pattern) < largest_half ? as_float(pattern) : largest_half;
-  const uint32_t low = bits >> 19;
+  const uint32_t low = bits & 0x1fffu;
   const uint32_t normal = (as_bits(magnitude) - (112u << 23) + low) >> 13;
   const float units = magnitude < 0x1p-14f ? magnitude * 0x1p24f : 0.0f;
   const uint32_t subnormal = static_cast<uint32_t>(

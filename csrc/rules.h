@@ -2,8 +2,9 @@
 //
 // fused_ema/rules holds the same formulas under the same names. What is folded is a row of
 // doubles whose order is that of `scalars` here; `factor` multiplies every gradient. Kernels load
-// values, call update(), store them. The host folds in Python, a device by fold(), from a group's
-// `numbers` (`kappa` is the last) and `flags` and the base steps after this step.
+// values, call update(), store them, and say how: Exact, or Quick and once more where needed. The
+// host folds in Python, a device by fold(), from a group's `numbers` (`kappa` is the last) and
+// `flags` and the base steps after this step.
 #pragma once
 
 #include <array>
@@ -28,73 +29,150 @@ class Flags {
 // The direction to go in, a factor of the gradient.
 FUSED_EMA_INLINE double sign(bool maximize) { return maximize ? -1 : 1; }
 
+// A scalar as the arithmetic takes it.
+template <class T>
+FUSED_EMA_INLINE T narrowed(double scalar) {
+  T value = static_cast<T>(scalar);
+#if defined(__CUDA_ARCH__)
+  // once: the compiler would keep the double, and convert it for each pack
+  if constexpr (sizeof(T) == sizeof(float)) asm volatile("" : "+f"(value));
+#endif
+  return value;
+}
+
 template <class T>
 FUSED_EMA_INLINE bool is_finite(T value) {
   constexpr T largest = std::numeric_limits<T>::max();
   return std::abs(value) <= largest;
 }
 
-// from + weight*(to - from), exact where both are the same; `part` is weight*to. A difference that
-// is infinite, or none at all, tells nothing: then each counts by its share, and one without any
-// not at all. So a constant stays what it is, an infinity too, weight 0 leaves `from`, whatever
-// `to` is, and weight 1 gives `to`.
-template <class T>
-FUSED_EMA_INLINE T blend(T from, T to, T part, T weight) {
+// How values are blended: from + weight*(to - from), exact where both are the same, whatever they
+// are. A difference that is infinite, or none at all, tells nothing: then each counts by its share,
+// and one without any not at all. So a constant stays what it is, an infinity too, weight 0 leaves
+// `from`, whatever `to` is, and weight 1 gives `to`.
+struct Exact {
+  // `part` is weight*to
+  template <class T>
+  FUSED_EMA_INLINE T blend(T from, T to, T part, T weight) const {
 #if defined(__CUDA_ARCH__)
-  // What else follows from the weight is made anew for each element: kept, it would take the
-  // registers of a pack. So the compiler is told that this may be another weight each time.
-  if constexpr (sizeof(T) == sizeof(float)) asm volatile("" : "+f"(weight));
+    // What else follows from the weight is made anew for each element: kept, it would take the
+    // registers of a pack. So the compiler is told that this may be another weight each time.
+    if constexpr (sizeof(T) == sizeof(float)) asm volatile("" : "+f"(weight));
 #endif
-  const T change = to - from, rest = T(1) - weight;
-  const bool low = weight < T(0.5);
-  const T near = select(low, from, to) + (low ? weight : -rest) * change;
-  const T kept = select(weight != T(1), rest * from, T(-0.0));
-  const T taken = select(weight != T(0), part, T(-0.0));
-  const T far = kept + taken;
-  return is_finite(change) ? near : far;
-}
+    const T change = to - from, rest = T(1) - weight;
+    const bool low = weight < T(0.5);
+    const T near = select(low, from, to) + (low ? weight : -rest) * change;
+    const T kept = select(weight != T(1), rest * from, T(-0.0));
+    const T taken = select(weight != T(0), part, T(-0.0));
+    const T far = kept + taken;
+    return is_finite(change) ? near : far;
+  }
 
-template <class T>
-FUSED_EMA_INLINE T lerp(T from, T to, T weight) {
-  return blend(from, to, weight * to, weight);
+  // How far a value has moved: nowhere also where it stays infinite.
+  template <class T>
+  FUSED_EMA_INLINE T moved(T from, T to) const {
+    return from == to ? T(0) : to - from;
+  }
+
+  // On the way to zero.
+  template <class T>
+  FUSED_EMA_INLINE T shrunk(T value, T weight) const {
+    return blend(value, T(0), weight * T(0), weight);
+  }
+
+  template <class T>
+  FUSED_EMA_INLINE bool finite(T value) const {
+    return is_finite(value);
+  }
+
+  FUSED_EMA_INLINE void look(float) const {}
+};
+
+// As Exact, if right() says so afterwards: where weights are below a half, and differences finite.
+// A GPU so looks once for the values of a pack, where a CPU would no longer vectorise.
+class Quick {
+ public:
+  static FUSED_EMA_INLINE bool low(float weight) { return weight < 0.5f; }
+
+  FUSED_EMA_INLINE float blend(float from, float to, float, float weight) {
+    const float change = to - from;
+    low_ = low_ && low(weight);
+    finite(change);
+    return from + weight * change;
+  }
+
+  FUSED_EMA_INLINE float moved(float from, float to) const { return to - from; }
+
+  FUSED_EMA_INLINE float shrunk(float value, float weight) {
+    low_ = low_ && low(weight);
+    return value - weight * value;
+  }
+
+  FUSED_EMA_INLINE bool finite(float value) {
+#if defined(__CUDA_ARCH__)
+    nothing_ = __fmaf_rn(value, 0.0f, nothing_);
+#else
+    nothing_ += value * 0.0f;
+#endif
+    return true;
+  }
+
+  // Of a difference: finite, as what it is made of then is, too, and a half keeps it, whatever
+  // random bits do to it.
+  FUSED_EMA_INLINE void look(float value) {
+#if defined(__CUDA_ARCH__)
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest_) : "f"(std::abs(value)));
+#else
+    const bool keep = largest_ != largest_ || std::abs(value) <= largest_;
+    largest_ = keep ? largest_ : std::abs(value);
+#endif
+  }
+
+  FUSED_EMA_INLINE bool right() const { return low_ && nothing_ == 0 && largest_ < largest_half; }
+
+ private:
+  bool low_ = true;
+  // Numbers: predicates would be saved and restored around every division.
+  float nothing_ = 0;  // or a NaN
+  float largest_ = 0;
+};
+
+template <class T, class How>
+FUSED_EMA_INLINE T lerp(T from, T to, T weight, How& how) {
+  return how.blend(from, to, weight * to, weight);
 }
 
 // lerp(from, value*value, weight), also where only the weighted square is finite.
-template <class T>
-FUSED_EMA_INLINE T lerp_square(T from, T value, T weight) {
-  return blend(from, value * value, weight * value * value, weight);
-}
-
-// How far a value has moved: nowhere also where it stays infinite.
-template <class T>
-FUSED_EMA_INLINE T moved(T from, T to) {
-  return from == to ? T(0) : to - from;
+template <class T, class How>
+FUSED_EMA_INLINE T lerp_square(T from, T value, T weight, How& how) {
+  return how.blend(from, value * value, weight * value * value, weight);
 }
 
 // ema <- ema + weight * (param - ema), weight = 1 - rho^kappa.
-template <class T>
-FUSED_EMA_INLINE T ema(T average, T param, T weight) {
-  return lerp(average, param, weight);
+template <class T, class How>
+FUSED_EMA_INLINE T ema(T average, T param, T weight, How& how) {
+  return lerp(average, param, weight, how);
 }
 
-// Of the difference d = ema - param: d <- (1 - weight)*(d - change), where param has moved by
-// change, see moved(); or, of averages that take the old param, (1 - weight)*d - change.
-template <bool before, class T>
-FUSED_EMA_INLINE T ema_delta(T delta, T change, T weight) {
-  const T rest = before ? delta : delta - change;
-  const T kept = lerp(rest, T(0), weight);
-  return before ? kept - change : kept;
+// d - change, of a difference as it is stored: scaled, by which no bit is lost.
+FUSED_EMA_INLINE float apart(float delta, float change) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(change, -delta_scale, delta);
+#else
+  return delta - change * delta_scale;
+#endif
 }
 
-// Averages as they are stored, one step on: rounded by random bits.
-FUSED_EMA_INLINE BFloat16 rounded_ema(BFloat16 average, float param, float weight, uint32_t bits) {
-  return round_bfloat16(ema(load(average), param, weight), bits);
-}
-
-template <bool before>
-FUSED_EMA_INLINE Half rounded_ema_delta(Half delta, float change, float weight, uint32_t bits) {
-  const float held = load(delta) * (1 / delta_scale);
-  return round_half(ema_delta<before>(held, change, weight) * delta_scale, bits);
+// Of the difference d = ema - param, scaled: d <- (1 - weight)*(d - change), where param has moved
+// by change; or, of averages that take the old param, (1 - weight)*d - change.
+template <bool before, class How>
+FUSED_EMA_INLINE float ema_delta(float delta, float from, float to, float weight, How& how) {
+  const float change = how.moved(from, to);
+  const float rest = before ? delta : apart(delta, change);
+  const float kept = how.shrunk(rest, weight);
+  const float result = before ? apart(kept, change) : kept;
+  how.look(result);
+  return result;
 }
 
 // The gradient to descend: grad_factor * grad, plus the L2 penalty's weight_decay * param.
@@ -141,16 +219,16 @@ struct Sgd : SgdFold {
 
     FUSED_EMA_INLINE Scalars(const double* row, double factor)
         : nesterov(row[5] != 0),
-          grad_factor(T(row[0] * factor)),
-          weight_decay(T(row[1])),
-          momentum(T(row[2])),
-          carry(T(row[3])),
-          grad_weight(T(row[4])),
-          lr(T(row[6])) {}
+          grad_factor(narrowed<T>(row[0] * factor)),
+          weight_decay(narrowed<T>(row[1])),
+          momentum(narrowed<T>(row[2])),
+          carry(narrowed<T>(row[3])),
+          grad_weight(narrowed<T>(row[4])),
+          lr(narrowed<T>(row[6])) {}
   };
 
-  template <class T>
-  FUSED_EMA_INLINE static void update(T& param, T grad, T* states, const Scalars<T>& c) {
+  template <class T, class How>
+  FUSED_EMA_INLINE static void update(T& param, T grad, T* states, const Scalars<T>& c, How&) {
     grad = directed(grad, param, c.grad_factor, c.weight_decay);
     if constexpr (has_momentum) {
       T& momentum_buffer = states[0];
@@ -200,22 +278,22 @@ struct Adam : AdamFold {
     T grad_factor, weight_decay, decay, weight1, weight2, step_size, eps;
 
     FUSED_EMA_INLINE Scalars(const double* row, double factor)
-        : grad_factor(T(row[0] * factor)),
-          weight_decay(T(row[1])),
-          decay(T(row[2])),
-          weight1(T(row[3])),
-          weight2(T(row[4])),
-          step_size(T(row[5])),
-          eps(T(row[6])) {}
+        : grad_factor(narrowed<T>(row[0] * factor)),
+          weight_decay(narrowed<T>(row[1])),
+          decay(narrowed<T>(row[2])),
+          weight1(narrowed<T>(row[3])),
+          weight2(narrowed<T>(row[4])),
+          step_size(narrowed<T>(row[5])),
+          eps(narrowed<T>(row[6])) {}
   };
 
-  template <class T>
-  FUSED_EMA_INLINE static void update(T& param, T grad, T* states, const Scalars<T>& c) {
+  template <class T, class How>
+  FUSED_EMA_INLINE static void update(T& param, T grad, T* states, const Scalars<T>& c, How& how) {
     T& exp_avg = states[0];
     T& exp_avg_sq = states[1];
     grad = directed(grad, param, c.grad_factor, c.weight_decay);
-    exp_avg = lerp(exp_avg, grad, c.weight1);
-    exp_avg_sq = lerp_square(exp_avg_sq, grad, c.weight2);
+    exp_avg = lerp(exp_avg, grad, c.weight1, how);
+    exp_avg_sq = lerp_square(exp_avg_sq, grad, c.weight2, how);
     T second = exp_avg_sq;
     if constexpr (amsgrad) {
       T& largest = states[2];
@@ -224,7 +302,7 @@ struct Adam : AdamFold {
     }
     const T change = c.step_size * exp_avg / (std::sqrt(second) + c.eps);
     const T pull = c.decay * param;
-    const T decay = is_finite(param) ? pull : T(0);  // an infinity stays one
+    const T decay = how.finite(param) ? pull : T(0);  // an infinity stays one
     param = param - select(c.decay != T(0), change + decay, change);
   }
 };
@@ -245,8 +323,8 @@ struct Frozen {
     FUSED_EMA_INLINE Scalars(const double*, double) {}
   };
 
-  template <class T>
-  FUSED_EMA_INLINE static void update(T&, T, T*, const Scalars<T>&) {}
+  template <class T, class How>
+  FUSED_EMA_INLINE static void update(T&, T, T*, const Scalars<T>&, How&) {}
 };
 
 template <class... Rules>

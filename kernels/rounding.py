@@ -13,6 +13,7 @@ LARGEST_BFLOAT16 = tl.constexpr(0x7F7F0000)  # as float32's bits
 SMALLEST_NORMAL = tl.constexpr(2.0**-14)
 # Which average the first of the rule's states is to the hash.
 FIRST_STATE = tl.constexpr(1 << 31)
+STREAM = tl.constexpr(0x9E3779B1)
 
 
 @device
@@ -27,13 +28,19 @@ def mix(x):
 def chunk_key(seed, place, start):
     """What the bits of a chunk depend on; its elements share the upper half of their index."""
     key = mix(seed.to(tl.uint32) ^ mix(place.to(tl.uint32)))
-    return key, mix((start >> 32).to(tl.uint32))
+    return key ^ mix((start >> 32).to(tl.uint32))
 
 
 @device
-def random_bits(key, WHICH: tl.constexpr, o_block):
-    """32 random bits an element, of average WHICH, or of a state."""
-    return mix((mix(key[0] ^ WHICH) ^ key[1]) ^ o_block.to(tl.uint32))
+def random_bits(key, WHICH: tl.constexpr, start, BLOCK: tl.constexpr):
+    """16 random bits an element from ``start`` on, of average WHICH, or of a state.
+
+    Two neighbours share a hash, which the compiler makes once: ``start`` is even.
+    """
+    place = tl.arange(0, BLOCK).to(tl.uint32)
+    pair = tl.cast((start & 0xFFFFFFFF) >> 1, tl.uint32) + (place >> 1)
+    hashed = mix((key ^ (WHICH * STREAM & 0xFFFFFFFF)) ^ pair)
+    return tl.where((place & 1) == 0, hashed & 0xFFFF, hashed >> 16)
 
 
 @device
@@ -43,7 +50,7 @@ def round_bfloat16(value, bits):
     No finite number becomes infinite.
     """
     pattern = value.to(tl.uint32, bitcast=True)
-    low = tl.where((pattern & 0x7FFFFFFF) < LARGEST_BFLOAT16, bits >> 16, 0)
+    low = tl.where((pattern & 0x7FFFFFFF) < LARGEST_BFLOAT16, bits, 0)
     rounded = (pattern + low) >> 16
     rounded = tl.where(value != value, 0x7FC0, rounded)
     return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -51,12 +58,12 @@ def round_bfloat16(value, bits):
 
 @device
 def round_float16(value, bits):
-    """float32 to float16 likewise; cut off at its largest number."""
+    """float32 to float16 likewise, by the lower 13 bits; cut off at its largest number."""
     pattern = value.to(tl.uint32, bitcast=True)
     magnitude = (pattern & 0x7FFFFFFF).to(tl.float32, bitcast=True)
     magnitude = tl.where(magnitude < LARGEST_HALF, magnitude, LARGEST_HALF)
     small = magnitude < SMALLEST_NORMAL
-    low = bits >> 19
+    low = bits & 0x1FFF
     normal = (magnitude.to(tl.uint32, bitcast=True) - (112 << 23) + low) >> 13
     units = tl.where(small, magnitude * 16777216.0, 0.0) + low.to(tl.float32) * (1.0 / 8192.0)
     result = tl.where(small, units.to(tl.uint32), normal) | ((pattern >> 16) & 0x8000)

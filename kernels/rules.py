@@ -80,9 +80,10 @@ def ema(average, param, weight):
 
 @device
 def ema_delta(delta, change, weight, BEFORE: tl.constexpr):
-    """Move ``d = ema - param``, where param has moved by ``change``: ``d <- (1-w)*(d - change)``.
+    """Move a scaled difference ``d = ema - param``: ``d <- (1-w)*(d - change)``.
 
-    Of averages that take the parameter from before, ``(1-w)*d - change``.
+    param has moved by ``change``, scaled likewise. Of averages that take the parameter from before,
+    ``(1-w)*d - change``.
     """
     rest = delta if BEFORE else delta - change
     kept = lerp(rest, 0.0, weight)

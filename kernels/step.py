@@ -74,26 +74,44 @@ def pointer(address, o_block, TYPE: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @device
-def stored_state(value, key, o_block, K: tl.constexpr, WEIGHT: tl.constexpr, STATE: tl.constexpr):
+def stored_state(
+    value,
+    key,
+    start,
+    K: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """State K as it is kept: as the weights, or rounded to fewer bits."""
     if STATE == WEIGHT:
         stored = value.to(STATE)
     else:
-        stored = round_bfloat16(value, random_bits(key, FIRST_STATE + K, o_block))
+        stored = round_bfloat16(value, random_bits(key, FIRST_STATE + K, start, BLOCK))
     return stored
 
 
 @device
-def follow(average, old, new, weight, key, o_block, K: tl.constexpr, BEFORE: tl.constexpr):
+def follow(
+    average,
+    old,
+    new,
+    weight,
+    key,
+    start,
+    K: tl.constexpr,
+    BEFORE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Average K one step on, as it is kept: its dtype tells the format."""
     param = old if BEFORE else new
     if average.dtype == tl.bfloat16:
         followed = ema(average.to(tl.float32), param, weight)
-        stored = round_bfloat16(followed, random_bits(key, K, o_block))
+        stored = round_bfloat16(followed, random_bits(key, K, start, BLOCK))
     elif average.dtype == tl.float16:
-        delta = average.to(tl.float32) * (1.0 / DELTA_SCALE)
-        followed = ema_delta(delta, moved(old, new), weight, BEFORE)
-        stored = round_float16(followed * DELTA_SCALE, random_bits(key, K, o_block))
+        change = moved(old, new) * DELTA_SCALE
+        followed = ema_delta(average.to(tl.float32), change, weight, BEFORE)
+        stored = round_float16(followed, random_bits(key, K, start, BLOCK))
     else:
         stored = ema(average, param, weight)
     return stored
@@ -139,17 +157,17 @@ def step_block(
         if WEIGHT != STORED:
             tl.store(pointer(copy, o_block, STORED, WHOLE), b_moved.to(STORED), m_block)
         for k in tl.static_range(len(states)):
-            b_state = stored_state(b_states[k], key, o_block, k, WEIGHT, STATE)
+            b_state = stored_state(b_states[k], key, start, k, WEIGHT, STATE, BLOCK)
             tl.store(p_states[k], b_state, m_block)
         b_new = b_stored.to(COMPUTE)
     if EARLY:
-        b_average = follow(b_average, b_old, b_new, weights[0], key, o_block, 0, EMA_BEFORE)
+        b_average = follow(b_average, b_old, b_new, weights[0], key, start, 0, EMA_BEFORE, BLOCK)
         tl.store(p_average, b_average, m_block)
     # other averages wait: their values would take the registers of another program
     for k in tl.static_range(1 if EARLY else 0, len(averages)):
         p_average = pointer(averages[k], o_block, AVERAGE, WHOLE)
         b_average = tl.load(p_average, m_block)
-        b_average = follow(b_average, b_old, b_new, weights[k], key, o_block, k, EMA_BEFORE)
+        b_average = follow(b_average, b_old, b_new, weights[k], key, start, k, EMA_BEFORE, BLOCK)
         tl.store(p_average, b_average, m_block)
 
 

@@ -139,30 +139,23 @@ def test_squares_are_read_by_16_bytes(sass, steps):
         assert "LDG.E.128" in " ".join(sass[key]), key
 
 
-def widest(name: str) -> int:
-    """Bits of the weights that a kernel takes at once: half as many for random bits of AMSGrad."""
-    rounds = "RoundedStates" in name or FORMATS[0] not in name
-    return 64 if rounds and "AdamILb1E" in name else 128
-
-
 def test_memory_is_accessed_by_16_bytes(steps):
     for key, opcodes in steps.items():
         stores = [op for op in opcodes if op.startswith("STG")]
-        wide = [op for op in stores if op.startswith(f"STG.E.{widest(key[1])}")]
+        wide = [op for op in stores if op.startswith("STG.E.128")]
         # averages and, with a gradient, weights: each where there is an average, and where not
         assert len(wide) >= (2 if "Frozen" not in key[1] else 1), key
-        if widest(key[1]) == 128:
-            # halves beside floats go by as many elements, half as many bytes
-            wide += [op for op in stores if op.startswith("STG.E.64")]
-            # the path for single elements has a store for each, the one for vectors no other
-            assert len(wide) >= len(stores) - len(wide), key
+        # halves beside floats go by as many elements, half as many bytes
+        wide += [op for op in stores if op.startswith("STG.E.64")]
+        # the path for single elements has a store for each, the one for vectors no other
+        assert len(wide) >= len(stores) - len(wide), key
         # generic accesses, which look for the kind of memory first
         assert not {"LD.E.128", "ST.E.128"} & set(opcodes), key
 
 
 def test_a_vector_is_loaded_before_any_of_it_is_used(steps):
     for key, opcodes in steps.items():
-        load, store = (f"{access}.E.{widest(key[1])}" for access in ("LDG", "STG"))
+        load, store = "LDG.E.128", "STG.E.128"
         kinds = [op if not op.startswith((load, store)) else op[: len(load)] for op in opcodes]
         events = [op for op in kinds if op.startswith((load, "STG", "BRA", "CALL"))]
         longest = dict.fromkeys(events, 0)
@@ -171,6 +164,11 @@ def test_a_vector_is_loaded_before_any_of_it_is_used(steps):
         # what is written together was read together before
         assert longest[load] >= longest.get(store, 0), (key, longest)
         assert longest[load] >= 1, (key, longest)
+
+
+# What fused operations of our own multiply by, exactly, so that they round once anyhow: zero, the
+# scale of differences, and the place of random bits.
+EXACT = {"0.0f": "RZ", "-delta_scale": "-1024", "0x1p-37f": "7.2759576141834259033e-12"}
 
 
 def test_every_operation_rounds_on_its_own():
@@ -184,16 +182,27 @@ def test_every_operation_rounds_on_its_own():
     others = [entry for entry in entries if FOLD not in entry.partition("(")[0]]
     found = set(re.findall(pattern, "".join(others)))
     assert found == {
-        f"{op}.rn.{t}" for op in ("add", "sub", "mul", "div", "sqrt") for t in ("f32", "f64")
+        *(f"{op}.rn.{t}" for op in ("add", "sub", "mul", "div", "sqrt") for t in ("f32", "f64")),
+        "fma.rn.f32",
     }
+
+
+def test_products_that_are_fused_are_exact():
+    sources = (path.read_text() for path in CSRC.rglob("*") if path.is_file())
+    factors = [
+        found for text in sources for found in re.findall(r"fmaf?(?:_rn)?\(\w+, (\S+),", text)
+    ]
+    assert sorted(factors) == sorted(EXACT)
 
 
 def test_nothing_is_fused_but_division_and_square_root(sass):
     # These are made of fused operations, and begin with an approximation (MUFU).
-    plain = {key: ops for key, ops in sass.items() if not any("MUFU" in op for op in ops)}
+    plain = {key for key, ops in sass.items() if not any("MUFU" in op for op in ops)}
     assert plain
-    for key, opcodes in plain.items():
-        assert not [op for op in opcodes if op.startswith(("FFMA", "DFMA"))], key
+    for key, part in sections(dump("-sass"), "Function").items():
+        if key in plain:
+            fused = re.findall(r"\b(?:FFMA|DFMA)\S* .*;", part)
+            assert not [op for op in fused if not any(f in op for f in EXACT.values())], key
 
 
 def test_cuda_sources_do_not_need_torch():

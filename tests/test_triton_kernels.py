@@ -331,8 +331,9 @@ def test_random_bits_take_offsets_of_64_bits():
     ((slot,), (near,)) = variant.slots([step.CHUNK]), variant.slots([step.CHUNK])
     index = 2**32 // step.CHUNK + 5
     place = torch.arange(step.CHUNK) + index * step.CHUNK
-    key = formats.mix(formats.mix(SEEDS[slot.row] ^ formats.mix(slot.place)) ^ 0)
-    bits = formats.mix(key ^ (place & formats.MASK) ^ formats.mix(place >> 32))
+    key = formats.mix(SEEDS[slot.row] ^ formats.mix(slot.place))
+    hashed = formats.mix(key ^ (place & formats.MASK) >> 1 ^ formats.mix(place >> 32))
+    bits = torch.where(place % 2 == 0, hashed & 0xFFFF, hashed >> 16)
     formats.follow(near.averages[0], near.param, EMA_WEIGHTS[near.row][0], bits)
     starts = [
         tensor.data_ptr() - index * step.CHUNK * tensor.element_size() for tensor in slot.tensors()

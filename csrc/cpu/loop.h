@@ -20,6 +20,8 @@ FUSED_EMA_INLINE void ask_for(const T* tensor, int64_t begin) {
     __builtin_prefetch(reinterpret_cast<const void*>(first + at));
 }
 
+constexpr Exact exact;
+
 // Calls visit with the bounds of one part after another.
 template <class Visit>
 void for_each_part(int64_t count, Visit visit) {
@@ -53,7 +55,7 @@ void rule_loop(void* const* pointers, const void* grads, int64_t begin, int64_t 
       Compute<Weight> states[num_states + 1];
       for (int k = 0; k < num_states; ++k) states[k] = load(state[k][i]);
       Compute<Weight> value = load(weight[i]);
-      Rule::update(value, load(grad[i]), states, scalars);
+      Rule::update(value, load(grad[i]), states, scalars, exact);
       weight[i] = store<Weight>(value);
       if constexpr (Layout::has_master) param[i] = store<Param>(value);
       for (int k = 0; k < num_states; ++k) {
@@ -82,21 +84,24 @@ template <class Weight>
 void ema_loop(Compute<Weight>* average, const Weight* param, int64_t count,
               Compute<Weight> weight) {
   average_loop(average, param, count,
-               [=](int64_t i) { return ema(average[i], load(param[i]), weight); });
+               [=](int64_t i) { return ema(average[i], load(param[i]), weight, exact); });
 }
 
 template <class Weight>
 void rounded_ema_loop(BFloat16* average, const Weight* param, int64_t count, float weight,
                       RandomBits bits) {
-  average_loop(average, param, count,
-               [=](int64_t i) { return rounded_ema(average[i], load(param[i]), weight, bits[i]); });
+  average_loop(average, param, count, [=](int64_t i) {
+    const float value = ema(load(average[i]), load(param[i]), weight, exact);
+    return round_bfloat16(value, bits[i]);
+  });
 }
 
 template <bool before, class Weight>
 void delta_loop(Half* delta, const float* old, const Weight* param, int64_t count, float weight,
                 RandomBits bits) {
   average_loop(delta, param, count, [=](int64_t i) {
-    return rounded_ema_delta<before>(delta[i], moved(old[i], load(param[i])), weight, bits[i]);
+    const float value = ema_delta<before>(load(delta[i]), old[i], load(param[i]), weight, exact);
+    return round_half(value, bits[i]);
   });
 }
 

@@ -40,6 +40,27 @@ __device__ inline int row_index(const int64_t* indices, int64_t slot) {
   return indices[slot / each] >> (slot % each * 16) & 0xffff;
 }
 
+// Hashes of a pack that begins at an even index, or of the pair that a single element is in. What
+// all of its tensors share is made once.
+class Hashes {
+ public:
+  __device__ Hashes(uint32_t key, uint32_t first) {
+#if defined(__CUDA_ARCH__)
+    // made anew for what is done once more: kept, hashes would take the registers of a pack
+    asm volatile("" : "+r"(key));
+#endif
+    shared_ = spread(key ^ (first >> 1));
+  }
+
+  // Of the elements 2*pair and 2*pair + 1, for average `which`, or for a state.
+  __device__ uint32_t operator()(uint32_t which, uint32_t pair) const {
+    return mix_spread(shared_ ^ spread(stream_key(which) ^ pair));
+  }
+
+ private:
+  uint32_t shared_;
+};
+
 // A chunk of a slot: where its tensors are, and its row of the scalar table.
 template <class RuleOf, class LayoutOf, EmaFormat format_of>
 struct Chunk {
@@ -57,9 +78,8 @@ struct Chunk {
   static constexpr int first_state = slot_layout.first_state();
   static constexpr int first_average = slot_layout.first_average();
   static constexpr int64_t elements = chunk_bytes / sizeof(Param);
-  // What a thread takes at a time: the widest access, but with three states random bits need the
-  // registers of half of it.
-  static constexpr int width = access / sizeof(Weight) / (rounds && num_states > 2 ? 2 : 1);
+  // What a thread takes at a time: the widest access.
+  static constexpr int width = access / sizeof(Weight);
 
   const int64_t* tensors;
   const Param* grad;  // null: the rule does not run
@@ -98,7 +118,8 @@ struct Chunk {
 
     if constexpr (rounds) {
       const auto seed = static_cast<uint32_t>(row[of_row.seed()]);
-      key = parameter_key(seed, static_cast<uint32_t>(tensors[SlotLayout::param_index]));
+      key = parameter_key(seed, static_cast<uint32_t>(tensors[SlotLayout::param_index])) ^
+            upper_key(begin);
     }
   }
 
@@ -111,15 +132,7 @@ struct Chunk {
     return static_cast<Compute<Weight>>(row[num_scalars + k]);
   }
 
-  // Of the elements from `at` on: for average `which`, or for a state. Made anew for each of them:
-  // kept, those of several tensors would take the registers of a pack.
-  __device__ RandomBits bits(uint32_t which, int at) const {
-    uint32_t own = key;
-#if defined(__CUDA_ARCH__)
-    asm volatile("" : "+r"(own));
-#endif
-    return {own, which, begin, static_cast<uint32_t>(at)};
-  }
+  __device__ Hashes hashes(int at) const { return {key, static_cast<uint32_t>(begin) + at}; }
 
  private:
   template <class T>
@@ -173,64 +186,112 @@ struct Motion {
 template <class Chunk>
 using MotionOf = Motion<Compute<typename Chunk::Weight>>;
 
+// Two neighbours of a pack, or its one element.
+template <int n>
+constexpr int together = n > 1 ? 2 : 1;
+
+// Whether values that are not finite are looked for once a pack.
 template <class Chunk, int n>
+constexpr bool looks_once = n > 1 && std::is_same_v<Compute<typename Chunk::Weight>, float>;
+
+template <class Chunk, int n, class How>
 __device__ void update(const Chunk& chunk, int at, Pack<typename Chunk::Weight, n>& param,
                        const Pack<typename Chunk::Param, n>& grad,
-                       Pack<typename Chunk::State, n>* states, const ScalarsOf<Chunk>& scalars) {
+                       Pack<typename Chunk::State, n>* states, const ScalarsOf<Chunk>& scalars,
+                       How& how) {
   using Value = Compute<typename Chunk::Weight>;
-  constexpr int num_states = Chunk::num_states;
+  constexpr int num_states = Chunk::num_states, m = together<n>;
+  const Hashes hashes = chunk.hashes(at);
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
-    Value value = load(param.get(i));
-    Value state[num_states + 1];
+  for (int i = 0; i < n; i += m) {
+    Value values[m], state_values[num_states + 1][m];
 #pragma unroll
-    for (int k = 0; k < num_states; ++k) state[k] = load(states[k].get(i));
-    Chunk::Rule::update(value, load(grad.get(i)), state, scalars.get());
-    param.set(i, store<typename Chunk::Weight>(value));
+    for (int j = 0; j < m; ++j) {
+      Value state[num_states + 1];
+      values[j] = load(param.get(i + j));
+#pragma unroll
+      for (int k = 0; k < num_states; ++k) state[k] = load(states[k].get(i + j));
+      Chunk::Rule::update(values[j], load(grad.get(i + j)), state, scalars.get(), how);
+#pragma unroll
+      for (int k = 0; k < num_states; ++k) state_values[k][j] = state[k];
+    }
+    param.keep(i, values);
 #pragma unroll
     for (int k = 0; k < num_states; ++k) {
       if constexpr (Chunk::Layout::rounded_states)
-        states[k].set(i, round_bfloat16(state[k], chunk.bits(first_state_key + k, at)[i]));
+        states[k].template keep<How>(i, state_values[k], hashes(first_state_key + k, i / 2), at);
       else
-        states[k].set(i, store<typename Chunk::State>(state[k]));
+        states[k].keep(i, state_values[k]);
     }
   }
 }
 
-// What averages follow: n weights or, where they are differences, how far those have moved.
+// What averages follow: n weights and, where they are differences, what those were before.
 template <class Chunk, int n>
 struct Target {
-  Compute<typename Chunk::Weight> values[n] = {};
-
-  __device__ explicit Target(const Pack<typename Chunk::Weight, n>& param) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) values[i] = load(param.get(i));
-  }
-  __device__ Target(const Pack<typename Chunk::Weight, n>& param,
-                    const Pack<typename Chunk::Weight, n>& old) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) values[i] = moved(load(old.get(i)), load(param.get(i)));
-  }
+  Pack<typename Chunk::Weight, n> param;
+  Pack<typename Chunk::Weight, n> old;
 };
+
+template <class Chunk, bool before, int n, class How>
+__device__ auto moved_average(int i, const Pack<typename Chunk::Average, n>& average,
+                              const Target<Chunk, n>& target,
+                              Compute<typename Chunk::Weight> weight, How& how) {
+  const auto held = load(average.get(i));
+  const auto param = load(target.param.get(i));
+  if constexpr (Chunk::format == EmaFormat::delta)
+    return ema_delta<before>(held, load(target.old.get(i)), param, weight, how);
+  else
+    return ema(held, param, weight, how);
+}
+
+template <bool before, class Chunk, int n, class How>
+__device__ Pack<typename Chunk::Average, n> moved_averages(
+    const Chunk& chunk, int at, const MotionOf<Chunk>& motion,
+    const Pack<typename Chunk::Average, n>& average, const Target<Chunk, n>& target, How& how) {
+  constexpr int m = together<n>;
+  const Hashes hashes = chunk.hashes(at);
+  Pack<typename Chunk::Average, n> next;
+#pragma unroll
+  for (int i = 0; i < n; i += m) {
+    Compute<typename Chunk::Weight> values[m];
+#pragma unroll
+    for (int j = 0; j < m; ++j)
+      values[j] = moved_average<Chunk, before>(i + j, average, target, motion.weight, how);
+    if constexpr (Chunk::format == EmaFormat::full)
+      next.keep(i, values);
+    else
+      next.template keep<How>(i, values, hashes(motion.k, i / 2), at);
+  }
+  return next;
+}
+
+template <bool before, class Chunk, int n>
+__device__ void follow(const Chunk& chunk, int at, const MotionOf<Chunk>& motion,
+                       Pack<typename Chunk::Average, n>& average, const Target<Chunk, n>& target) {
+  if constexpr (looks_once<Chunk, n>) {
+    Quick quick;
+    const auto next = moved_averages<before>(chunk, at, motion, average, target, quick);
+    if (quick.right()) {
+      average = next;
+      return;
+    }
+  }
+  constexpr Exact exact;
+  MotionOf<Chunk> again = motion;
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(again.k));  // nor is the key of its bits kept
+#endif
+  average = moved_averages<before>(chunk, at, again, average, target, exact);
+}
 
 template <class Chunk, int n>
 __device__ void follow(const Chunk& chunk, int at, const MotionOf<Chunk>& motion,
                        Pack<typename Chunk::Average, n>& average, const Target<Chunk, n>& target) {
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    const auto old = average.get(i);
-    const auto value = target.values[i];
-    if constexpr (Chunk::format == EmaFormat::full) {
-      average.set(i, ema(old, value, motion.weight));
-    } else {
-      const uint32_t bits = chunk.bits(motion.k, at)[i];
-      if constexpr (Chunk::format == EmaFormat::bf16)
-        average.set(i, rounded_ema(old, value, motion.weight, bits));
-      else
-        average.set(i, motion.before ? rounded_ema_delta<true>(old, value, motion.weight, bits)
-                                     : rounded_ema_delta<false>(old, value, motion.weight, bits));
-    }
-  }
+  if (Chunk::format == EmaFormat::delta && motion.before)
+    follow<true>(chunk, at, motion, average, target);
+  else
+    follow<false>(chunk, at, motion, average, target);
 }
 
 // Steps n neighbours, and moves their first average where `averaged`: all of them where they are
@@ -255,10 +316,13 @@ __device__ void step_pack(const Chunk& chunk, int at, const ScalarsOf<Chunk>& sc
   Pack<State, n> states[num_states + 1];
   Pack<Average, n> average;
 
-  param.read(chunk.param() + at);
-  grad.read(chunk.grad + at);
+  const auto read = [&] {
+    param.read(chunk.param() + at);
+    grad.read(chunk.grad + at);
 #pragma unroll
-  for (int k = 0; k < num_states; ++k) states[k].read(chunk.state(k) + at);
+    for (int k = 0; k < num_states; ++k) states[k].read(chunk.state(k) + at);
+  };
+  read();
   if constexpr (averaged && early) average.read(chunk.average(0) + at);
   if constexpr (averaged && !early) prefetch(chunk.average(0) + at);
   const auto move_average = [&](const MotionOf<Chunk>& motion, const Target<Chunk, n>& target) {
@@ -271,30 +335,44 @@ __device__ void step_pack(const Chunk& chunk, int at, const ScalarsOf<Chunk>& sc
     if constexpr (Chunk::Layout::has_master) {
       Pack<Param, n> copy;
 #pragma unroll
-      for (int i = 0; i < n; ++i) copy.set(i, store<Param>(param.get(i)));
+      for (int i = 0; i < n; i += together<n>) {
+        const Weight values[] = {param.get(i), param.get(i + together<n> - 1)};
+        copy.keep(i, values);
+      }
       copy.write(chunk.copy() + at);
     }
   };
 
   if constexpr (averaged && !differences)
-    if (first.before) move_average(first, Target<Chunk, n>(param));
-  update(chunk, at, param, grad, states, scalars);
+    if (first.before) move_average(first, Target<Chunk, n>{param, {}});
+  bool done = false;
+  if constexpr (looks_once<Chunk, n>) {
+    Quick quick;
+    update(chunk, at, param, grad, states, scalars, quick);
+    done = quick.right();
+    if (!done) read();
+  }
+  constexpr Exact exact;
+  if (!done) update(chunk, at, param, grad, states, scalars, exact);
 #pragma unroll
   for (int k = 0; k < num_states; ++k) states[k].write(chunk.state(k) + at);
   if constexpr (averaged && differences) {
     // read again: kept, the old weights would take the registers of the rule
-    Pack<Weight, n> old;
-    old.read(chunk.param() + at);
-    const Target<Chunk, n> target(param, old);
+    Target<Chunk, n> target{param, {}};
+    target.old.read(chunk.param() + at);
     write_param();
+    MotionOf<Chunk> motion = first;
 #pragma unroll 1
-    for (int k = 0; k < chunk.num_emas; ++k)
-      move_average({k, chunk.weight(k), first.before}, target);
+    while (true) {
+      move_average(motion, target);
+      if (++motion.k >= chunk.num_emas) break;
+      motion.weight = chunk.weight(motion.k);
+    }
   } else {
     write_param();
     // the new parameter as it is in memory: rounded
     if constexpr (averaged)
-      if (!first.before) move_average(first, Target<Chunk, n>(param));
+      if (!first.before) move_average(first, Target<Chunk, n>{param, {}});
   }
 }
 
@@ -332,9 +410,7 @@ __device__ void follow_chunk(const Chunk& chunk, int k, bool ema_before) {
     Pack<typename Chunk::Average, n> average;
     param.read(chunk.param() + at);
     average.read(chunk.average(k) + at);
-    constexpr bool differences = Chunk::format == EmaFormat::delta;
-    follow(chunk, at, motion, average,
-           differences ? Target<Chunk, n>(param, param) : Target<Chunk, n>(param));
+    follow(chunk, at, motion, average, Target<Chunk, n>{param, param});
     average.write(chunk.average(k) + at);
   });
 }

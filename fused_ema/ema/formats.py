@@ -25,6 +25,8 @@ EmaFormat: TypeAlias = Literal["full", "bf16", "delta"]
 StateFormat: TypeAlias = Literal["full", "bf16"]
 # Which average the first of the rule's states is to the hash.
 FIRST_STATE = 1 << 31
+# From one average's hashes to the next one's: their elements meet different ones.
+STREAM = 0x9E3779B1
 DTYPES = {"bf16": torch.bfloat16, "delta": torch.float16}
 # Differences from 6e-8 to 64 have all bits of a float16, smaller ones lose some down to 6e-11.
 SCALE = 1024.0
@@ -60,7 +62,9 @@ def step_seed(seed: Any, base_steps: Any) -> Any:
 
 
 def element_bits(seed: int, tensor: int, average: int, like: Tensor) -> Tensor:
-    """32 random bits for every element, int64, by its place in memory.
+    """16 random bits for every element, int64, by its place in memory.
+
+    Two neighbours share a hash: the one at an even place takes its lower half.
 
     Args:
         seed: of the step, see :func:`step_seed`.
@@ -68,12 +72,13 @@ def element_bits(seed: int, tensor: int, average: int, like: Tensor) -> Tensor:
         average: which of its averages, or :data:`FIRST_STATE` plus which of its states.
         like: a tensor in the parameter's order.
     """
-    key = mix(mix(seed ^ mix(tensor)) ^ average)
+    key = mix(seed ^ mix(tensor)) ^ average * STREAM & MASK
     index = torch.arange(like.numel(), device=like.device)
     # of memory with gaps the logical order: torch makes a tensor like it without them
     dense = like.numel() > 0 and torch.empty_like(like).stride() == like.stride()
     place = index.as_strided(like.shape, like.stride()) if dense else index.view(like.shape)
-    return mix(key ^ (place & MASK) ^ mix(place >> 32))  # type: ignore[no-any-return]
+    hashed = mix(key ^ mix(place >> 32) ^ (place & MASK) >> 1)
+    return torch.where(place % 2 == 0, hashed & 0xFFFF, hashed >> 16)
 
 
 def round_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
@@ -82,16 +87,16 @@ def round_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
     No finite number becomes infinite.
     """
     pattern = value.view(torch.int32).to(torch.int64) & MASK
-    low = torch.where(pattern & 0x7FFFFFFF < LARGEST_BFLOAT16, bits >> 16, 0)
+    low = torch.where(pattern & 0x7FFFFFFF < LARGEST_BFLOAT16, bits, 0)
     rounded = (pattern + low) >> 16
     return _as(torch.bfloat16, torch.where(value.isnan(), 0x7FC0, rounded))
 
 
 def round_float16(value: Tensor, bits: Tensor) -> Tensor:
-    """float32 to float16 likewise; cut off at its largest number."""
+    """float32 to float16 likewise, by the lower 13 bits; cut off at its largest number."""
     pattern = value.view(torch.int32).to(torch.int64) & MASK
     magnitude = value.abs().clamp(max=LARGEST)
-    low = bits >> 19
+    low = bits & 0x1FFF
     normal = ((magnitude.view(torch.int32).to(torch.int64)) - (112 << 23) + low) >> 13
     subnormal = (magnitude * 2.0**24 + low * 2.0**-13).nan_to_num(0.0).to(torch.int64)
     result = torch.where(magnitude < 2.0**-14, subnormal, normal) | (pattern >> 16 & 0x8000)
@@ -114,12 +119,10 @@ def follow_delta(delta: Tensor, change: Tensor, weight: float, bits: Tensor, bef
     ``d <- (1 - weight)*(d - change)``, or of averages that take the old parameters ("before")
     ``d <- (1 - weight)*d - change``.
     """
-    old = delta.float() * (1.0 / SCALE)
-    rest = old if before else old - change
+    old, away = delta.float(), change * SCALE
+    rest = old if before else old - away
     new = lerp(rest, torch.zeros_like(rest), weight)
-    if before:
-        new = new - change
-    delta.copy_(round_float16(new * SCALE, bits))
+    delta.copy_(round_float16(new - away if before else new, bits))
 
 
 def average(stored: Tensor, param: Tensor) -> Tensor:
