@@ -26,7 +26,10 @@ int64_t variant_grads_at(int num_slots) {
 
 // The name of the k-th of the rule's scalars, null behind the last.
 const char* variant_scalar(size_t k) {
-  return k < Rule::scalars.size() ? Rule::scalars[k] : nullptr;
+  static thread_local std::string name;
+  if (k >= Rule::scalars.size()) return nullptr;
+  name = Rule::scalars[k];
+  return name.c_str();
 }
 
 bool variant_fits(int64_t num_words) { return cuda::fits(num_words); }

@@ -37,6 +37,14 @@ std::vector<std::string> strings(const Array& names) {
   return {names.begin(), names.end()};
 }
 
+// How many states each variant of a rule keeps.
+template <class... Rules>
+std::map<std::string, std::map<std::string, int>> variants(RuleList<Rules...>) {
+  std::map<std::string, std::map<std::string, int>> found;
+  ((found[Rules::name][Rules::variant] = Rules::num_states), ...);
+  return found;
+}
+
 template <class... Rules>
 Names scalar_names(RuleList<Rules...>) {
   return {{Rules::name, strings(Rules::scalars)}...};
@@ -56,7 +64,8 @@ void define_cuda(py::module_& module) {
 #ifdef FUSED_EMA_CUDA
   using py::arg;
   py::class_<cuda::Plan>(module, "CudaPlan", collected<cuda::Plan>())
-      .def(py::init<std::string, py::object, bool>(), arg("rule"), arg("slots"), arg("ema_before"))
+      .def(py::init<std::string, std::string, py::object, bool>(), arg("rule"), arg("variant"),
+           arg("slots"), arg("ema_before"))
       .def("prepare", &cuda::Plan::prepare)
       .def("release", &cuda::Plan::release)
       .def("norm", &cuda::Plan::norm, arg("part"), arg("ending"))
@@ -114,7 +123,8 @@ PYBIND11_MODULE(_native, module) {
       .def("__exit__", [](Slots::Hold& hold, const py::args&) { hold.release(); });
   py::class_<cpu::Plan> cpu_plan(module, "Plan", collected<cpu::Plan>());
   cpu_plan
-      .def(py::init<std::string, py::object, bool>(), arg("rule"), arg("slots"), arg("ema_before"))
+      .def(py::init<std::string, std::string, py::object, bool>(), arg("rule"), arg("variant"),
+           arg("slots"), arg("ema_before"))
       .def("prepare", &cpu::Plan::prepare)
       .def("release", &cpu::Plan::release)
       .def("norm", &cpu::Plan::norm, arg("part"), arg("ending"))
@@ -138,6 +148,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("spans", &spans);
   module.def("cpu_targets", &cpu::targets);
   module.def("rule_scalars", [] { return scalar_names(AllRules{}); });
+  module.def("rule_variants", [] { return variants(AllRules{}); });
   module.def("rule_numbers", [] { return number_names(AllRules{}); });
   module.def("rule_flags", [] { return flag_names(AllRules{}); });
 }

@@ -77,12 +77,18 @@ void with_format(EmaFormat format, Visit visit) {
   }
 }
 
-// Calls visit with the rule, told apart by its number of states; not at all where there is none.
+// Calls visit with the rule; not at all where there is none.
+// Throws std::invalid_argument where the rule keeps another number of states.
 template <class Visit, class... Rules>
-void with_rule(RuleList<Rules...>, const std::string& rule, int num_states, Visit visit) {
+void with_rule(RuleList<Rules...>, const RuleId& rule, Visit visit) {
   const auto consider = [&](auto candidate) {
     using Rule = decltype(candidate);
-    if (rule == Rule::name && num_states == Rule::num_states) visit(candidate);
+    if (rule.name != Rule::name || rule.variant != Rule::variant) return;
+    if (rule.num_states != Rule::num_states)
+      throw std::invalid_argument("rule " + rule.name + ", variant " + rule.variant +
+                                  ": received " + std::to_string(rule.num_states) +
+                                  " states, allowed " + std::to_string(Rule::num_states));
+    visit(candidate);
   };
   (consider(Rules{}), ...);
 }

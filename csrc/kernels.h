@@ -54,13 +54,19 @@ struct KernelInfo {
   int num_scalars = 0;
 };
 
-// A kernel that was looked up. Throws std::invalid_argument where there is none for these numbers.
+// Which rule of rules.h: its name and variant, and how many states a bucket holds for it.
+struct RuleId {
+  std::string name;
+  std::string variant;
+  int num_states;
+};
+
+// A kernel that was looked up. Throws std::invalid_argument where there is none.
 template <class Info>
-Info known(const Info& found, const std::string& rule, int num_states, int num_scalars) {
+Info known(const Info& found, const RuleId& rule, int num_scalars) {
   if (found.kernel == nullptr || found.num_scalars != num_scalars)
-    throw std::invalid_argument("no kernel for rule " + rule + " with " +
-                                std::to_string(num_states) + " states and " +
-                                std::to_string(num_scalars) + " scalars");
+    throw std::invalid_argument("no kernel for rule " + rule.name + ", variant " + rule.variant +
+                                ", with " + std::to_string(num_scalars) + " scalars");
   return found;
 }
 
@@ -73,9 +79,9 @@ std::vector<std::string> targets();
 // Throws std::invalid_argument where it names none of targets().
 std::string chosen_target();
 
-// The loop for a rule, told apart by its number of states; a null kernel where there is none.
-KernelInfo find_kernel(const std::string& target, const std::string& rule, int num_states,
-                       Storage storage);
+// The loop for a rule; a null kernel where there is none.
+// Throws std::invalid_argument where the rule keeps another number of states.
+KernelInfo find_kernel(const std::string& target, const RuleId& rule, Storage storage);
 Squares find_squares(const std::string& target, StoredType stored);
 
 }  // namespace cpu

@@ -1,15 +1,16 @@
 // The optimizers' maths, once for C++, host and device: one functor per rule, and the EMA.
 //
-// fused_ema/rules holds the same formulas under the same names. What is folded is a row of
-// doubles whose order is that of `scalars` here; `factor` multiplies every gradient. Kernels load
-// values, call update(), store them, and say how: Exact, or Quick and once more where needed. The
-// host folds in Python, a device by fold(), from a group's `numbers` (`kappa` is the last) and
-// `flags` and the base steps after this step.
+// fused_ema/rules holds the same formulas under the same names. Kernels load values, call update(),
+// store them, and say how: Exact, or Quick and once more where needed. What it takes is folded into
+// a row of doubles, in Python on the host and by fold() on a device: from a group's `numbers`
+// (`kappa` is the last) and `flags` and the base steps after this step.
 #pragma once
 
 #include <array>
 #include <cmath>
 #include <limits>
+#include <string_view>
+#include <utility>
 
 #include "rounding.h"
 #include "scaling.h"
@@ -26,8 +27,23 @@ class Flags {
   int64_t bits_;
 };
 
-// The direction to go in, a factor of the gradient.
-FUSED_EMA_INLINE double sign(bool maximize) { return maximize ? -1 : 1; }
+constexpr size_t count_names(std::string_view names) {
+  size_t count = 1;
+  for (const char letter : names) count += letter == ',';
+  return count;
+}
+
+// What stands between commas.
+template <size_t count>
+constexpr std::array<std::string_view, count> split(std::string_view names) {
+  std::array<std::string_view, count> found{};
+  for (std::string_view& name : found) {
+    const size_t end = names.find(',');
+    name = names.substr(0, end);
+    names.remove_prefix(end == names.npos ? names.size() : end + 2);
+  }
+  return found;
+}
 
 // A scalar as the arithmetic takes it.
 template <class T>
@@ -39,6 +55,30 @@ FUSED_EMA_INLINE T narrowed(double scalar) {
 #endif
   return value;
 }
+
+// A rule's scalars, each named here alone: as a struct, and as the names of what a row holds.
+#define FUSED_EMA_SCALARS(...)                                                    \
+  static constexpr auto scalars = split<count_names(#__VA_ARGS__)>(#__VA_ARGS__); \
+  template <class T>                                                              \
+  struct Scalars {                                                                \
+    T __VA_ARGS__;                                                                \
+  }
+
+template <class Rule, class T, size_t... k>
+FUSED_EMA_INLINE auto scalars_of([[maybe_unused]] const double* row, [[maybe_unused]] double factor,
+                                 std::index_sequence<k...>) {
+  return typename Rule::template Scalars<T>{narrowed<T>(k == 0 ? row[k] * factor : row[k])...};
+}
+
+// A row's scalars as arithmetic in T takes them; the first is a factor of gradients, as `factor`
+// is.
+template <class Rule, class T>
+FUSED_EMA_INLINE auto scalars_of(const double* row, double factor) {
+  return scalars_of<Rule, T>(row, factor, std::make_index_sequence<Rule::scalars.size()>{});
+}
+
+// The direction to go in, a factor of the gradient.
+FUSED_EMA_INLINE double sign(bool maximize) { return maximize ? -1 : 1; }
 
 template <class T>
 FUSED_EMA_INLINE bool is_finite(T value) {
@@ -184,25 +224,27 @@ FUSED_EMA_INLINE T directed(T grad, T param, T grad_factor, T weight_decay) {
 
 struct SgdFold {
   static constexpr const char* name = "sgd";
-  static constexpr std::array scalars{"grad_factor", "weight_decay", "momentum", "carry",
-                                      "grad_weight", "nesterov",     "lr"};
   static constexpr std::array numbers{"lr", "momentum", "dampening", "weight_decay", "kappa"};
   static constexpr std::array flags{"nesterov", "maximize", "momentum_scaling=exact"};
+  FUSED_EMA_SCALARS(grad_factor, weight_decay, momentum, carry, grad_weight, nesterov, lr);
 
-  FUSED_EMA_INLINE static void fold(const double* numbers, Flags flags, double step, double* row) {
-    const double mu = numbers[1], kappa = numbers[4];
+  FUSED_EMA_INLINE static Scalars<double> fold(const double (&numbers)[5], Flags flags,
+                                               double step) {
+    const auto& [base_lr, mu, dampening, weight_decay, kappa] = numbers;
     const bool nesterov = flags[0], exact = flags[2];
     const double carry = fused_ema::momentum(mu, kappa, exact);
     const double entry = momentum_entry(mu, kappa, exact);
-    const double lr = sgd_lr(numbers[0], kappa);
+    const double lr = sgd_lr(base_lr, kappa);
     const bool first = step <= kappa;
-    row[0] = sign(flags[1]);
-    row[1] = numbers[3];
-    row[2] = nesterov ? carry / entry : carry;
-    row[3] = first ? 0 : carry;
-    row[4] = first ? entry : entry * (1 - numbers[2]);
-    row[5] = nesterov;
-    row[6] = nesterov ? lr * entry : lr;
+    Scalars<double> c;
+    c.grad_factor = sign(flags[1]);
+    c.weight_decay = weight_decay;
+    c.momentum = nesterov ? carry / entry : carry;
+    c.carry = first ? 0 : carry;
+    c.grad_weight = first ? entry : entry * (1 - dampening);
+    c.nesterov = nesterov;
+    c.lr = nesterov ? lr * entry : lr;
+    return c;
   }
 };
 
@@ -210,22 +252,8 @@ struct SgdFold {
 template <bool has_momentum>
 struct Sgd : SgdFold {
   using Fold = SgdFold;
+  static constexpr const char* variant = has_momentum ? "momentum" : "plain";
   static constexpr int num_states = has_momentum ? 1 : 0;
-
-  template <class T>
-  struct Scalars {
-    bool nesterov;
-    T grad_factor, weight_decay, momentum, carry, grad_weight, lr;
-
-    FUSED_EMA_INLINE Scalars(const double* row, double factor)
-        : nesterov(row[5] != 0),
-          grad_factor(narrowed<T>(row[0] * factor)),
-          weight_decay(narrowed<T>(row[1])),
-          momentum(narrowed<T>(row[2])),
-          carry(narrowed<T>(row[3])),
-          grad_weight(narrowed<T>(row[4])),
-          lr(narrowed<T>(row[6])) {}
-  };
 
   template <class T, class How>
   FUSED_EMA_INLINE static void update(T& param, T grad, T* states, const Scalars<T>& c, How&) {
@@ -233,7 +261,7 @@ struct Sgd : SgdFold {
     if constexpr (has_momentum) {
       T& momentum_buffer = states[0];
       momentum_buffer = c.carry * momentum_buffer + c.grad_weight * grad;
-      grad = c.nesterov ? grad + c.momentum * momentum_buffer : momentum_buffer;
+      grad = c.nesterov != T(0) ? grad + c.momentum * momentum_buffer : momentum_buffer;
     }
     param = param - c.lr * grad;
   }
@@ -241,28 +269,34 @@ struct Sgd : SgdFold {
 
 struct AdamFold {
   static constexpr const char* name = "adam";
-  static constexpr std::array scalars{"grad_factor", "weight_decay", "decay", "weight1",
-                                      "weight2",     "step_size",    "eps"};
   static constexpr std::array numbers{"lr", "betas[0]", "betas[1]", "eps", "weight_decay", "kappa"};
   static constexpr std::array flags{"decoupled_weight_decay", "amsgrad", "maximize",
                                     "beta_scaling=linear", "weight_decay_scaling=none"};
+  FUSED_EMA_SCALARS(grad_factor, weight_decay, decay, weight1, weight2, step_size, eps);
 
-  FUSED_EMA_INLINE static void fold(const double* numbers, Flags flags, double step, double* row) {
-    const double base_lr = numbers[0], weight_decay = numbers[4], kappa = numbers[5];
+  FUSED_EMA_INLINE static Scalars<double> fold(const double (&numbers)[6], Flags flags,
+                                               double step) {
+    const auto& [base_lr, beta1, beta2, eps, weight_decay, kappa] = numbers;
     const bool decoupled = flags[0], linear = flags[3], unscaled = flags[4];
     const double lr = adaptive_lr(base_lr, kappa);
     const double decay = decoupled_decay(base_lr, lr, weight_decay, kappa, unscaled);
-    double products[2];  // of the betas of all steps, less 1
-    for (int k = 0; k < 2; ++k) {
-      row[3 + k] = beta_weight(numbers[1 + k], kappa, linear);
-      products[k] = std::expm1(step * (log1p_or_none(-row[3 + k]) / kappa));
-    }
-    const double bias_correction1 = -products[0], bias_correction2_sqrt = std::sqrt(-products[1]);
-    row[0] = sign(flags[2]);
-    row[1] = decoupled ? 0 : weight_decay;
-    row[2] = decoupled ? decay : 0;
-    row[5] = lr * bias_correction2_sqrt / bias_correction1;
-    row[6] = adaptive_eps(numbers[3], kappa) * bias_correction2_sqrt;
+    Scalars<double> c;
+    c.weight1 = beta_weight(beta1, kappa, linear);
+    c.weight2 = beta_weight(beta2, kappa, linear);
+    const double bias_correction1 = bias_correction(c.weight1, kappa, step);
+    const double bias_correction2_sqrt = std::sqrt(bias_correction(c.weight2, kappa, step));
+    c.grad_factor = sign(flags[2]);
+    c.weight_decay = decoupled ? 0 : weight_decay;
+    c.decay = decoupled ? decay : 0;
+    c.step_size = lr * bias_correction2_sqrt / bias_correction1;
+    c.eps = adaptive_eps(eps, kappa) * bias_correction2_sqrt;
+    return c;
+  }
+
+ private:
+  // 1 - beta^steps: one minus the product of the betas of all steps.
+  FUSED_EMA_INLINE static double bias_correction(double weight, double kappa, double step) {
+    return -std::expm1(step * (log1p_or_none(-weight) / kappa));
   }
 };
 
@@ -271,21 +305,8 @@ struct AdamFold {
 template <bool amsgrad>
 struct Adam : AdamFold {
   using Fold = AdamFold;
+  static constexpr const char* variant = amsgrad ? "amsgrad" : "plain";
   static constexpr int num_states = amsgrad ? 3 : 2;
-
-  template <class T>
-  struct Scalars {
-    T grad_factor, weight_decay, decay, weight1, weight2, step_size, eps;
-
-    FUSED_EMA_INLINE Scalars(const double* row, double factor)
-        : grad_factor(narrowed<T>(row[0] * factor)),
-          weight_decay(narrowed<T>(row[1])),
-          decay(narrowed<T>(row[2])),
-          weight1(narrowed<T>(row[3])),
-          weight2(narrowed<T>(row[4])),
-          step_size(narrowed<T>(row[5])),
-          eps(narrowed<T>(row[6])) {}
-  };
 
   template <class T, class How>
   FUSED_EMA_INLINE static void update(T& param, T grad, T* states, const Scalars<T>& c, How& how) {
@@ -311,17 +332,16 @@ struct Adam : AdamFold {
 struct Frozen {
   using Fold = Frozen;
   static constexpr const char* name = "frozen";
+  static constexpr const char* variant = "plain";
   static constexpr int num_states = 0;
-  static constexpr std::array<const char*, 0> scalars{};
   static constexpr std::array numbers{"kappa"};
   static constexpr std::array<const char*, 0> flags{};
-
-  FUSED_EMA_INLINE static void fold(const double*, Flags, double, double*) {}
+  static constexpr std::array<std::string_view, 0> scalars{};
 
   template <class T>
-  struct Scalars {
-    FUSED_EMA_INLINE Scalars(const double*, double) {}
-  };
+  struct Scalars {};
+
+  FUSED_EMA_INLINE static Scalars<double> fold(const double (&)[1], Flags, double) { return {}; }
 
   template <class T, class How>
   FUSED_EMA_INLINE static void update(T&, T, T*, const Scalars<T>&, How&) {}

@@ -74,7 +74,7 @@ class Plan:
     captured: bool
     skipping: None
     num_sums: int
-    def __init__(self, rule: str, slots: Slots, ema_before: bool) -> None: ...
+    def __init__(self, rule: str, variant: str, slots: Slots, ema_before: bool) -> None: ...
     @property
     def target(self) -> str:
         """The CPU loop in use: "baseline", "avx2" or "avx512"."""
@@ -86,7 +86,7 @@ class Plan:
 class CudaPlan:
     """A bucket of dense tensors on a GPU, stepped by one launch; absent without CUDA."""
 
-    def __init__(self, rule: str, slots: Slots, ema_before: bool) -> None: ...
+    def __init__(self, rule: str, variant: str, slots: Slots, ema_before: bool) -> None: ...
     @property
     def captured(self) -> bool:
         """Whether a CUDA graph uses memory that the plan owns."""
@@ -165,6 +165,9 @@ def cpu_targets() -> list[str]:
 
 def rule_scalars() -> dict[str, list[str]]:
     """Names of the scalars that each C++ rule reads, in table order."""
+
+def rule_variants() -> dict[str, dict[str, int]]:
+    """How many states each variant of a C++ rule keeps."""
 
 def rule_numbers() -> dict[str, list[str]]:
     """Names of the numbers that each C++ rule folds them from, as ``Rule.number_names``."""

@@ -1,10 +1,15 @@
-"""The optimizers' maths, once for Triton: one function per rule, and the EMA.
+"""The optimizers' maths, once for Triton: one function per variant of a rule, and the EMA.
 
 ``csrc/rules.h`` and :mod:`fused_ema.rules` hold the same formulas under the same names.
 Operations are in the order of the C++ rules, so that both give the same bits. A rule takes and
 returns values:
 ``(param, grad, states, scalars) -> (param, states)``. States and scalars are tuples in the order of
 the records in :mod:`fused_ema.rules`; flags are 0.0 or 1.0.
+
+Attributes:
+    RULES: the functions by the names of rule and variant.
+    FOLDS: what folds each rule's scalars where they are used: from a group's numbers, in the order
+        of the records, the last of which is ``kappa``, its flags as bits, and the base steps.
 """
 
 from __future__ import annotations
@@ -105,39 +110,62 @@ def frozen(param, grad, states, scalars):
 
 @device
 def sgd(param, grad, states, scalars):
-    """``b <- carry*b + grad_weight*g``; ``p <- p - lr*(g + momentum*b if nesterov else b)``."""
-    grad_factor, weight_decay, momentum, carry, grad_weight, nesterov, lr = scalars
+    """``p <- p - lr*g``."""
+    grad_factor, weight_decay, _, _, _, _, lr = scalars
     grad = directed(grad, param, grad_factor, weight_decay)
-    if len(states) == 1:
-        momentum_buffer = carry * states[0] + grad_weight * grad
-        grad = tl.where(nesterov != 0, grad + momentum * momentum_buffer, momentum_buffer)
-        states = (momentum_buffer,)
     return param - lr * grad, states
 
 
 @device
-def adam(param, grad, states, scalars):
-    """``m <- lerp(m, g, 1-beta1)``; ``v <- lerp_square(v, g, 1-beta2)``.
-
-    ``p <- p - (decay*p + step_size*m/(sqrt(v) + eps))``, with v's running maximum for amsgrad.
-    """
-    grad_factor, weight_decay, decay, weight1, weight2, step_size, eps = scalars
+def sgd_momentum(param, grad, states, scalars):
+    """``b <- carry*b + grad_weight*g``; ``p <- p - lr*(g + momentum*b if nesterov else b)``."""
+    grad_factor, weight_decay, momentum, carry, grad_weight, nesterov, lr = scalars
+    (momentum_buffer,) = states
     grad = directed(grad, param, grad_factor, weight_decay)
-    exp_avg = lerp(states[0], grad, weight1)
-    exp_avg_sq = lerp_square(states[1], grad, weight2)
-    second = exp_avg_sq
-    if len(states) == 3:
-        second = tl.where(second <= states[2], states[2], second)  # a NaN wins
-        states = (exp_avg, exp_avg_sq, second)
-    else:
-        states = (exp_avg, exp_avg_sq)
+    momentum_buffer = carry * momentum_buffer + grad_weight * grad
+    grad = tl.where(nesterov != 0, grad + momentum * momentum_buffer, momentum_buffer)
+    return param - lr * grad, (momentum_buffer,)
+
+
+@device
+def adam_moments(param, grad, exp_avg, exp_avg_sq, scalars):
+    """``m <- lerp(m, g, 1-beta1)``; ``v <- lerp_square(v, g, 1-beta2)``."""
+    grad_factor, weight_decay, _, weight1, weight2, _, _ = scalars
+    grad = directed(grad, param, grad_factor, weight_decay)
+    return lerp(exp_avg, grad, weight1), lerp_square(exp_avg_sq, grad, weight2)
+
+
+@device
+def adam_change(param, exp_avg, second, scalars):
+    """``decay*p + step_size*m/(sqrt(v) + eps)``."""
+    _, _, decay, _, _, step_size, eps = scalars
     change = div(step_size * exp_avg, sqrt(second) + eps)
     decayed = tl.where(is_finite(param), change + decay * param, change)  # an infinity stays one
-    change = tl.where(decay != 0, decayed, change)
-    return param - change, states
+    return tl.where(decay != 0, decayed, change)
 
 
-RULES = {"frozen": frozen, "sgd": sgd, "adam": adam}
+@device
+def adam(param, grad, states, scalars):
+    """``p`` less :func:`adam_change`."""
+    exp_avg, exp_avg_sq = states
+    exp_avg, exp_avg_sq = adam_moments(param, grad, exp_avg, exp_avg_sq, scalars)
+    return param - adam_change(param, exp_avg, exp_avg_sq, scalars), (exp_avg, exp_avg_sq)
+
+
+@device
+def adam_amsgrad(param, grad, states, scalars):
+    """As :func:`adam`, with ``v``'s running maximum in its place."""
+    exp_avg, exp_avg_sq, largest = states
+    exp_avg, exp_avg_sq = adam_moments(param, grad, exp_avg, exp_avg_sq, scalars)
+    largest = tl.where(exp_avg_sq <= largest, largest, exp_avg_sq)  # a NaN wins
+    return param - adam_change(param, exp_avg, largest, scalars), (exp_avg, exp_avg_sq, largest)
+
+
+RULES = {
+    "frozen": {"plain": frozen},
+    "sgd": {"plain": sgd, "momentum": sgd_momentum},
+    "adam": {"plain": adam, "amsgrad": adam_amsgrad},
+}
 
 
 @device
@@ -200,6 +228,4 @@ def fold_adam(numbers, flags, step):
     )
 
 
-# How scalars are folded where they are used: of a group's numbers, in the order of the records in
-# fused_ema/rules.py, the last of which is kappa, its flags as bits, and the base steps.
 FOLDS = {"frozen": fold_frozen, "sgd": fold_sgd, "adam": fold_adam}

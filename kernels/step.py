@@ -38,6 +38,19 @@ TYPES = {
 }
 
 
+def dtypes(
+    stored: tl.dtype,
+    compute: tl.dtype,
+    master: bool,
+    rounded_states: bool,
+    average: torch.dtype | None,
+) -> tuple[tl.dtype, ...]:
+    """DTYPES: of parameters and gradients, weights, states and averages, and the arithmetic's."""
+    weight = compute if master else stored
+    state = tl.bfloat16 if rounded_states else weight
+    return stored, weight, state, compute if average is None else TYPES[average][0], compute
+
+
 def block_size(compute: tl.dtype) -> int:
     """Elements that a program takes at a time."""
     return THREADS * ELEMENTS[compute]
@@ -121,11 +134,7 @@ def follow(
 def step_block(
     RULE: tl.constexpr,
     EMA_BEFORE: tl.constexpr,
-    STORED: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    STATE: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    DTYPES: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
     slot,
@@ -133,6 +142,11 @@ def step_block(
     end,
 ):
     """Step a slot's elements from ``start`` on: BLOCK of them, unless ``end`` comes first."""
+    STORED: tl.constexpr = DTYPES[0]
+    WEIGHT: tl.constexpr = DTYPES[1]
+    STATE: tl.constexpr = DTYPES[2]
+    AVERAGE: tl.constexpr = DTYPES[3]
+    COMPUTE: tl.constexpr = DTYPES[4]
     param, copy, grad, states, averages, scalars, weights, key = slot
     # 64 bits, and the same for all tensors: a running pointer for each costs more registers
     o_block = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -175,11 +189,7 @@ def step_block(
 def step_slot(
     RULE: tl.constexpr,
     EMA_BEFORE: tl.constexpr,
-    STORED: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    STATE: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    DTYPES: tl.constexpr,
     BLOCK: tl.constexpr,
     slot,
     start,
@@ -195,38 +205,13 @@ def step_slot(
     whole = tl.where(bits % 16 == 0, (end - start) // BLOCK * BLOCK, 0)
     first, tail, last = bound(start), bound(start + whole), bound(end)
     for i in range(first, tail, BLOCK):
-        step_block(
-            RULE,
-            EMA_BEFORE,
-            STORED,
-            WEIGHT,
-            STATE,
-            AVERAGE,
-            COMPUTE,
-            BLOCK,
-            True,
-            slot,
-            i,
-            end,
-        )
+        step_block(RULE, EMA_BEFORE, DTYPES, BLOCK, True, slot, i, end)
     # Of another size: blocks of the same one would be laid out over the threads alike, for the wide
     # accesses, and masked stores, which are narrow, would exchange elements between threads first.
+    COMPUTE: tl.constexpr = DTYPES[4]
     TAIL: tl.constexpr = BLOCK // 2 if COMPUTE.is_fp32() else BLOCK
     for i in range(tail, last, TAIL):
-        step_block(
-            RULE,
-            EMA_BEFORE,
-            STORED,
-            WEIGHT,
-            STATE,
-            AVERAGE,
-            COMPUTE,
-            TAIL,
-            False,
-            slot,
-            i,
-            end,
-        )
+        step_block(RULE, EMA_BEFORE, DTYPES, TAIL, False, slot, i, end)
 
 
 POINTERS = ["p_control", "p_scalars", "p_indices", "p_grads", "p_slots", "p_chunks"]
@@ -243,29 +228,27 @@ def step_kernel(
     p_chunks,
     RULE: tl.constexpr,
     NUM_SCALARS: tl.constexpr,
-    NUMEL_AT: tl.constexpr,
-    INDEX_AT: tl.constexpr,
-    PARAM_AT: tl.constexpr,
-    WEIGHT_AT: tl.constexpr,
-    STATES_AT: tl.constexpr,
-    AVERAGES_AT: tl.constexpr,
-    SLOT_SIZE: tl.constexpr,
+    SLOT: tl.constexpr,
     EMA_BEFORE: tl.constexpr,
-    STORED: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    STATE: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    DTYPES: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Step one chunk; :func:`launcher` tells what the pointers point at."""
+    """Step one chunk; :func:`launcher` tells what the pointers point at, SLOT is its ``slot``."""
     if tl.load(p_control + 1) != 0.0:
         return
     p_chunk = p_chunks + 2 * tl.program_id(0).to(tl.int64)
     i_slot = tl.load(p_chunk).to(tl.int64)
     start = tl.load(p_chunk + 1).to(tl.int64) * CHUNK
-    ROUNDS: tl.constexpr = STATE != WEIGHT or AVERAGE != COMPUTE
+    COMPUTE: tl.constexpr = DTYPES[4]
+    ROUNDS: tl.constexpr = DTYPES[2] != DTYPES[1] or DTYPES[3] != COMPUTE
+    NUMEL_AT: tl.constexpr = SLOT[0]
+    INDEX_AT: tl.constexpr = SLOT[1]
+    PARAM_AT: tl.constexpr = SLOT[2]
+    WEIGHT_AT: tl.constexpr = SLOT[3]
+    STATES_AT: tl.constexpr = SLOT[4]
+    AVERAGES_AT: tl.constexpr = SLOT[5]
+    SLOT_SIZE: tl.constexpr = SLOT[6]
     NUM_AVERAGES: tl.constexpr = SLOT_SIZE - AVERAGES_AT
     p_slot = p_slots + i_slot * SLOT_SIZE
     end = tl.minimum(start + CHUNK, tl.load(p_slot + NUMEL_AT))
@@ -282,34 +265,10 @@ def step_kernel(
         states = load_each(p_slot + STATES_AT, AVERAGES_AT - STATES_AT)
         scalars = rule_scalars(p_row, tl.load(p_control), COMPUTE, NUM_SCALARS)
         moving = (param, copy, grad, states, averages, scalars, weights, key)
-        step_slot(
-            RULE,
-            EMA_BEFORE,
-            STORED,
-            WEIGHT,
-            STATE,
-            AVERAGE,
-            COMPUTE,
-            BLOCK,
-            moving,
-            start,
-            end,
-        )
+        step_slot(RULE, EMA_BEFORE, DTYPES, BLOCK, moving, start, end)
     else:
         resting = (param, copy, grad, (), averages, (), weights, key)
-        step_slot(
-            frozen,
-            EMA_BEFORE,
-            STORED,
-            WEIGHT,
-            STATE,
-            AVERAGE,
-            COMPUTE,
-            BLOCK,
-            resting,
-            start,
-            end,
-        )
+        step_slot(frozen, EMA_BEFORE, DTYPES, BLOCK, resting, start, end)
 
 
 def compile_options(target: GPUTarget, bounded: bool = False) -> dict[str, Any]:
@@ -333,6 +292,7 @@ def launch_options(bounded: bool = False) -> dict[str, Any]:
 
 def launcher(
     rule: str,
+    variant: str,
     dtype: torch.dtype,
     master: bool,
     rounded_states: bool,
@@ -345,7 +305,7 @@ def launcher(
     """Make what steps a bucket, asynchronously, on its device.
 
     Args:
-        rule: key of :data:`RULES`.
+        rule, variant: keys of :data:`RULES`.
         dtype: of parameters and gradients.
         master: whether parameters are copies of weights in the dtype of the arithmetic.
         rounded_states: whether states are in bfloat16, rounded stochastically, not as the weights.
@@ -366,12 +326,9 @@ def launcher(
         slots: int64, laid out as ``slot`` says.
     """
     stored, compute = TYPES[dtype]
-    weight = compute if master else stored
     constants = (
-        RULES[rule],
-        *(num_scalars, *slot, ema_before),
-        *(stored, weight, tl.bfloat16 if rounded_states else weight),
-        *(compute if average is None else TYPES[average][0], compute),
+        *(RULES[rule][variant], num_scalars, tuple(slot), ema_before),
+        dtypes(stored, compute, master, rounded_states, average),
         *(block_size(compute), CHUNK),
     )
     options = launch_options(bounded=True)

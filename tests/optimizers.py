@@ -195,12 +195,7 @@ STATE_NAMES = tuple(
     dict.fromkeys(name for o in OPTIMIZERS.values() for name in o.oracle.state_names)
 )
 
-
-def rules_and_states() -> tuple[tuple[str, int], ...]:
-    """What kernels are compiled for: a rule's name, and the number of its states.
-
-    A function, because torch imports Triton where it makes an optimizer, and conftest.py decides
-    before that whether Triton's kernels are interpreted.
-    """
-    pairs = ((o.ours.rule.name, len(o.states(options))) for o, options in SETTINGS.values())
-    return tuple(dict.fromkeys([("frozen", 0), *pairs]))
+# What kernels are compiled for, by the names of rule and variant.
+RULE_VARIANTS = tuple(
+    (name, variant) for name, rule in fused_ema.rules.RULES.items() for variant in rule.variants
+)

@@ -19,7 +19,7 @@ NAME = "shim"
 
 
 def unsupported(bucket) -> str | None:
-    return dense.unsupported(bucket, _native.rule_scalars())
+    return dense.unsupported(bucket, _native.rule_variants())
 
 
 def register() -> None:

@@ -245,7 +245,7 @@ def test_the_collector_is_told_of_each_reference_once():
     kept = [*params, groups[0]["params"], entries, *entries.values()]
     kept += [value for entry in entries.values() for value in entry.values()]
     kept.append(slots(params))
-    plans = (slots, lambda _: _native.Plan("adam", kept[-1], False))
+    plans = (slots, lambda _: _native.Plan("adam", "plain", kept[-1], False))
     for make in (*plans, lambda _: _native.Watch(groups, entries)):
         before = [sys.getrefcount(thing) for thing in kept]
         made = make(params)

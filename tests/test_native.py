@@ -13,7 +13,7 @@ from cases import CHUNK, DTYPES
 from optimizers import Optimizer, Options, each_setting
 from torch import nn
 
-from fused_ema import FusedScaledAdamW, FusedScaledSGD, _native, rules
+from fused_ema import FusedScaledAdamW, FusedScaledSGD, _native
 
 TARGETS = _native.cpu_targets()
 
@@ -77,14 +77,6 @@ def test_the_environment_chooses_the_target(monkeypatch):
     monkeypatch.setenv("FUSED_EMA_CPU", "avx1024")
     with pytest.raises(ValueError, match=r"FUSED_EMA_CPU=avx1024 cannot run here; allowed: .*bas"):
         target()
-
-
-def test_python_and_cpp_have_the_same_rules_and_tables():
-    known = rules.RULES.items()
-    assert _native.rule_scalars() == {name: list(r.scalars._fields) for name, r in known}
-    assert _native.rule_numbers() == {name: list(r.number_names) for name, r in known}
-    assert _native.rule_flags() == {name: list(r.flag_names) for name, r in known}
-    assert {r.number_names[-1] for r in rules.RULES.values()} == {"kappa"}  # where kernels look
 
 
 @pytest.mark.parametrize(

@@ -9,20 +9,18 @@ from itertools import cycle, product
 import pytest
 import torch
 from cases import DTYPES
-from optimizers import SCALARS, rules_and_states
+from optimizers import RULE_VARIANTS, SCALARS
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fused_ema import _native
+from fused_ema import _native, rules
 from fused_ema.ema import formats
 from fused_ema.kernels import step
 from fused_ema.kernels.interpreter import interpreted
-from fused_ema.kernels.rules import FOLDS, RULES
 from fused_ema.step import layout
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 
-RULE_STATES = rules_and_states()
 # There are weights on both sides of 1/2, where lerp changes its formula.
 EMA_WEIGHTS = ((0.1, 0.0, 0.6), (1.0, 0.3, 1e-7), (0.8, 0.5, 0.01))
 SEEDS = (0, 0xFFFFFFFF, 123456789)
@@ -56,12 +54,17 @@ def draw(size: int, dtype: torch.dtype, generator: torch.Generator, shift: int) 
 @dataclass(frozen=True)
 class Variant:
     rule: str
-    states: int
+    variant: str
     dtype: torch.dtype
     averages: int = 1
     ema_before: bool = False
     rounded_states: bool = False
     rounded_average: torch.dtype | None = None
+
+    @property
+    def states(self) -> int:
+        """The number of the rule's states."""
+        return len(rules.RULES[self.rule].variants[self.variant])
 
     @property
     def average_dtype(self) -> torch.dtype:
@@ -136,7 +139,7 @@ def step_natively(variant: Variant, slots: list[Slot]) -> None:
         groups=[slot.row for slot in slots],
         places=[slot.place for slot in slots],
     )
-    plan = _native.Plan(variant.rule, tensors, variant.ema_before)
+    plan = _native.Plan(variant.rule, variant.variant, tensors, variant.ema_before)
     assert plan.prepare(Table(variant))
     plan.run(None)
 
@@ -174,6 +177,7 @@ def launch(
     scalars, indices, *others = buffer.split([len(part) for part in parts])
     step_slots = step.launcher(
         variant.rule,
+        variant.variant,
         variant.dtype,
         False,
         variant.rounded_states,
@@ -217,9 +221,9 @@ def name_of(value: object) -> str:
 @pytest.mark.parametrize("ema_before", [False, True], ids=["after", "before"])
 @pytest.mark.parametrize("averages", [0, 1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize(("rule", "states"), RULE_STATES)
-def test_the_bits_are_those_of_the_native_kernel(rule, states, dtype, averages, ema_before):
-    variant = Variant(rule, states, dtype, averages, ema_before)
+@pytest.mark.parametrize(("rule", "kind"), RULE_VARIANTS)
+def test_the_bits_are_those_of_the_native_kernel(rule, kind, dtype, averages, ema_before):
+    variant = Variant(rule, kind, dtype, averages, ema_before)
     block = variant.block
     sizes = (0, 1, block - 1, block, block + 1, step.CHUNK + 3, 7, block + 2)
     active = (True, True, True, True, True, True, False, False)
@@ -230,22 +234,22 @@ def test_the_bits_are_those_of_the_native_kernel(rule, states, dtype, averages, 
 
 
 ROUNDING = [
-    (rule, states, dtype, rounded, average)
-    for (rule, states), dtype, rounded, average in product(
-        RULE_STATES,
+    (rule, kind, dtype, rounded, average)
+    for (rule, kind), dtype, rounded, average in product(
+        RULE_VARIANTS,
         (torch.float32, torch.bfloat16),
         (False, True),
         (None, torch.bfloat16, torch.float16),
     )
     if rounded or average is not None
-    if not rounded or (states and dtype == torch.float32)
+    if not rounded or (rules.RULES[rule].variants[kind] and dtype == torch.float32)
 ]
 
 
 @pytest.mark.parametrize("ema_before", [False, True], ids=["after", "before"])
-@pytest.mark.parametrize(("rule", "states", "dtype", "rounded", "average"), ROUNDING, ids=name_of)
-def test_rounded_bits_are_the_native_ones(rule, states, dtype, rounded, average, ema_before):
-    variant = Variant(rule, states, dtype, 2, ema_before, rounded, average)
+@pytest.mark.parametrize(("rule", "kind", "dtype", "rounded", "average"), ROUNDING, ids=name_of)
+def test_rounded_bits_are_the_native_ones(rule, kind, dtype, rounded, average, ema_before):
+    variant = Variant(rule, kind, dtype, 2, ema_before, rounded, average)
     sizes = (1, variant.block + 1, step.CHUNK + 3, 7, variant.block + 2)
     active = (True, True, True, False, False)
     slots, others = variant.slots(sizes, active), variant.slots(sizes, active)
@@ -256,7 +260,7 @@ def test_rounded_bits_are_the_native_ones(rule, states, dtype, rounded, average,
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_alignment_does_not_change_a_bit(dtype):
-    variant = Variant("adam", 3, dtype, averages=2)
+    variant = Variant("adam", "amsgrad", dtype, averages=2)
     sizes = (1, variant.block, step.CHUNK + 3)
     aligned, others = variant.slots(sizes), variant.slots(sizes, shifts=(1, 0, 3))
     assert any(tensor.data_ptr() % 16 for slot in others for tensor in slot.tensors())
@@ -283,7 +287,7 @@ def blocks(monkeypatch) -> list[tuple[bool, int]]:
 @pytest.mark.parametrize("active", [True, False], ids=["active", "resting"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_whole_blocks_of_aligned_tensors_are_not_masked(dtype, active, blocks):
-    variant = Variant("adam", 3, dtype, averages=2)
+    variant = Variant("adam", "amsgrad", dtype, averages=2)
     size = step.CHUNK + 2 * variant.block + 1
     step_interpreted(variant, variant.slots([size], [active]))
     whole = range(0, step.CHUNK + 2 * variant.block, variant.block)
@@ -293,7 +297,7 @@ def test_whole_blocks_of_aligned_tensors_are_not_masked(dtype, active, blocks):
 @pytest.mark.parametrize("shift", [1, 2])
 @pytest.mark.parametrize("odd", range(7))
 def test_one_unaligned_tensor_masks_its_slot(odd, shift, blocks):
-    variant = Variant("adam", 3, torch.float32, averages=2)
+    variant = Variant("adam", "amsgrad", torch.float32, averages=2)
     shifts = [shift if k == odd else 0 for k in range(7)]
     step_interpreted(variant, variant.slots([variant.block], shifts=shifts))
     assert {whole for whole, _ in blocks} == {False}
@@ -301,7 +305,7 @@ def test_one_unaligned_tensor_masks_its_slot(odd, shift, blocks):
 
 @pytest.mark.parametrize("ema_before", [False, True], ids=["after", "before"])
 def test_without_a_gradient_only_param_and_averages_are_touched(ema_before):
-    variant = Variant("adam", 2, torch.float32, 2, ema_before)
+    variant = Variant("adam", "plain", torch.float32, 2, ema_before)
     (slot,), (other,) = variant.slots([9], [False]), variant.slots([9], [False])
     step_natively(variant, [slot])
     numel, place, param, _, _, *averages = words_of(other)
@@ -312,7 +316,7 @@ def test_without_a_gradient_only_param_and_averages_are_touched(ema_before):
 @pytest.mark.parametrize("active", [True, False], ids=["active", "resting"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_offsets_have_64_bits(dtype, active):
-    variant = Variant("adam", 2, dtype)
+    variant = Variant("adam", "plain", dtype)
     near, far = variant.slots([step.CHUNK], [active]), variant.slots([step.CHUNK], [active])
     step_interpreted(variant, near)
     index = 2**32 // step.CHUNK + 5
@@ -327,7 +331,7 @@ def test_offsets_have_64_bits(dtype, active):
 
 def test_random_bits_take_offsets_of_64_bits():
     """Of the specification: no native tensor of so many elements is at hand."""
-    variant = Variant("frozen", 0, torch.float32, rounded_average=torch.bfloat16)
+    variant = Variant("frozen", "plain", torch.float32, rounded_average=torch.bfloat16)
     ((slot,), (near,)) = variant.slots([step.CHUNK]), variant.slots([step.CHUNK])
     index = 2**32 // step.CHUNK + 5
     place = torch.arange(step.CHUNK) + index * step.CHUNK
@@ -345,12 +349,8 @@ def test_random_bits_take_offsets_of_64_bits():
 
 def test_without_chunks_nothing_is_launched(monkeypatch):
     monkeypatch.setattr(step, "step_kernel", None)
-    variant = Variant("sgd", 0, torch.float32)
+    variant = Variant("sgd", "plain", torch.float32)
     step_interpreted(variant, variant.slots([0, 0]))
-
-
-def test_every_rule_has_a_kernel():
-    assert RULES.keys() == FOLDS.keys() == _native.rule_scalars().keys()
 
 
 def test_products_and_sums_are_rounded_apart():

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from optimizers import rules_and_states
+from optimizers import RULE_VARIANTS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -56,13 +56,19 @@ class Variant:
     """What the kernel is specialized for."""
 
     rule: str
-    states: int
+    variant: str = "plain"
     dtype: str = "float32"
     averages: int = 1
     ema_before: bool = False
     master: bool = False
     rounded_states: bool = False
     rounded_average: str | None = None
+
+    @property
+    def states(self) -> int:
+        """The number of the rule's states."""
+        rule = rules.RULES.get(self.rule)
+        return len(rule.variants[self.variant]) if rule else 0
 
     @property
     def types(self) -> tuple[tl.dtype, tl.dtype]:
@@ -74,40 +80,51 @@ class Variant:
         return self.rounded_states or self.rounded_average is not None
 
     @property
+    def dtypes(self) -> tuple[tl.dtype, ...]:
+        average = getattr(torch, self.rounded_average) if self.rounded_average else None
+        return step.dtypes(*self.types, self.master, self.rounded_states, average)
+
+    @property
     def weight(self) -> tl.dtype:
-        return self.types[self.master]
+        return self.dtypes[1]
 
     @property
     def state(self) -> tl.dtype:
-        return tl.bfloat16 if self.rounded_states else self.weight
+        return self.dtypes[2]
 
     @property
     def average(self) -> tl.dtype:
-        return getattr(tl, self.rounded_average) if self.rounded_average else self.types[1]
+        return self.dtypes[3]
 
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+# Those that keep most.
+LARGE = tuple(
+    (name, variant)
+    for name, variant in RULE_VARIANTS
+    if len(rules.RULES[name].variants[variant]) > 1
+)
 VARIANTS = (
-    *(Variant(rule, states, dtype) for rule, states in rules_and_states() for dtype in DTYPES),
-    Variant("adam", 2, averages=0),
-    Variant("adam", 2, averages=3),
-    Variant("adam", 2, ema_before=True),
-    *(Variant("adam", states, "bfloat16", master=True) for states in (2, 3)),
-    Variant("frozen", 0, rounded_average="bfloat16"),
+    *(Variant(*rule, dtype) for rule in RULE_VARIANTS for dtype in DTYPES),
+    Variant("adam", averages=0),
+    Variant("adam", averages=3),
+    Variant("adam", ema_before=True),
+    *(Variant(*rule, "bfloat16", master=True) for rule in LARGE),
+    Variant("frozen", rounded_average="bfloat16"),
     *(
-        Variant("adam", states, dtype, 1, False, dtype != "float32", rounded, average)
-        for states in (2, 3)
+        Variant(*rule, dtype, 1, False, dtype != "float32", rounded, average)
+        for rule in LARGE
         for dtype in ("float32", "bfloat16")
         for rounded, average in ((True, None), (False, "bfloat16"), (True, "float16"))
     ),
     *(
-        Variant("adam", 2, dtype, 2, False, dtype != "float32", True, "float16")
+        Variant("adam", "plain", dtype, 2, False, dtype != "float32", True, "float16")
         for dtype in ("float32", "bfloat16")
     ),
-    *(Variant(SQUARES, 0, dtype, averages=0) for dtype in DTYPES),
+    *(Variant(SQUARES, dtype=dtype, averages=0) for dtype in DTYPES),
 )
 FOLDS = tuple(
-    Variant(f"{FOLD}{rule}", 0, averages=2, rounded_average="bfloat16") for rule in rules.RULES
+    Variant(f"{FOLD}{rule}", averages=2, rounded_average="bfloat16") for rule in rules.RULES
 )
 
 
@@ -154,10 +171,10 @@ def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.Compi
         constants = (True, True, True, True, 2, stored, *constants, squares.WIDTH)
     else:
         kernel, pointers = step.step_kernel, ARGUMENTS
-        scalars = (RULES[variant.rule], NUM_SCALARS[variant.rule])
+        scalars = (RULES[variant.rule][variant.variant], NUM_SCALARS[variant.rule])
         slot = layout.slot(variant.master, variant.states, variant.averages)
-        kind = (*scalars, *slot, variant.ema_before)
-        constants = (*kind, stored, variant.weight, variant.state, variant.average, *constants)
+        kind = (*scalars, tuple(slot), variant.ema_before, variant.dtypes)
+        constants = (*kind, *constants[1:])
     options = step.compile_options(target, bounded=variant.rule != SQUARES)
     return compiled(kernel, pointers, constants, target, options)
 
@@ -269,8 +286,18 @@ def compile_all() -> Iterable[Row]:
 
 
 def print_table(rows: Iterable[Row]) -> None:
-    form = "{:7} {:7} {:>7} {:16} {:>14} {:6} {:>9} {:>9} {:>7} {:>6}  {:26}  {:26}"
-    names = ("target", "rule", "states", "dtype", "EMAs", "order", "registers", "occupancy")
+    form = "{:7} {:7} {:17} {:>7} {:16} {:>14} {:6} {:>9} {:>9} {:>7} {:>6}  {:26}  {:26}"
+    names = (
+        "target",
+        "rule",
+        "variant",
+        "states",
+        "dtype",
+        "EMAs",
+        "order",
+        "registers",
+        "occupancy",
+    )
     print(form.format(*names, "spilled", "shared", "vector loads", "vector stores"))
     for row in rows:
         v = row.variant
@@ -278,7 +305,7 @@ def print_table(rows: Iterable[Row]) -> None:
         dtype = f"{v.dtype}, master" if v.master else v.dtype
         states = f"{v.states}, bf16" if v.rounded_states else v.states
         averages = f"{v.averages}, {v.average.name}" if v.rounded_average else v.averages
-        cells = (row.target, v.rule, states, dtype, averages, order, row.registers)
+        cells = (row.target, v.rule, v.variant, states, dtype, averages, order, row.registers)
         accesses = (summary(row.loads), summary(row.stores))
         print(form.format(*cells, f"{row.occupancy:.0%}", row.spilled, row.shared, *accesses))
 

@@ -142,7 +142,7 @@ void delta_block(const Piece& piece, void* const* emas, const double* weights, i
 template <class Rule, class Layout>
 void step_piece(const Piece& piece) {
   using Value = Compute<typename Layout::Weight>;
-  const typename Rule::template Scalars<Value> scalars(piece.row, piece.grad_factor);
+  const auto scalars = scalars_of<Rule, Value>(piece.row, piece.grad_factor);
   const double* weights = piece.row + Rule::scalars.size();
   void* const* emas = piece.pointers + 1 + Layout::has_master + Rule::num_states;
   int64_t count = 0;
@@ -193,9 +193,9 @@ Squares find_squares(StoredType stored) {
   return found;
 }
 
-KernelInfo find_kernel(const std::string& rule, int num_states, Storage storage) {
+KernelInfo find_kernel(const RuleId& rule, Storage storage) {
   KernelInfo found;
-  with_rule(AllRules{}, rule, num_states, [&](auto candidate) {
+  with_rule(AllRules{}, rule, [&](auto candidate) {
     using Rule = decltype(candidate);
     with_layout<Rule>(storage, [&](auto layout) {
       found = {step_piece<Rule, decltype(layout)>, static_cast<int>(Rule::scalars.size())};

@@ -14,12 +14,15 @@ constexpr int64_t grain = 32768;
 // Elements of a gradient that are summed on their own: few enough for float to be exact enough.
 constexpr int64_t sum_size = 4096;
 
+KernelInfo find(const std::string& target, const RuleId& rule, const Slots& slots) {
+  return known(find_kernel(target, rule, slots.storage()), rule, slots.num_scalars());
+}
+
 }  // namespace
 
-Plan::Plan(const std::string& rule, OwnedSlots slots, bool ema_before)
+Plan::Plan(const std::string& rule, const std::string& variant, OwnedSlots slots, bool ema_before)
     : target_(chosen_target()),
-      kernel_(known(find_kernel(target_, rule, slots->num_states(), slots->storage()), rule,
-                    slots->num_states(), slots->num_scalars())),
+      kernel_(find(target_, {rule, variant, slots->num_states()}, *slots)),
       squares_(find_squares(target_, slots->storage().type)),
       ema_before_(ema_before),
       slots_(std::move(slots)),

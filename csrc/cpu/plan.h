@@ -11,7 +11,7 @@ namespace fused_ema::cpu {
 
 class Plan {
  public:
-  Plan(const std::string& rule, OwnedSlots slots, bool ema_before);
+  Plan(const std::string& rule, const std::string& variant, OwnedSlots slots, bool ema_before);
 
   // As Slots::prepare.
   bool prepare(const py::object& fold) { return slots_->prepare(fold); }

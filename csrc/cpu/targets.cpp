@@ -62,7 +62,7 @@ namespace {
 
 struct Target {
   const char* name;
-  KernelInfo (*find_kernel)(const std::string&, int, Storage);
+  KernelInfo (*find_kernel)(const RuleId&, Storage);
   Squares (*find_squares)(StoredType);
 };
 
@@ -100,10 +100,9 @@ std::string chosen_target() {
                               " cannot run here; allowed: " + allowed);
 }
 
-KernelInfo find_kernel(const std::string& target, const std::string& rule, int num_states,
-                       Storage storage) {
+KernelInfo find_kernel(const std::string& target, const RuleId& rule, Storage storage) {
   for (const Target& candidate : available())
-    if (target == candidate.name) return candidate.find_kernel(rule, num_states, storage);
+    if (target == candidate.name) return candidate.find_kernel(rule, storage);
   return {};
 }
 

@@ -118,7 +118,9 @@ __device__ void fold_slot(const FoldTask& task, const int64_t* words, int slot) 
   if ((counter & 1) != 0) *steps = step += advance;
 
   double* const row = task.table + slot * (num_scalars + task.num_emas + task.rounds);
-  Rule::fold(numbers, Flags(record[2]), step, row);
+  const auto scalars = Rule::fold(numbers, Flags(record[2]), step);
+  if constexpr (num_scalars > 0)
+    *reinterpret_cast<std::remove_const_t<decltype(scalars)>*>(row) = scalars;
   const int64_t* decay = record + group_head + count;
 #pragma unroll 1
   for (int k = 0; k < task.num_emas; ++k, decay += decay_words)

@@ -91,9 +91,9 @@ KernelInfo find_format(EmaFormat ema_format) {
 // The kernel for a rule, among those that round by random bits or among the others: two files
 // compile them, at the same time.
 template <bool rounds>
-KernelInfo find_kernel_that(const std::string& rule, int num_states, Storage storage) {
+KernelInfo find_kernel_that(const RuleId& rule, Storage storage) {
   KernelInfo found;
-  with_rule(AllRules{}, rule, num_states, [&](auto candidate) {
+  with_rule(AllRules{}, rule, [&](auto candidate) {
     using Rule = decltype(candidate);
     with_layout<Rule>(storage, [&](auto layout) {
       found = find_format<rounds, Rule, decltype(layout)>(storage.ema_format);
@@ -102,6 +102,6 @@ KernelInfo find_kernel_that(const std::string& rule, int num_states, Storage sto
   return found;
 }
 
-KernelInfo find_rounding_kernel(const std::string& rule, int num_states, Storage storage);
+KernelInfo find_rounding_kernel(const RuleId& rule, Storage storage);
 
 }  // namespace fused_ema::cuda

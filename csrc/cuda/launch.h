@@ -59,8 +59,9 @@ struct KernelInfo {
   int num_scalars = 0;
 };
 
-// The kernel for a rule, told apart by its number of states; a null kernel where there is none.
-KernelInfo find_kernel(const std::string& rule, int num_states, Storage storage);
+// The kernel for a rule; a null kernel where there is none.
+// Throws std::invalid_argument where the rule keeps another number of states.
+KernelInfo find_kernel(const RuleId& rule, Storage storage);
 
 // A pass over a bucket's gradients, from the last chunk to the first: a step, which goes the other
 // way, finds in the L2 cache what the pass has read last.

@@ -9,9 +9,16 @@
 
 namespace fused_ema::cuda {
 
-Plan::Plan(const std::string& rule, OwnedSlots slots, bool ema_before)
-    : kernel_(known(find_kernel(rule, slots->num_states(), slots->storage()), rule,
-                    slots->num_states(), slots->num_scalars())),
+namespace {
+
+KernelInfo find(const RuleId& rule, const Slots& slots) {
+  return known(find_kernel(rule, slots.storage()), rule, slots.num_scalars());
+}
+
+}  // namespace
+
+Plan::Plan(const std::string& rule, const std::string& variant, OwnedSlots slots, bool ema_before)
+    : kernel_(find({rule, variant, slots->num_states()}, *slots)),
       squares_(find_squares(slots->storage().type)),
       ema_before_(ema_before),
       slots_(std::move(slots)),

@@ -9,9 +9,9 @@ std::vector<int> architectures() { return {__CUDA_ARCH_LIST__}; }
 
 bool fits(int64_t num_words) { return num_words <= Parameters<large>::capacity; }
 
-KernelInfo find_kernel(const std::string& rule, int num_states, Storage storage) {
-  if (storage.rounds()) return find_rounding_kernel(rule, num_states, storage);
-  return find_kernel_that<false>(rule, num_states, storage);
+KernelInfo find_kernel(const RuleId& rule, Storage storage) {
+  if (storage.rounds()) return find_rounding_kernel(rule, storage);
+  return find_kernel_that<false>(rule, storage);
 }
 
 }  // namespace fused_ema::cuda

@@ -147,7 +147,8 @@ class RuleScalars {
  public:
   using Scalars = typename Rule::template Scalars<T>;
 
-  __device__ RuleScalars(const double* row, const double* control) : scalars_(row, control[0]) {}
+  __device__ RuleScalars(const double* row, const double* control)
+      : scalars_(scalars_of<Rule, T>(row, control[0])) {}
   __device__ const Scalars& get() const { return scalars_; }
 
  private:
@@ -164,7 +165,7 @@ class RuleScalars<Rule, double> {
   __device__ RuleScalars(const double* row, const double* control) : row_(row), control_(control) {}
   __device__ Scalars get() const {
     asm volatile("" ::: "memory");
-    return Scalars(row_, control_[0]);
+    return scalars_of<Rule, double>(row_, control_[0]);
   }
 
  private:

@@ -3,8 +3,8 @@
 
 namespace fused_ema::cuda {
 
-KernelInfo find_rounding_kernel(const std::string& rule, int num_states, Storage storage) {
-  return find_kernel_that<true>(rule, num_states, storage);
+KernelInfo find_rounding_kernel(const RuleId& rule, Storage storage) {
+  return find_kernel_that<true>(rule, storage);
 }
 
 }  // namespace fused_ema::cuda

@@ -26,7 +26,7 @@ def cpu_targets() -> list[str]:
     return []
 
 
-def rule_scalars() -> dict[str, list[str]]:
+def rule_variants() -> dict[str, dict[str, int]]:
     """No rules that are compiled."""
     return {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .. import scaling
@@ -67,9 +67,8 @@ def check(group: Group) -> None:
         check_range(f"betas[{i}]", beta, 0, 1, ends=("<=", "<"))
 
 
-def states(group: Group) -> tuple[str, ...]:
-    states = ("exp_avg", "exp_avg_sq")
-    return (*states, "max_exp_avg_sq") if group["amsgrad"] else states
+def variant(group: Group) -> str:
+    return "amsgrad" if group["amsgrad"] else "plain"
 
 
 def scale(group: Group) -> Scaled:
@@ -110,17 +109,17 @@ def fold(hyper: Scaled, step: Any) -> Scalars:
     )
 
 
-def update(param: Values, grad: Values, states: Sequence[Values], c: Scalars) -> None:
+def update(param: Values, grad: Values, states: Mapping[str, Values], c: Scalars) -> None:
     """``p <- p - (decay*p + step_size*m/(sqrt(v) + eps))``.
 
     Kingma & Ba 2015; amsgrad: Reddi et al. 2018; decay: Loshchilov & Hutter 2019.
     """
-    exp_avg, exp_avg_sq = states[:2]
+    exp_avg, exp_avg_sq = states["exp_avg"], states["exp_avg_sq"]
     grad = directed(grad, param, c.grad_factor, c.weight_decay)
     lerp_(exp_avg, grad, c.weight1)
     lerp_square_(exp_avg_sq, grad, c.weight2)
-    if len(states) == 3:
-        exp_avg_sq = states[2].clamp_min_(exp_avg_sq)
+    if "max_exp_avg_sq" in states:
+        exp_avg_sq = states["max_exp_avg_sq"].clamp_min_(exp_avg_sq)
     change = exp_avg.mul(c.step_size).div(exp_avg_sq.sqrt().add(c.eps))
     if counts(c.decay):
         change = decayed(change, param, c.decay)
@@ -136,7 +135,11 @@ ADAM = Rule(
     ),
     choices=CHOICES,
     check=check,
-    states=states,
+    variants={
+        "plain": ("exp_avg", "exp_avg_sq"),
+        "amsgrad": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    },
+    variant=variant,
     scale=scale,
     fold=fold,
     update=update,

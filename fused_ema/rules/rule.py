@@ -12,7 +12,7 @@ square or a difference may overflow.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
@@ -40,16 +40,19 @@ class Rule:
     """One optimizer.
 
     Attributes:
-        name: key of the kernels in every backend.
-        numbers: param-group fields that ``states``, ``scale`` and ``check`` read: numbers, or
+        name: with ``variant`` the key of the kernels in every backend.
+        numbers: param-group fields that ``variant``, ``scale`` and ``check`` read: numbers, or
             tuples of them; a capturable group may hold tensors of its device there.
         flags: those of its fields that choose between formulas: bools, and names of two formulas.
         choices: the ``Literal`` of the names that such a field may hold.
         check: raises ValueError for a bad param group.
-        states: names of the state tensors that a group needs, in the kernels' order.
+        variants: the kernels of the rule by name, and the names of the state tensors that each
+            keeps, in the kernels' order.
+        variant: which of them a group needs.
         scale: hyper-parameters at the group's ``kappa``: float64, floats or tensors of one shape.
         fold: the kernels' scalars from ``scale``'s result and the base steps after this step.
         update: one step in place: ``update(param, grad, states, scalars)``; never writes ``grad``.
+            ``states`` are those of the variant, by name.
         scalars: the NamedTuple type that ``fold`` returns; its order is the kernels' table layout.
             The first of a rule that takes gradients is ``grad_factor``, which kernels also multiply
             by a step's own factor: one product for maximizing, unscaling and clipping.
@@ -60,11 +63,16 @@ class Rule:
     flags: tuple[str, ...]
     choices: Mapping[str, Any]
     check: Callable[[Group], None]
-    states: Callable[[Group], tuple[str, ...]]
+    variants: Mapping[str, tuple[str, ...]]
+    variant: Callable[[Group], str]
     scale: Callable[[Group], Any]
     fold: Callable[[Any, Any], Any]
-    update: Callable[[Any, Any, Sequence[Any], Any], None]
+    update: Callable[[Any, Any, Mapping[str, Any], Any], None]
     scalars: Any
+
+    def states(self, group: Group) -> tuple[str, ...]:
+        """Names of the state tensors that a group needs, in the kernels' order."""
+        return self.variants[self.variant(group)]
 
     @property
     def hyper(self) -> tuple[str, ...]:

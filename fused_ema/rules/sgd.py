@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .. import scaling
@@ -63,8 +63,8 @@ def check(group: Group) -> None:
         )
 
 
-def states(group: Group) -> tuple[str, ...]:
-    return ("momentum_buffer",) if group["momentum"] != 0 else ()
+def variant(group: Group) -> str:
+    return "momentum" if group["momentum"] != 0 else "plain"
 
 
 def scale(group: Group) -> Scaled:
@@ -102,11 +102,11 @@ def fold(hyper: Scaled, step: Any) -> Scalars:
     )
 
 
-def update(param: Values, grad: Values, states: Sequence[Values], c: Scalars) -> None:
+def update(param: Values, grad: Values, states: Mapping[str, Values], c: Scalars) -> None:
     """``b <- carry*b + grad_weight*g``; ``p <- p - lr*(g + momentum*b if nesterov else b)``."""
     grad = directed(grad, param, c.grad_factor, c.weight_decay)
-    if states:
-        (momentum_buffer,) = states
+    if "momentum_buffer" in states:
+        momentum_buffer = states["momentum_buffer"]
         momentum_buffer.mul_(c.carry).add_(grad, alpha=c.grad_weight)
         grad = grad.add(momentum_buffer, alpha=c.momentum) if c.nesterov else momentum_buffer
     param.sub_(grad, alpha=c.lr)
@@ -118,7 +118,8 @@ SGD = Rule(
     flags=("nesterov", "maximize", "momentum_scaling"),
     choices=CHOICES,
     check=check,
-    states=states,
+    variants={"plain": (), "momentum": ("momentum_buffer",)},
+    variant=variant,
     scale=scale,
     fold=fold,
     update=update,

@@ -35,9 +35,9 @@ class Slot(NamedTuple):
 class Key(NamedTuple):
     """What all slots of a bucket share.
 
-    ``states`` are the rule's state tensors, None for frozen parameters, whose averages alone move,
-    and which must not have a gradient.
-    ``state_format`` tells whether they are rounded.
+    ``variant`` is that of the bucket's rule. The averages of ``frozen`` parameters alone move, and
+    they must not have a gradient.
+    ``state_format`` tells whether the rule's states are rounded.
     ``master`` tells whether parameters are rounded copies of weights that the optimizer holds.
     ``layout`` is ``"dense"`` when parameter, states and averages are plain memory in the same order
     without gaps, else ``"strided"``: views with gaps, and tensor subclasses. Of DTensors it is
@@ -49,7 +49,8 @@ class Key(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     layout: str
-    states: tuple[str, ...] | None
+    variant: str
+    frozen: bool
     state_format: str
     master: bool
     emas: tuple[str, ...]
@@ -64,7 +65,7 @@ class Key(NamedTuple):
     @property
     def averages_alone(self) -> bool:
         """Whether no parameter moves: all are frozen, or are stepped in other buckets."""
-        return self.states is None or self.turn in (BEFORE_ALL, AFTER_ALL)
+        return self.frozen or self.turn in (BEFORE_ALL, AFTER_ALL)
 
     @property
     def rounds(self) -> bool:
@@ -88,7 +89,7 @@ class Bucket:
     @property
     def takes_grads(self) -> bool:
         """Whether gradients matter: to step by, or to be refused."""
-        return self.rule is not FROZEN or self.key.states is None
+        return self.rule is not FROZEN or self.key.frozen
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -96,17 +97,22 @@ class Bucket:
         return COMPUTE_DTYPE[self.key.dtype]
 
     @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the rule's states."""
+        return self.rule.variants[self.key.variant]
+
+    @property
     def state_keys(self) -> tuple[str, ...]:
         """Names of the states that kernels take: the master if there is one, then the rule's."""
-        return _state_keys(self.key.states, self.key.master)
+        return _state_keys(self.states, self.key.master)
 
     def __str__(self) -> str:
         key = self.key
         return f"{len(self.slots)} {key.layout} {key.dtype} parameter(s) on {key.device}"
 
 
-def _state_keys(states: tuple[str, ...] | None, master: bool) -> tuple[str, ...]:
-    return (*(("master",) if master else ()), *(states or ()))
+def _state_keys(states: tuple[str, ...], master: bool) -> tuple[str, ...]:
+    return ("master", *states) if master else states
 
 
 def wants_master(group: Mapping[str, Any], param: Tensor) -> bool:
@@ -184,9 +190,9 @@ def _apart(key: Key, turn: int, slot: Slot) -> list[Key]:
             "Parameter in both places"
         )
     last = BEFORE_ALL if key.ema_order == "before" else AFTER_ALL
-    alone = key._replace(turn=last, states=None if key.states is None else (), state_format="full")
+    alone = key._replace(turn=last, variant=FROZEN.variant({}), state_format="full")
     stepped = key._replace(turn=turn, emas=(), ema_format="full")
-    return [*([] if key.states is None else [stepped]), *([alone] if key.emas else [])]
+    return [*([] if key.frozen else [stepped]), *([alone] if key.emas else [])]
 
 
 def is_active(rule: Rule, param: Tensor, state: Mapping[str, Any]) -> bool:
@@ -201,7 +207,8 @@ def is_active(rule: Rule, param: Tensor, state: Mapping[str, Any]) -> bool:
 def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, averaged: bool) -> Key:
     # to a rule that moves nothing gradients are nothing
     active = rule is FROZEN or is_active(rule, slot.param, slot.state)
-    states = rule.states(group) if active else None
+    variant = (rule if active else FROZEN).variant(group)
+    states = rule.variants[variant] if active else ()
     emas = ema_keys(len(decays(group["ema_decay"])) if averaged else 0)
     master = "master" in slot.state
     keys = (*_state_keys(states, master), *emas)
@@ -211,7 +218,8 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, average
         slot.param.device,
         slot.param.dtype,
         "dense" if all(map(native.is_plain, tensors)) and _same_order(tensors) else "strided",
-        states,
+        variant,
+        not active,
         group["state_format"] if states else "full",
         master,
         emas,

@@ -183,7 +183,7 @@ class Folder:
         known = math.nan if isinstance(kappa, Tensor) else kappa
         return _Scaled(
             fields=_remembered((*values.values(), scales, group["max_grad_norm"], *place)),
-            place=(self._rule.states(group), len(decays(ema_decay)), *place),
+            place=(self._rule.variant(group), len(decays(ema_decay)), *place),
             kappa=known,
             advance=1.0 if scales == "ema" else known,
             hyper=hyper,
@@ -197,7 +197,7 @@ class Folder:
         same = kappa == old.kappa
         return _Scaled(
             fields=(*numbers, *old.fields[len(numbers) :]),
-            place=(self._rule.states(group), *old.place[1:]),
+            place=(self._rule.variant(group), *old.place[1:]),
             kappa=kappa,
             advance=1.0 if group["kappa_scales"] == "ema" else kappa,
             hyper=self._rule.scaled(group),

@@ -43,8 +43,7 @@ class Block {
 };
 
 struct Kind {
-  std::string rule;
-  int num_states;
+  RuleId rule;
   StoredType stored;
   int num_emas;
   bool ema_before;
@@ -53,7 +52,7 @@ struct Kind {
   EmaFormat ema_format = EmaFormat::full;
 
   Storage storage() const { return {stored, master, rounded_states, ema_format}; }
-  int first_average() const { return 2 + master + num_states; }
+  int first_average() const { return 2 + master + rule.num_states; }
   int num_tensors() const { return first_average() + num_emas; }
 
   // How tensor k is stored: the parameter, its gradient, master and states, the averages.
@@ -87,7 +86,7 @@ class Bucket {
  public:
   Bucket(const Kind& kind, const std::vector<Size>& sizes, unsigned seed)
       : kind_(kind), sizes_(sizes), random_(seed) {
-    kernel_ = cuda::find_kernel(kind.rule, kind.num_states, kind.storage());
+    kernel_ = cuda::find_kernel(kind.rule, kind.storage());
     row_size_ = kernel_.num_scalars + kind.num_emas + kind.storage().rounds();
     for (const Size& size : sizes_) {
       slots_.push_back(make_tensors(size));
@@ -139,8 +138,7 @@ class Bucket {
 
   // One step of the copies by the CPU loop.
   void expect_step(double grad_factor = 1) {
-    const KernelInfo cpu =
-        cpu::find_kernel(cpu::targets().front(), kind_.rule, kind_.num_states, kind_.storage());
+    const KernelInfo cpu = cpu::find_kernel(cpu::targets().front(), kind_.rule, kind_.storage());
     for (size_t i = 0; i < sizes_.size(); ++i) {
       std::vector<void*> pointers;
       for (const Block& tensor : expected_[i]) pointers.push_back(tensor.data());

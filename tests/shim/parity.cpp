@@ -43,60 +43,62 @@ int step_kind(const Kind& kind) {
   return 1;
 }
 
+const RuleId adam{"adam", "plain", 2}, sgd{"sgd", "plain", 0}, heavy_ball{"sgd", "momentum", 1};
+
 template <class... Rules>
-int step_every_kind(RuleList<Rules...>) {
+std::vector<RuleId> ids(RuleList<Rules...>) {
+  return {{Rules::name, Rules::variant, Rules::num_states}...};
+}
+
+const std::vector<RuleId> rules = ids(AllRules{});
+
+bool moves(const RuleId& rule) { return rule.name != Frozen::name; }
+
+int test_rules() {
   int buckets = 0;
-  for (StoredType stored : types)
-    for (int num_emas : {0, 1, 3})
-      for (bool before : {false, true})
-        ((buckets += step_kind({Rules::name, Rules::num_states, stored, num_emas, before})), ...);
+  for (const RuleId& rule : rules)
+    for (StoredType stored : types)
+      for (int num_emas : {0, 1, 3})
+        for (bool before : {false, true}) buckets += step_kind({rule, stored, num_emas, before});
   return buckets;
 }
 
-int test_rules() { return step_every_kind(AllRules{}); }
-
 int test_masters() {
   int buckets = 0;
-  for (StoredType stored : {StoredType::bfloat16, StoredType::float16})
-    for (int num_emas : {0, 1, 3})
-      for (bool before : {false, true})
-        for (int num_states : {2, 3}) {
-          buckets += step_kind({"adam", num_states, stored, num_emas, before, true});
-          buckets += step_kind({"sgd", num_states - 2, stored, num_emas, before, true});
-        }
-  require(cuda::find_kernel("adam", 2, {StoredType::float32, true}).kernel == nullptr,
+  for (const RuleId& rule : rules)
+    for (StoredType stored : {StoredType::bfloat16, StoredType::float16})
+      for (int num_emas : {0, 1, 3})
+        for (bool before : {false, true})
+          if (moves(rule)) buckets += step_kind({rule, stored, num_emas, before, true});
+  require(cuda::find_kernel(adam, {StoredType::float32, true}).kernel == nullptr,
           "a master of float32 is none");
   return buckets;
 }
 
-int step_rounding_kinds(StoredType stored, bool master) {
+int step_rounding_kinds(const RuleId& rule, StoredType stored, bool master) {
   int buckets = 0;
+  const bool wide = master || stored == StoredType::float32;
   for (EmaFormat format : {EmaFormat::full, EmaFormat::bf16, EmaFormat::delta})
     for (int num_emas : {0, 1, 3})
-      for (bool before : {false, true}) {
-        const auto step = [&](const char* rule, int num_states, bool rounded_states) {
-          if (!rounded_states && (format == EmaFormat::full || num_emas == 0)) return;
-          buckets += step_kind(
-              {rule, num_states, stored, num_emas, before, master, rounded_states, format});
-        };
-        if (!master) step("frozen", 0, false);
-        step("sgd", 0, false);
-        for (bool rounded : {false, master || stored == StoredType::float32}) {
-          step("sgd", 1, rounded);
-          step("adam", 2, rounded);
-          step("adam", 3, rounded);
+      for (bool before : {false, true})
+        for (bool rounded_states : {false, true}) {
+          if (rounded_states ? rule.num_states == 0 || !wide
+                             : format == EmaFormat::full || num_emas == 0)
+            continue;
+          buckets += step_kind({rule, stored, num_emas, before, master, rounded_states, format});
         }
-      }
   return buckets;
 }
 
 int test_rounding() {
   int buckets = 0;
-  for (StoredType stored : {StoredType::float32, StoredType::bfloat16, StoredType::float16})
-    buckets += step_rounding_kinds(stored, false);
-  buckets += step_rounding_kinds(StoredType::bfloat16, true);
+  for (const RuleId& rule : rules) {
+    for (StoredType stored : {StoredType::float32, StoredType::bfloat16, StoredType::float16})
+      buckets += step_rounding_kinds(rule, stored, false);
+    if (moves(rule)) buckets += step_rounding_kinds(rule, StoredType::bfloat16, true);
+  }
   const auto none = [](Storage storage) {
-    require(cuda::find_kernel("adam", 2, storage).kernel == nullptr, "nothing to round");
+    require(cuda::find_kernel(adam, storage).kernel == nullptr, "nothing to round");
   };
   none({StoredType::float64, false, true});
   none({StoredType::bfloat16, false, true});
@@ -107,7 +109,7 @@ int test_rounding() {
 
 // Steps buckets whose words just fit, or just do not, into the small and the large parameters.
 int test_words() {
-  const Kind kind{"adam", 2, StoredType::float32, 2, false};
+  const Kind kind{adam, StoredType::float32, 2, false};
   int buckets = 0;
   for (size_t count : {1, 238, 239, 252, 253, 2030, 2031, 2043, 2044, 2500})
     for (bool scalars_on_device : {false, true}) {
@@ -131,7 +133,7 @@ int test_words() {
 int test_control() {
   int buckets = 0;
   for (StoredType stored : types) {
-    const Kind kind{"sgd", 1, stored, 2, false};
+    const Kind kind{heavy_ball, stored, 2, false};
     Bucket bucket(kind, edges(kind), 1);
     for (double found_inf : {1.0, 0.0, -1.0}) {
       bucket.step({false, false, 0.3, found_inf});
@@ -144,7 +146,7 @@ int test_control() {
 }
 
 int test_empty() {
-  Bucket bucket({"sgd", 0, StoredType::float32, 1, false}, {{0}, {0}}, 1);
+  Bucket bucket({sgd, StoredType::float32, 1, false}, {{0}, {0}}, 1);
   bucket.step({});
   require(shim::launches.empty(), "nothing to step, yet a launch");
   return 1;
@@ -152,7 +154,7 @@ int test_empty() {
 
 // Vectors are moved by one access, the rest and what is not aligned by one for each element.
 int test_accesses() {
-  const Kind kind{"sgd", 1, StoredType::float32, 2, false};
+  const Kind kind{heavy_ball, StoredType::float32, 2, false};
   const int step = 3 + 2 + 2;  // read param, grad and state, write param and state; an average
   const int follow = 1 + 2;    // read param; an average
   const auto expect = [&](const Size& size, int64_t accesses) {
@@ -181,7 +183,7 @@ void require_error(const char* message, Step step) {
 }
 
 int test_errors() {
-  const Kind kind{"sgd", 0, StoredType::float32, 1, false};
+  const Kind kind{sgd, StoredType::float32, 1, false};
   Bucket bucket(kind, {{9}}, 1), large(kind, std::vector<Size>(2500, {9}), 1);
   require_error("CUDA refuses to count multiprocessors: invalid device ordinal",
                 [&] { bucket.step({false, false, 1, 0, 7}); });
@@ -190,9 +192,14 @@ int test_errors() {
   require_error("too many words to pass by value", [&] { large.step({}); });
   bucket.check();
   large.check();
-  require(cuda::find_kernel("sgd", 2, {StoredType::float32, false}).kernel == nullptr,
-          "no such rule");
-  return 2;
+  const RuleId unknown{"sgd", "nesterov", 1};
+  require(cuda::find_kernel(unknown, {StoredType::float32}).kernel == nullptr, "no such variant");
+  try {
+    cuda::find_kernel({"sgd", "momentum", 2}, {StoredType::float32});
+  } catch (const std::invalid_argument&) {
+    return 2;
+  }
+  throw std::runtime_error("a rule of other states is found");
 }
 
 int run(const std::string& group) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -16,14 +16,14 @@ from . import words
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def unsupported(bucket: Bucket, rules: Iterable[str]) -> str | None:
-    """Why no kernel that knows ``rules`` can run the bucket, whatever its device."""
+def unsupported(bucket: Bucket, known: Mapping[str, Container[str]]) -> str | None:
+    """Why no kernel can run the bucket, whatever its device; ``known`` are rules' variants."""
     key = bucket.key
     modes = [type(mode).__name__ for mode in _get_current_dispatch_mode_stack()]
     if modes:
         return f"{', '.join(modes)} would not see it: modes see operations of torch's alone"
-    if bucket.rule.name not in rules:
-        return f"no kernel for rule {bucket.rule.name!r}"
+    if key.variant not in known.get(bucket.rule.name, ()):
+        return f"no kernel for rule {bucket.rule.name!r}, variant {key.variant!r}"
     if key.dtype not in DTYPES:
         return f"dtype {key.dtype} (supported: {', '.join(map(str, DTYPES))})"
     if key.layout != "dense":
@@ -39,7 +39,7 @@ def slots(bucket: Bucket) -> native.Slots:
     made: Any = native.Slots if why_not is None else words.Slots
     slots: native.Slots = made(
         num_scalars=len(bucket.rule.scalars._fields),
-        frozen=key.states is None,
+        frozen=key.frozen,
         takes_grads=bucket.takes_grads,
         capturable=key.capturable,
         master=key.master,

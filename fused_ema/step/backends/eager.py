@@ -69,7 +69,7 @@ class EagerPlan:
                 return False
             grad = slot.param.grad if self.bucket.takes_grads else None
             if grad is not None:
-                if key.states is None:
+                if key.frozen:
                     return False
                 if key.spread is not None:  # else it has to be whole, which is looked at
                     grad = local(grad)
@@ -146,7 +146,8 @@ class EagerPlan:
         # backward needs a step's values as they were: what the next one writes must not be those
         apart = self.bucket.key.differentiable
         working = [operand.to(self._dtype, copy=apart) for operand in stored]
-        self.bucket.rule.update(working[0], grad, working[1:], row.scalars)
+        named = dict(zip(self.bucket.states, working[1:], strict=True))
+        self.bucket.rule.update(working[0], grad, named, row.scalars)
         rounded = self.bucket.key.state_format != "full"
         kept = 1 if rounded else len(stored)  # the weights at least
         for operand, value in zip(stored[:kept], working, strict=False):
@@ -160,7 +161,7 @@ class EagerPlan:
             slot.state["step"] += row.advance
 
     def _round_states(self, row: Row, values: list[list[Tensor]]) -> None:
-        for k, (key, state) in enumerate(zip(self.bucket.key.states or (), values, strict=True)):
+        for k, (key, state) in enumerate(zip(self.bucket.states, values, strict=True)):
             for slot, value in zip(row.slots, state, strict=True):
                 place = real(slot.param)
                 bits = formats.element_bits(row.seed, slot.place, formats.FIRST_STATE + k, place)

@@ -24,7 +24,7 @@ def unsupported(bucket: Bucket) -> str | None:
         return f"device {device} (built without CUDA, see fused_ema.build_info())"
     if device.type == "cpu" and bucket.key.capturable:
         return "capturable=True: it folds the scalars on the host"
-    return dense.unsupported(bucket, native.rule_scalars())
+    return dense.unsupported(bucket, native.rule_variants())
 
 
 class CapturablePlan:
@@ -33,7 +33,7 @@ class CapturablePlan:
     def __init__(self, bucket: Bucket) -> None:
         self._groups = GroupRecords(bucket)
         self._slots = dense.slots(bucket)
-        self._plan = native.CudaPlan(bucket.rule.name, self._slots, is_before(bucket))
+        self._plan = native.CudaPlan(*kernel_of(bucket), self._slots, is_before(bucket))
         self._records = b""
 
     @property
@@ -62,6 +62,11 @@ class CapturablePlan:
         self._plan.run(control, self._records)
 
 
+def kernel_of(bucket: Bucket) -> tuple[str, str]:
+    """The names of the bucket's rule and of its variant."""
+    return bucket.rule.name, bucket.key.variant
+
+
 def is_before(bucket: Bucket) -> bool:
     return bucket.key.ema_order == "before"
 
@@ -69,10 +74,10 @@ def is_before(bucket: Bucket) -> bool:
 def cuda_plan(bucket: Bucket) -> Plan:
     if bucket.key.capturable:
         return CapturablePlan(bucket)
-    return native.CudaPlan(bucket.rule.name, dense.slots(bucket), is_before(bucket))
+    return native.CudaPlan(*kernel_of(bucket), dense.slots(bucket), is_before(bucket))
 
 
 def plan(bucket: Bucket) -> Plan:
     if bucket.key.device.type == "cuda":
         return cuda_plan(bucket)
-    return native.Plan(bucket.rule.name, dense.slots(bucket), is_before(bucket))
+    return native.Plan(*kernel_of(bucket), dense.slots(bucket), is_before(bucket))

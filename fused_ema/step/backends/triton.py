@@ -156,6 +156,7 @@ class TritonPlan:
         self.num_sums: int = self._squares.num_sums
         self._launch = launcher(
             rule=bucket.rule.name,
+            variant=key.variant,
             dtype=key.dtype,
             num_scalars=len(scalars),
             master=key.master,
