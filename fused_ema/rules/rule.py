@@ -35,7 +35,7 @@ def _positions(field: str) -> tuple[str, ...]:
     return (field,) if count is None else tuple(f"{field}[{i}]" for i in range(count))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """One optimizer.
 
