@@ -13,6 +13,7 @@ from .optim.any_optimizer import FusedEMA
 from .optim.base import FusedScaledOptimizer
 from .optim.grad_scaler import GradScaler
 from .optim.options import EmaOptions
+from .optim.rmsprop import FusedScaledRMSprop
 from .optim.several import ema_state_dict
 from .optim.sgd import FusedScaledSGD
 from .progressive import ProgressiveScaling
@@ -24,6 +25,7 @@ __all__ = [
     "FusedScaledAdam",
     "FusedScaledAdamW",
     "FusedScaledOptimizer",
+    "FusedScaledRMSprop",
     "FusedScaledSGD",
     "GradScaler",
     "InverseGammaDecay",

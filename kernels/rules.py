@@ -17,7 +17,15 @@ from __future__ import annotations
 import triton.language as tl
 
 from .interpreter import device
-from .scaling import beta_weight, decoupled_decay, expm1, log1p, momentum, momentum_entry
+from .scaling import (
+    beta_weight,
+    decay_weight,
+    decoupled_decay,
+    expm1,
+    log1p,
+    momentum,
+    momentum_entry,
+)
 
 INFINITY = tl.constexpr(float("inf"))
 
@@ -161,10 +169,91 @@ def adam_amsgrad(param, grad, states, scalars):
     return param - adam_change(param, exp_avg, largest, scalars), (exp_avg, exp_avg_sq, largest)
 
 
+@device
+def variance(square, mean):
+    """``square - mean**2``, never less than nothing; of an infinite square itself."""
+    rest = square - mean * mean
+    rest = tl.where(rest < 0.0, 0.0, rest)  # a NaN stays one
+    return tl.where(is_finite(square), rest, square)
+
+
+@device
+def rmsprop_square(param, grad, square_avg, scalars):
+    """The gradient to descend, and ``v <- lerp_square(v, g, 1-alpha)``."""
+    grad_factor, weight_decay, weight, _, _, _, _ = scalars
+    grad = directed(grad, param, grad_factor, weight_decay)
+    return grad, lerp_square(square_avg, grad, weight)
+
+
+@device
+def rmsprop_centered_square(param, grad, square_avg, grad_avg, scalars):
+    """As :func:`rmsprop_square`, and ``m <- lerp(m, g, 1-alpha)``."""
+    _, _, weight, _, _, _, _ = scalars
+    grad, square_avg = rmsprop_square(param, grad, square_avg, scalars)
+    return grad, square_avg, lerp(grad_avg, grad, weight)
+
+
+@device
+def rmsprop_change(grad, second, scalars):
+    """``lr*d`` with ``d = g/(sqrt(v) + eps)``."""
+    _, _, _, eps, _, _, lr = scalars
+    return lr * div(grad, sqrt(second) + eps)
+
+
+@device
+def rmsprop_momentum_change(grad, second, momentum_buffer, scalars):
+    """``b <- carry*b + entry*d``, and ``lr*b``."""
+    _, _, _, eps, carry, entry, lr = scalars
+    momentum_buffer = carry * momentum_buffer + entry * div(grad, sqrt(second) + eps)
+    return momentum_buffer, lr * momentum_buffer
+
+
+@device
+def rmsprop(param, grad, states, scalars):
+    """``p`` less :func:`rmsprop_change`."""
+    (square_avg,) = states
+    grad, square_avg = rmsprop_square(param, grad, square_avg, scalars)
+    return param - rmsprop_change(grad, square_avg, scalars), (square_avg,)
+
+
+@device
+def rmsprop_momentum(param, grad, states, scalars):
+    """``p`` less :func:`rmsprop_momentum_change`."""
+    square_avg, buffer = states
+    grad, square_avg = rmsprop_square(param, grad, square_avg, scalars)
+    buffer, change = rmsprop_momentum_change(grad, square_avg, buffer, scalars)
+    return param - change, (square_avg, buffer)
+
+
+@device
+def rmsprop_centered(param, grad, states, scalars):
+    """As :func:`rmsprop`, by the variance."""
+    square_avg, grad_avg = states
+    grad, square_avg, grad_avg = rmsprop_centered_square(param, grad, square_avg, grad_avg, scalars)
+    second = variance(square_avg, grad_avg)
+    return param - rmsprop_change(grad, second, scalars), (square_avg, grad_avg)
+
+
+@device
+def rmsprop_centered_momentum(param, grad, states, scalars):
+    """As :func:`rmsprop_momentum`, by the variance."""
+    square_avg, buffer, grad_avg = states
+    grad, square_avg, grad_avg = rmsprop_centered_square(param, grad, square_avg, grad_avg, scalars)
+    second = variance(square_avg, grad_avg)
+    buffer, change = rmsprop_momentum_change(grad, second, buffer, scalars)
+    return param - change, (square_avg, buffer, grad_avg)
+
+
 RULES = {
     "frozen": {"plain": frozen},
     "sgd": {"plain": sgd, "momentum": sgd_momentum},
     "adam": {"plain": adam, "amsgrad": adam_amsgrad},
+    "rmsprop": {
+        "plain": rmsprop,
+        "momentum": rmsprop_momentum,
+        "centered": rmsprop_centered,
+        "centered_momentum": rmsprop_centered_momentum,
+    },
 }
 
 
@@ -228,4 +317,20 @@ def fold_adam(numbers, flags, step):
     )
 
 
-FOLDS = {"frozen": fold_frozen, "sgd": fold_sgd, "adam": fold_adam}
+@device
+def fold_rmsprop(numbers, flags, step):
+    """The scalars of :func:`rmsprop`, in float64, the same after any ``step``."""
+    base_lr, alpha, eps, weight_decay, mu, kappa = numbers
+    exact, root = is_set(flags, 2), sqrt(kappa)
+    return (
+        sign(is_set(flags, 1)),
+        weight_decay,
+        decay_weight(alpha, kappa),
+        eps / root,
+        momentum(mu, kappa, exact),
+        momentum_entry(mu, kappa, exact),
+        root * base_lr,
+    )
+
+
+FOLDS = {"frozen": fold_frozen, "sgd": fold_sgd, "adam": fold_adam, "rmsprop": fold_rmsprop}

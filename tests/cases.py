@@ -104,6 +104,23 @@ ADAMW_FLAGS = {name: kwargs for name, kwargs in ADAM_FLAGS.items() if name != "z
     "no-decay": {"weight_decay": 0.0},
     "strong-decay": {"weight_decay": 2.0, "eps": 1e-3},
 }
+RMSPROP_FLAGS = {
+    "default": {},
+    "eps": {"alpha": 0.8, "eps": 1e-2},
+    "zero-alpha": {"alpha": 0.0, "eps": 1e-2},
+    "decay": {"weight_decay": 0.1},
+    "maximize": {"maximize": True},
+    "momentum": {"momentum": 0.9},
+    "centered": {"centered": True, "eps": 1e-1},
+    "all": {
+        "momentum": 0.8,
+        "centered": True,
+        "eps": 1e-1,
+        "alpha": 0.9,
+        "weight_decay": 0.1,
+        "maximize": True,
+    },
+}
 SGD_GROUPS = (
     {"momentum": 0.9, "nesterov": True},
     {"lr": 3e-2, "weight_decay": 0.1},
@@ -114,8 +131,13 @@ ADAMW_GROUPS = (
     {"lr": 3e-3, "weight_decay": 0.3, "eps": 1e-2},
     {"amsgrad": True},
 )
+RMSPROP_GROUPS = (
+    {"momentum": 0.9},
+    {"centered": True, "lr": 3e-3},
+    {"momentum": 0.5, "centered": True, "weight_decay": 0.1},
+)
 # Of those that torch has.
-FLAGS = {"SGD": SGD_FLAGS, "Adam": ADAM_FLAGS, "AdamW": ADAMW_FLAGS}
+FLAGS = {"SGD": SGD_FLAGS, "Adam": ADAM_FLAGS, "AdamW": ADAMW_FLAGS, "RMSprop": RMSPROP_FLAGS}
 FLAG_CASES = (
     *(like_torch(rule, name, own) for rule, table in FLAGS.items() for name, own in table.items()),
     like_torch("SGD", "tensor-lr", {"momentum": 0.9}, tensor_lr=True),
@@ -124,13 +146,20 @@ FLAG_CASES = (
     like_torch("AdamW", "none-gradients", {}, none_rate=0.3),
     like_torch("SGD", "groups", {}, groups=SGD_GROUPS),
     like_torch("AdamW", "groups", {}, groups=ADAMW_GROUPS),
+    like_torch("RMSprop", "tensor-lr", {}, tensor_lr=True),
+    like_torch("RMSprop", "none-gradients", {"momentum": 0.9}, none_rate=0.3),
+    like_torch("RMSprop", "groups", {"eps": 1e-1}, groups=RMSPROP_GROUPS),
 )
 
 SGD_BASE = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.05, "ema_decay": 0.99}
 ADAM_BASE = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-2, "ema_decay": 0.99}
 ADAMW_BASE = {"lr": 1e-2, "weight_decay": 0.5, "eps": 1e-2, "ema_decay": 0.99}
+RMSPROP_BASE = {
+    **{"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-1, "ema_decay": 0.99},
+    **{"momentum": 0.9, "centered": True},
+}
 # Of all: what the cases that every rule has start from.
-BASES = {"SGD": SGD_BASE, "Adam": ADAM_BASE, "AdamW": ADAMW_BASE}
+BASES = {"SGD": SGD_BASE, "Adam": ADAM_BASE, "AdamW": ADAMW_BASE, "RMSprop": RMSPROP_BASE}
 THREE = (0.9, warm_up, 0.9999)
 
 
@@ -153,6 +182,11 @@ SCALED_ADAMW_GROUPS = (
     {"kappa": 3.0, "betas": (0.5, 0.9)},
     {"ema_decay": None, "lr": 3e-3},
     {"ema_decay": (0.5, cosine), "ema_order": "before", "amsgrad": True},
+)
+SCALED_RMSPROP_GROUPS = (
+    {"kappa": 3.0, "alpha": 0.9, "momentum": 0.0},
+    {"ema_decay": None, "centered": False},
+    {"ema_decay": (0.5, cosine), "ema_order": "before", "momentum": 0.0, "centered": False},
 )
 CHANGES = {5: 3.0, 17: 0.5, 18: 8.0, 40: 1.0}
 SKIPPING = {"ema_decay": (0.9, 0.99), "kappas": {3: 2.5, 25: 0.75}, "none_rate": 0.4}
@@ -177,8 +211,11 @@ SCALED_CASES = (
         scaled("linear", "AdamW", **LINEAR, kappa=3.0),
         scaled("unscaled-decay", "AdamW", weight_decay_scaling="none", kappa=8.0),
         scaled("amsgrad-maximize", "AdamW", amsgrad=True, maximize=True, kappa=3.0),
+        scaled("exact", "RMSprop", **EXACT, kappa=4.0),
+        scaled("exact-changes", "RMSprop", **EXACT, kappas={4: 6.0, 20: 0.5}),
         scaled("scaled-groups", "SGD", groups=SCALED_SGD_GROUPS),
         scaled("scaled-groups", "AdamW", groups=SCALED_ADAMW_GROUPS),
+        scaled("scaled-groups", "RMSprop", groups=SCALED_RMSPROP_GROUPS),
     )
 )
 
@@ -193,6 +230,7 @@ LARGE_CASES = (
     by_name("SGD-triple"),
     by_name("Adam-amsgrad-decay-maximize"),
     by_name("AdamW-triple"),
+    by_name("RMSprop-triple"),
 )
 SHAPE_CASES = (
     *LARGE_CASES,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracles import OracleConfig
 from oracles.adam import Adam, AdamW
+from oracles.rmsprop import Rmsprop
 from oracles.sgd import Sgd
 
 import fused_ema
@@ -30,7 +31,8 @@ class Optimizer:
     numbers: what gradients reach with differentiable=True; betas one by one.
     numbers_in_torch: those that they reach in theirs.
     settings_in_torch: the settings whose steps theirs differentiates. It detaches SGD's first
-        momentum, and writes over what the derivative of amsgrad's maximum needs.
+        momentum, and writes over what the derivatives of amsgrad's maximum and of RMSprop's
+        centered average need.
     formulas: options that change how the numbers enter a step.
     scalars: three rows of its kernels' table, in the order of the rule's record. Flags are off and
         on, decays are none and some, and rates of lerp are on both sides of 1/2.
@@ -93,6 +95,16 @@ def draw_adam(rng: Random) -> dict[str, Any]:
         "eps": rng.choice((1e-2, 1e-3)),
         "amsgrad": rng.random() < 0.3,
         "betas": rng.choice(((0.9, 0.999), (0.5, 0.9), (0.0, 0.99))),
+    }
+
+
+def draw_rmsprop(rng: Random) -> dict[str, Any]:
+    return {
+        "alpha": rng.choice((0.99, 0.9)),
+        "eps": rng.choice((1e-1, 1e-2)),
+        "momentum": rng.choice((0.0, 0.9)),
+        "centered": rng.random() < 0.4,
+        "momentum_scaling": rng.choice(("none", "exact")),
     }
 
 
@@ -170,7 +182,37 @@ ADAMW = Optimizer(
     draw=draw_adam,
 )
 
-OPTIMIZERS = {optimizer.name: optimizer for optimizer in (SGD, ADAM, ADAMW)}
+RMSPROP = Optimizer(
+    ours=fused_ema.FusedScaledRMSprop,
+    theirs=torch.optim.RMSprop,
+    oracle=Rmsprop,
+    settings={
+        "centered-momentum": {"centered": True, "momentum": 0.9, "eps": 1e-2},
+        "momentum": {"momentum": 0.9, "weight_decay": 0.1},
+        "centered": {"centered": True, "eps": 1e-2, "maximize": True},
+        "plain": {"alpha": 0.9},
+    },
+    numbers={
+        **{"lr": 0.1, "alpha": 0.9, "eps": 0.1, "weight_decay": 0.2, "momentum": 0.7},
+    },
+    numbers_in_torch=("eps", "momentum"),
+    settings_in_torch=("momentum", "plain"),
+    formulas=({"centered": True}, {"maximize": True}, {"momentum_scaling": "exact"}),
+    scalars=(
+        (1.0, 0.0, 0.1, 1e-8, 0.9, 1.0, 0.1),
+        (-1.0, 0.2, 0.7, 1e-3, 0.5, 1.7, 0.03),
+        (0.3, 0.3, 0.5, 0.0, 0.0, 0.2, 0.5),
+    ),
+    folded=(
+        {"lr": 0.125, "alpha": 0.99, "momentum": 0.9, "weight_decay": 0.1},
+        {"lr": 1e-3, "alpha": 0.0, "eps": 1e-3, "momentum": 0.99},
+        {"lr": 0.5, "alpha": 1.0, "momentum": 1.0},
+    ),
+    adaptive=True,
+    draw=draw_rmsprop,
+)
+
+OPTIMIZERS = {optimizer.name: optimizer for optimizer in (SGD, ADAM, ADAMW, RMSPROP)}
 SETTINGS = {
     f"{optimizer}-{name}": (optimizer, options)
     for optimizer in OPTIMIZERS.values()

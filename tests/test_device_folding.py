@@ -48,8 +48,10 @@ RULES = rules.RULES
 
 
 def flags(rule: rules.Rule) -> Iterator[dict[str, Any]]:
-    """All values of all flags together, but for AMSGrad, which is nothing to what is folded."""
-    names = [flag for flag in rule.flags if flag != "amsgrad"]
+    """All values of all flags together, but for those of variants, which fold alike."""
+    group = {**dict.fromkeys(rule.flags, False), **NUMBERS[rule.name][0]}
+    known = rule.variant(group)
+    names = [flag for flag in rule.flags if rule.variant({**group, flag: True}) == known]
     values = [
         get_args(rule.choices[name]) if name in rule.choices else (False, True) for name in names
     ]

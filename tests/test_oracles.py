@@ -102,11 +102,19 @@ def linear_betas(config: OracleConfig, scalars: Scalars) -> Scalars:
     return replace(config, beta_scaling="linear").scale(0.0)
 
 
+def unscaled_alpha(config: OracleConfig, scalars: Scalars) -> Scalars:
+    return replace(scalars, log_alpha=math.log(config.alpha))
+
+
+def entry_of_one(config: OracleConfig, scalars: Scalars) -> Scalars:
+    return replace(scalars, entry=1.0)
+
+
 def unscaled_eps(config: OracleConfig, scalars: Scalars) -> Scalars:
     return replace(scalars, eps=config.eps)
 
 
-def linear_adam_rate(config: OracleConfig, scalars: Scalars) -> Scalars:
+def linear_rate(config: OracleConfig, scalars: Scalars) -> Scalars:
     return replace(scalars, lr=config.kappa * config.lr)
 
 
@@ -167,6 +175,11 @@ def no_bias_correction1(config, state, grad):
     return oracle_step(config, replace(state, carried=carried), grad)
 
 
+def forgotten_mean(config, state, grad):
+    zero = np.zeros_like(state.param)
+    return oracle_step(config, state.with_states(grad_avg=zero), grad)
+
+
 def forgotten_maximum(config, state, grad):
     zero = np.zeros_like(state.param)
     return oracle_step(config, state.with_states(max_exp_avg_sq=zero), grad)
@@ -200,7 +213,12 @@ MUTATIONS = (
     Mutation("eps without sqrt(bc2)", "AdamW-triple", "param", eps_before_bias_correction),
     Mutation("no bias correction", "Adam-default", "param", no_bias_correction1),
     Mutation("last correction", "Adam-kappa-changes", "param", correction_of_last_beta),
-    Mutation("linear rate", "AdamW-half", "param", with_scale(linear_adam_rate)),
+    Mutation("linear rate", "AdamW-half", "param", with_scale(linear_rate)),
+    Mutation("linear rate", "RMSprop-half", "param", with_scale(linear_rate)),
+    Mutation("alpha not scaled", "RMSprop-half", "square_avg", with_scale(unscaled_alpha)),
+    Mutation("alpha not scaled", "RMSprop-eightfold", "grad_avg", with_scale(unscaled_alpha)),
+    Mutation("eps not scaled", "RMSprop-half", "param", with_scale(unscaled_eps)),
+    Mutation("no mean", "RMSprop-ema", "param", forgotten_mean),
     Mutation("root rate", "SGD-half", "param", with_scale(root_sgd_rate)),
     Mutation("decay 1 - scaled rate", "AdamW-half", "param", with_scale(decay_of_scaled_rate)),
     Mutation("decay 1 - scaled rate", "AdamW-eightfold", "param", with_scale(decay_of_scaled_rate)),
@@ -209,6 +227,8 @@ MUTATIONS = (
     Mutation("decoupled for L2", "Adam-decay", "param", with_config(decoupled=True)),
     Mutation("L2 for decoupled", "AdamW-decay", "param", with_config(decoupled=False)),
     Mutation("momentum not scaled", "SGD-exact", "param", with_scale(unscaled_momentum)),
+    Mutation("momentum not scaled", "RMSprop-exact", "param", with_scale(unscaled_momentum)),
+    Mutation("entry not scaled", "RMSprop-exact", "momentum_buffer", with_scale(entry_of_one)),
     Mutation("dampened first step", "SGD-dampening", "param", dampened_first_step),
     Mutation("no nesterov", "SGD-nesterov", "param", with_config(nesterov=False)),
     Mutation("no maximize", "SGD-maximize", "param", with_config(maximize=False)),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fused_ema import FusedScaledAdamW, FusedScaledSGD
+from fused_ema.optim.stepping import Begun
 from fused_ema.step.backends import dense
 from fused_ema.step.backends.triton import DeviceWords
 
@@ -113,7 +114,7 @@ def test_a_capture_has_words_of_its_own():
     eager = memory(words.current())
     for p in params:
         p.grad = torch.full_like(p, 2.0)
-    opt._prepared()
+    opt._prepared(Begun())
     first, second = words.captured(), words.captured()
     after = words.current()
     assert not eager & memory(first)

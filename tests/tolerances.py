@@ -17,6 +17,9 @@ for-loop and foreach optimizers, with or without fused multiply-add.
     Adam's denominator              4 D (root, division by root of bc2 or folding, eps, sum)
     Adam's update  s m / D          4 |update| (step size twice, product, division)
     SGD's update   lr d             2 |update| (scalar, product)
+    RMSProp's variance  v - m m     2 (v + m m) (product, difference)
+    RMSProp's denominator           3 D (root, eps, sum)
+    RMSProp's direction  g / D      1 |direction| (division); its update is SGD's
     weights  p - update             1 |p'| + 1 |update| for Adam (inner sum)
     decoupled decay                 3 |p| (scalar, product, difference)
 
@@ -76,6 +79,7 @@ SQUARE = 1
 BUFFER_OLD, BUFFER_NEW, BUFFER_SUM = 3, 2, 1
 DENOMINATOR = 4
 ADAM_UPDATE, SGD_UPDATE = 4, 2
+VARIANCE, RMSPROP_DENOMINATOR, RMSPROP_DIRECTION = 2, 3, 1
 WEIGHT_SUM, INNER_SUM, DECAY = 1, 1, 3
 FOLD = 4 * UNIT[torch.float64]
 # Of a scalar that a device has folded: several functions, each off by a few units in the last

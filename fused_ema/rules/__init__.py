@@ -6,7 +6,8 @@ Attributes:
 
 from .adam import ADAM
 from .frozen import FROZEN
+from .rmsprop import RMSPROP
 from .rule import Rule
 from .sgd import SGD
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (FROZEN, SGD, ADAM)}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (FROZEN, SGD, ADAM, RMSPROP)}

@@ -34,6 +34,13 @@ class TensorList:
             return TensorList(torch._foreach_add(self.tensors, other.tensors, alpha=alpha))
         return TensorList(torch._foreach_add(self.tensors, other))
 
+    def addcmul(self, one: TensorList, other: TensorList, *, value: float) -> TensorList:
+        factors = one.tensors, other.tensors
+        return TensorList(torch._foreach_addcmul(self.tensors, *factors, value=value))
+
+    def clamp_min(self, least: float) -> TensorList:
+        return TensorList(torch._foreach_clamp_min(self.tensors, least))
+
     def mul_(self, other: float) -> TensorList:
         torch._foreach_mul_(self.tensors, other)
         return self
