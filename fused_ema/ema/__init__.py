@@ -1,1 +1,1 @@
-"""What an average is: how fast it moves, how it is stored, read and swapped in."""
+"""The averages: how fast they move, how they are stored, read and swapped in."""

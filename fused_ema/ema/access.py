@@ -1,4 +1,4 @@
-"""Reading the averages of an optimizer: in place of the weights, or as a module's state."""
+"""Access to an optimizer's averages: in place of the weights, or as a module's state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .teachers import Teachers
 
 
 class EmaAccess(Optimizer):
-    """What a user does with averages that an optimizer holds in ``state[p]["ema"]``, ..."""
+    """The user's access to the averages that an optimizer holds in ``state[p]["ema"]``, ..."""
 
     _names: dict[Tensor, str]
     _buffers: EmaBuffers | None
@@ -30,55 +30,57 @@ class EmaAccess(Optimizer):
     _teachers: Teachers
 
     def _follow_groups(self) -> None:
-        """Take in param groups that belong here and have been added elsewhere."""
+        """Add the param groups that another optimizer has gained and this one must follow."""
 
     def _settle(self) -> None:
-        """Take back what a step that was skipped has counted and let begin."""
+        """Undo the counts and the new state of a step that was skipped."""
 
-    @_disable_dynamo  # what is entered is not for compiled code
+    @_disable_dynamo  # compiled code must not trace the swap
     def ema_weights(self, index: int = 0, *, model: nn.Module | None = None) -> Swap:
-        """Hold an average in the parameters, in place, while the context is open.
+        """Put an average into the parameters, in place, while the context is open.
 
-        ``with opt.ema_weights(): evaluate(model)``. However it is left, also by an exception or by
-        a signal handler that raises at any time, the weights are then what they were, bit by bit,
-        whatever has happened to the module inside: dtype casts, moves, writes in place. So are the
-        buffers of a known module, by ``model=`` here or of the optimizer; averaged buffers are held
-        in their place meanwhile. Averages and masters are not touched. Before the first step the
-        average is the weights (or the teacher), and none begins. FSDP2's modules are resharded on
-        entry and exit.
+        ``with opt.ema_weights(): evaluate(model)``. The exit restores the weights bit by bit, even
+        if an exception or a signal handler that raises at any time ends the body, and whatever has
+        happened to the module
+        inside: dtype casts, moves, writes in place. It restores the buffers of a known module too
+        (``model=`` here or in the constructor); averaged buffers take their place meanwhile.
+        Averages and masters are not touched. Before the first step the average is the weights (or
+        the teacher), and no state is created. FSDP2's modules are resharded on entry and exit.
 
-        While open it takes memory for a copy of the weights and buffers. Parameters keep their
-        memory. Gradients are the user's: a cast of them is undone, a write to them is not. Of
-        frozen parameters without an average no copy is kept: a cast is undone, a write in place
-        makes the exit raise (but for one through ``.data``, which nobody sees).
+        While it is open, the context holds a copy of the weights and buffers. Parameters keep their
+        memory. Gradients are the user's: the exit undoes a cast of them, but not a write to them.
+        The context keeps no copy of frozen parameters without an average: the exit undoes a cast,
+        and raises after a write in place (except one through ``.data``, which cannot be detected).
 
-        A graph made outside cannot run backward inside, nor one made inside after it, as with all
-        tensors that are modified in place; one made before can run backward after it.
+        As with all tensors that are modified in place, a graph made outside cannot run backward
+        inside, and a graph made inside cannot run backward outside. A graph made before the context
+        can run backward after it.
 
-        Where several optimizers train parts of one model, enter the contexts of all of them, one
-        in another (``contextlib.ExitStack``).
+        If several optimizers train parts of one model, nest the contexts of all of them
+        (``contextlib.ExitStack``).
 
         Args:
             index: which average, for a tuple ``ema_decay``.
-            model: the module that holds the parameters, where the optimizer was made without it.
+            model: the module that holds the parameters; needed if the optimizer does not know it.
 
         Returns:
             A context manager, to be entered once, or a decorator.
 
         Raises:
             IndexError: there is no such average.
-            ValueError: ``model`` is no module, or holds none of the averaged parameters.
-            RuntimeError: on entry: already inside (``step()``, ``state_dict()`` and
-                ``load_state_dict()`` raise it inside, in every thread), or DTensor parameters
-                without ``model=``, or an average that does not have its parameter's shape. On exit:
-                something could not be restored; the message names it, the rest is restored.
+            ValueError: ``model`` is not a module, or holds none of the averaged parameters.
+            RuntimeError: on entry: the context is already open (inside it, ``step()``,
+                ``state_dict()`` and ``load_state_dict()`` raise too, in every thread), parameters
+                are DTensors and ``model=`` is missing, or an average does not have its parameter's
+                shape. On exit: something could not be restored; the message names it, and the rest
+                is restored.
         """
         modules = self._modules_around(model)
         begin = partial(self._begin_swap, index, model, modules)
         return Swap(self._swap_flag, begin, partial(_reshard, modules))
 
     def _modules_around(self, model: nn.Module | None) -> list[nn.Module]:
-        """The modules that are known to hold the parameters."""
+        """The known modules that hold the parameters."""
         if model is not None and not isinstance(model, nn.Module):
             raise ValueError(f"model: received a {type(model).__name__}; allowed: a module")
         known = self._buffers.model if self._buffers is not None else None
@@ -95,23 +97,24 @@ class EmaAccess(Optimizer):
                 "ema_weights() with DTensor parameters: their modules may hold full copies of "
                 "them, and are not known; give the optimizer model=<the module>, or give it here"
             )
-        _reshard(modules)  # first, so that the modules hold what the optimizer does
+        _reshard(modules)  # first, so that modules and optimizer hold the same tensors
         if self._buffers is not None:
             by_param |= self._buffers.pairs(index)
         params = (param for group in self.param_groups for param in group["params"])
         return begun(by_param, params, self._names, modules)
 
     def ema_state_dict(self, model: nn.Module, index: int = 0) -> dict[str, Tensor]:
-        """An average under the keys of ``model.state_dict()``.
+        """Return an average under the keys of ``model.state_dict()``.
 
         Args:
-            model: the module whose parameters are optimized here. Entries that are not averaged
-                (parameters of no group, buffers unless ``ema_buffers`` holds them) are its own.
+            model: the module whose parameters this optimizer trains. Entries without an average
+                (parameters of no group, buffers unless ``ema_buffers`` averages them) are the
+                module's own.
             index: which average, for a tuple ``ema_decay``.
 
         Returns:
-            Tensors that share memory with the optimizer's, but for averages that are kept as
-            differences; averages keep their dtype. Those of DTensors are DTensors.
+            Tensors that share memory with the optimizer's, except averages stored as differences.
+            Averages keep their dtype. The averages of DTensors are DTensors.
 
         Raises:
             ValueError: ``model`` holds none of the averaged parameters.
@@ -125,24 +128,26 @@ class EmaAccess(Optimizer):
         """Copy an average into a module's parameters and buffers, in place.
 
         Another module then computes what the optimized one computes inside :meth:`ema_weights`: it
-        takes parameters of groups without an average as they are, and the student's buffers, which
-        must be known by ``model=``. Parameters that are not the optimizer's are left alone. An
-        average in shards is gathered for a module that is not sharded: every process must call it.
+        also gets the parameters of groups without an average, as they are, and the student's
+        buffers, for which the optimizer needs ``model=``. Parameters that are not the optimizer's
+        are left alone. A sharded average is gathered for a module that is not sharded; every
+        process must then make this call.
 
-        Copied into the optimized module itself, the average becomes the weights that training goes
-        on from: masters take it over, and no average changes, also none that is kept as a
-        difference to the weights.
+        If the target is the optimized module itself, training continues from the average. Masters
+        take its values too, and no average changes, not even one stored as a difference to the
+        weights.
 
         Args:
-            target: the optimized module itself, a part of it, or another of the same shapes: paired
-                by name where names are known (``model=`` or ``named_parameters()``), else in order.
-                Wrappers around either (DistributedDataParallel, torch.compile) do not matter.
+            target: the optimized module itself, a part of it, or another module of the same shapes.
+                Tensors are paired by name if names are known (``model=`` or
+                ``named_parameters()``), otherwise in order. Wrappers around either module
+                (DistributedDataParallel, torch.compile) do not matter.
             index: which average, for a tuple ``ema_decay``.
             buffers: False leaves the target's buffers as they are.
 
         Raises:
             ValueError: a name or shape does not match, or the target's state dict has a buffer and
-                the student's is not known; the message names the first. Nothing has been copied.
+                the student's is not known; the message names the first. Nothing is copied then.
             IndexError: there is no such average.
         """
         self._check_not_swapped("copy_ema_to()")
@@ -173,7 +178,7 @@ class EmaAccess(Optimizer):
         return max(len(decays(group["ema_decay"])) for group in self.param_groups)
 
     def _averages(self, index: int) -> dict[Tensor, Tensor]:
-        """The average ``index`` of every parameter that has it; reading it begins nothing."""
+        """The average ``index`` of every parameter that has it; reading creates no state."""
         self._follow_groups()
         self._settle()
         if self._num_emas() == 0:
@@ -186,12 +191,12 @@ class EmaAccess(Optimizer):
         if not groups:
             raise IndexError(f"index={index}: no param group has that average; see ema_decay")
         teachers = self._teachers.tensors if index == 0 else {}
-        # not under the user's inference_mode, whose tensors could not be written to outside
+        # tensors made under the user's inference_mode could not be written to outside it
         with torch.inference_mode(False), torch.no_grad():
             return {
                 param: teachers.get(param, param)
                 if is_fixed(param)
-                # .get() of a defaultdict makes no entry
+                # .get() of a defaultdict adds no entry
                 else held_average(key, param, self.state.get(param, {}), teachers.get(param))
                 for group in groups
                 for param in filter(is_there, group["params"])

@@ -1,4 +1,4 @@
-"""The averages in an optimizer's state: begun, read, converted to another format."""
+"""Creates, reads and converts the averages in an optimizer's state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .teacher import check_teacher
 
 
 def differences(state: Mapping[str, Any]) -> list[str]:
-    """Names of the averages that are kept as differences to the weights."""
+    """Names of the averages that are stored as differences to the weights."""
     return [
         key
         for key, value in state.items()
@@ -30,13 +30,13 @@ def held_average(
     state: Mapping[str, Any],
     teacher: Tensor | None = None,
 ) -> Tensor:
-    """The average ``key`` of a parameter; what has not begun yet is the weights or the teacher.
+    """The average ``key`` of a parameter; before its first step, the weights or the teacher.
 
     Args:
         key: ``"ema"``, ``"ema_1"``, ...
         param: the parameter.
         state: its state, which may be empty.
-        teacher: the tensor that is the first average, for that one.
+        teacher: for the first average, the teacher's tensor that holds it.
 
     Raises:
         RuntimeError: the average has another shape than the parameter.
@@ -59,10 +59,10 @@ def begin_average(
     group: Mapping[str, Any],
     teacher: Tensor | None = None,
 ) -> None:
-    """Let one average begin, for values that are about to be put there.
+    """Create one average, whose values the caller is about to write.
 
-    The arguments are those of :func:`held_average`, and the parameter's group. Masters and moments
-    begin at the first step.
+    The arguments are those of :func:`held_average`, and the parameter's group. The first step
+    creates masters and moments.
     """
     form = group["ema_format"]
     if teacher is None:
@@ -79,15 +79,15 @@ def complete(
     group: Mapping[str, Any],
     teacher: Tensor | None,
 ) -> None:
-    """Give ``state`` the averages ``keys``; what is there already keeps its values.
+    """Give ``state`` the averages ``keys``; those that exist keep their values.
 
-    An average that is not among them, kept as a difference, becomes one in full: the weights go on
-    without it.
+    An average outside ``keys`` that is stored as a difference is converted to ``"full"``, because
+    the weights move on without it.
 
     Raises:
         TypeError: the format cannot keep averages of the parameter's dtype.
         ValueError: the teacher does not fit the parameter, or an average is too far from the
-            weights to be kept as a difference.
+            weights to be stored as a difference.
         RuntimeError: an average has another shape than the parameter.
     """
     form = group["ema_format"]
@@ -109,14 +109,14 @@ def complete(
 
 
 def _average(value: Tensor | None, weight: Tensor, param: Tensor, form: str, key: str) -> Tensor:
-    """An average as the format keeps it: ``value``, or the weights where there is none."""
+    """An average as the format stores it: of ``value``, or of the weights if that is None."""
     dtype = formats.DTYPES.get(form, COMPUTE_DTYPE[param.dtype])
     if value is None:
         if form == "full":
             return weight.to(dtype, copy=True)
         return _converted(lambda value, _: value, weight, weight, form)
     if value.dtype != dtype and (form != "full" or value.dtype == formats.DTYPES["delta"]):
-        # the group's format has changed; a state of another dtype may also be a user's
+        # the group's format has changed, or the user has replaced the state by another dtype
         value = beside(value, param, value.dtype, key)
         if form == "delta":
             formats.check_distance(f"state {key!r}", value, weight)
@@ -125,11 +125,11 @@ def _average(value: Tensor | None, weight: Tensor, param: Tensor, form: str, key
 
 
 def full(value: Tensor, weight: Tensor) -> Tensor:
-    """The average that a difference to ``weight`` stands for, in float32."""
+    """The average whose difference to ``weight`` is stored, in float32."""
     return _converted(formats.average, value, weight, "full")
 
 
 def _converted(read: formats.Compute, value: Tensor, weight: Tensor, form: str) -> Tensor:
-    """The average ``read(value, weight)`` as the format keeps it, in memory of its own."""
+    """The average ``read(value, weight)`` as the format stores it, in new memory."""
     ema = torch.empty_like(weight, dtype=formats.DTYPES.get(form, torch.float32))
     return formats.write(ema, lambda held, w: formats.stored(read(held, w), w, form), value, weight)

@@ -1,4 +1,4 @@
-"""What happens to a model's buffers (BatchNorm statistics and the like) beside its averages."""
+"""Copies and averages of a model's buffers (BatchNorm statistics and the like)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .claims import claim
 from .swap import is_shown
 
 EmaBuffersMode: TypeAlias = Literal["copy", "average", "leave"]
-# Whether the step at hand is taken, 1 or 0 on a device; None where it surely is.
+# Whether the current step is taken: 1 or 0 on the device, or None if it certainly is.
 Taken: TypeAlias = Callable[[torch.device], Tensor | None]
-# Where a parameter's state holds averaged buffers: a dict by average, "0", "1", ..., and name.
+# Key of the averaged buffers in a parameter's state: a dict by average, "0", "1", ..., and name.
 BUFFERS = "ema_buffers"
 
 
@@ -37,7 +37,7 @@ class Move(NamedTuple):
     weight: Any
 
     def calls(self, taken_on: Taken | None) -> list[Call]:
-        """What writes the new value, which is computed here."""
+        """Compute the new value; return the calls that write it."""
         held, source, weight = self
         taken = None if taken_on is None else taken_on(held.device)
         source = source.to(held.device, held.dtype)
@@ -50,21 +50,21 @@ class Move(NamedTuple):
                 held, source = map(torch.view_as_real, (held, source.resolve_conj()))
             source = lerp(held, source, weight)
         elif taken is not None:
-            if held.itemsize == 1:  # bytes are chosen from whatever float8 they are
+            if held.itemsize == 1:  # one-byte dtypes, such as float8, are selected as bytes
                 held, source = held.view(torch.uint8), source.view(torch.uint8)
             source = source.where(taken != 0.0, held)
         return [partial(held.detach().copy_, source)]
 
 
 class Placement(NamedTuple):
-    """``into[key] = value``: a buffer that is new, of another shape, or cannot be written to."""
+    """``into[key] = value``: for a buffer that is new, has another shape or is not writable."""
 
     into: dict[str, Any]
     key: str
     value: Tensor
 
     def calls(self, taken_on: Taken | None) -> list[Call]:
-        """What puts it there, unless the step is skipped, which the host waits to know."""
+        """The calls that assign it, unless the step is skipped; the host waits for that answer."""
         taken = None if taken_on is None else taken_on(torch.device("cpu"))
         is_taken = taken is None or taken != 0.0
         return [partial(setitem, self.into, self.key, self.value)] if is_taken else []
@@ -74,7 +74,7 @@ Moves: TypeAlias = "list[Move | Placement]"
 
 
 class _Place(NamedTuple):
-    """Where a module has a buffer: ``owner._buffers[key]``; a cache is not ``persistent``."""
+    """A module's entry for a buffer, ``owner._buffers[key]``; a cache is not ``persistent``."""
 
     owner: nn.Module
     key: str
@@ -82,21 +82,21 @@ class _Place(NamedTuple):
 
     @property
     def value(self) -> Tensor | None:
-        """The buffer, None where there is none: also of a lazy module before its first forward."""
+        """The buffer; None if there is none, as in a lazy module before its first forward."""
         found: Tensor | None = self.owner._buffers[self.key]
         return None if found is None or is_lazy(found) else found
 
 
 class EmaBuffers:
-    """Keeps averaged buffers beside the averages of a model's parameters.
+    """The averaged buffers that belong to the averages of a model's parameters.
 
-    ``"copy"``: the averaged model has the model's buffers as they are; ``"average"``: floating
-    buffers move like the parameters, others are copied; ``"leave"``: untouched. Buffers are looked
-    up in the model by name at every step, and followed as ``state_dict()`` has them: new or
-    resized ones begin as they are, and caches (``persistent=False``) are the model's own, and are
-    copied to a teacher where they fit. Wrappers in names do not matter. Where several optimizers
-    keep the buffers of one teacher, one of them moves those, see
-    :class:`~fused_ema.ema.claims.Claim`; averages of their own each of them has in full.
+    ``"copy"``: the averaged model takes the model's buffers as they are; ``"average"``:
+    floating-point buffers are averaged like the parameters, others are copied; ``"leave"``: they
+    are untouched. Every step looks up buffers in the model by name and follows those in its
+    ``state_dict()``: a new or resized buffer starts at its present value. Caches
+    (``persistent=False``) stay the model's own, and are copied to a teacher if they fit. Wrappers
+    in names do not matter. If several optimizers share one teacher, one of them moves its buffers,
+    see :class:`~fused_ema.ema.claims.Claim`; each keeps all of the averages that are its own.
 
     Args:
         model: the student.
@@ -104,7 +104,8 @@ class EmaBuffers:
         teacher: a module that holds the first average; its buffers are modified in place.
 
     Attributes:
-        held: the optimizer's averaged buffers by name, one dict an average; empty until they begin.
+        held: the optimizer's averaged buffers by name, one dict an average; empty before they
+            exist.
 
     Raises:
         ValueError: unknown mode, or the teacher's buffers do not match the model's.
@@ -121,7 +122,7 @@ class EmaBuffers:
             _check_teacher(_places(teacher), _places(model), mode)
 
     def begin(self, num_emas: int) -> None:
-        """Let what is not held yet start as the model's buffers are.
+        """Start the averaged buffers that do not exist yet at the model's values.
 
         Raises:
             RuntimeError: another optimizer's ``ema_weights()`` has put averaged buffers into the
@@ -138,7 +139,7 @@ class EmaBuffers:
                     held[move.key] = move.value
 
     def moves(self, weights: Sequence[float]) -> Moves:
-        """What a step does to the held buffers, checked: ``weights`` are ``1 - rho**kappa``.
+        """The checked moves of a step; ``weights`` are the EMA rates, ``1 - rho**kappa``.
 
         Raises:
             RuntimeError: as for :meth:`begin`.
@@ -149,7 +150,7 @@ class EmaBuffers:
         moves: Moves = []
         if self._teacher is not None and weights and claim(self._teacher).moves(self):
             moves += self._teaching(_places(self._teacher), weights[0])
-        own = slice(self._first_own, None)  # averages that have been turned off rest
+        own = slice(self._first_own, None)  # averages that are turned off do not move
         for held, weight in zip(self.held[own], weights[own], strict=False):
             moves += self._following(held, weight)
         return moves
@@ -173,7 +174,7 @@ class EmaBuffers:
         for name, source in _persistent(_places(self.model)):
             mine = held.get(name)
             if not _is_plain(source):
-                continue  # the model's own stands for it
+                continue  # the model's own buffer is used
             if mine is None or not _fits(mine, source):
                 moves.append(Placement(held, name, _begun(source)))
             else:
@@ -195,13 +196,13 @@ class EmaBuffers:
         return moves
 
     def _by_name(self, index: int) -> dict[str, Tensor]:
-        """What the average has of the buffers that a state dict holds."""
+        """The average's buffers that belong in a state dict, by name."""
         if index == 0 and self._teacher is not None:
             return dict(_persistent(_places(self._teacher)))
         return self.held[index] if index < len(self.held) else {}
 
     def values(self, index: int) -> dict[Tensor, Tensor]:
-        """What the average has in the place of each of the model's buffers, by that buffer."""
+        """The average's value for each of the model's buffers, by that buffer."""
         held = self._by_name(index)
         found = {}
         for name, place in _places(self.model).items():
@@ -212,23 +213,23 @@ class EmaBuffers:
         return found
 
     def pairs(self, index: int) -> dict[Tensor, Tensor]:
-        """The held buffer of one average that belongs in the place of each of the model's.
+        """The averaged buffer that replaces each of the model's buffers, by that buffer.
 
-        None for buffers that hold another optimizer's average already.
+        Buffers that already hold another optimizer's average are left out.
         """
         values = self.values(index).items()
         return {mine: held for mine, held in values if mine is not held and not is_shown(mine)}
 
     def by_name(self, index: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """The model's buffers by name, each with what the average has in its place."""
+        """The model's buffers by name, each with the average's value for it."""
         held = self.values(index)
         buffers = self.model.named_buffers()
         return {name: (buffer, held[buffer]) for name, buffer in buffers if buffer in held}
 
     def entry(self) -> dict[str, dict[str, Tensor]]:
-        """What a state dict holds: the held buffers themselves, by average and name.
+        """The averaged buffers themselves, by average and name, as a state dict holds them.
 
-        Those of a teacher that are not plain are in its own state dict alone.
+        A teacher's buffers that are not plain tensors are only in the teacher's own state dict.
         """
         count = max(len(self.held), self._first_own)
         held = [self._by_name(index).items() for index in range(count)]
@@ -236,17 +237,17 @@ class EmaBuffers:
         return found if any(found.values()) else {}
 
     def loaded(self, saved: Any) -> tuple[dict[str, dict[str, Tensor]], Moves]:
-        """Copies of saved buffers, and what gives a teacher its own; nothing is changed.
+        """Copies of saved buffers, and the moves that restore a teacher's; changes nothing.
 
         Args:
             saved: an :meth:`entry`; names may be nested dicts, as torch.distributed.checkpoint
                 makes them.
 
         Returns:
-            What :meth:`holding` takes, and the teacher's moves.
+            The argument for :meth:`holding`, and the teacher's moves.
 
         Raises:
-            ValueError: a name that the model has no buffer for, or what is no tensor with values.
+            ValueError: the model has no buffer of a name, or a value is not a tensor with values.
         """
         places = _places(self.model)
         moves: Moves = []
@@ -283,7 +284,7 @@ class EmaBuffers:
         return [Placement(target.owner._buffers, target.key, value)]
 
     def holding(self, entry: Mapping[str, dict[str, Tensor]]) -> EmaBuffers:
-        """The same, with other held buffers: an :meth:`entry` of one, or nothing."""
+        """A copy that holds other buffers: those of an :meth:`entry`, or none."""
         other = copy.copy(self)
         count = max((int(index) + 1 for index in entry), default=0)
         other.held = [dict(entry.get(str(index), {})) for index in range(count)]
@@ -295,7 +296,7 @@ class EmaBuffers:
 def resolve(
     model: nn.Module | None, mode: EmaBuffersMode | None, teacher: Any
 ) -> EmaBuffers | None:
-    """The buffers to keep for an optimizer's arguments, None where there are none.
+    """The averaged buffers that an optimizer's arguments ask for; None if they ask for none.
 
     Raises:
         ValueError: buffers were asked for, or exist in the teacher, and the student is unknown.
@@ -318,12 +319,12 @@ def resolve(
 
 @torch.no_grad()
 def moving(moves: Moves, taken_on: Taken | None = None) -> list[Call]:
-    """What carries out the moves, in place."""
+    """The calls that carry out the moves, in place."""
     return [call for move in moves for call in move.calls(taken_on)]
 
 
 def _places(module: nn.Module) -> dict[str, _Place]:
-    """Where a module has its buffers, by name; one that several names share is at the first."""
+    """A module's buffer entries by name; a shared buffer appears under its first name."""
     found: dict[str, _Place] = {}
     seen = set()
     for prefix, owner in module.named_modules():
@@ -338,14 +339,14 @@ def _places(module: nn.Module) -> dict[str, _Place]:
 
 
 def _persistent(places: Mapping[str, _Place]) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that a state dict holds."""
+    """The buffers that a state dict holds, with their names."""
     for name, place in places.items():
         if place.persistent and place.value is not None:
             yield name, place.value
 
 
 def _is_plain(buffer: Tensor) -> bool:
-    """Whether it can be written to, element by element."""
+    """Whether the buffer can be written element by element."""
     strange = buffer.layout != torch.strided or buffer.is_quantized or buffer.is_meta
     return not (strange or repeats(buffer))
 
@@ -355,7 +356,7 @@ def _averages(buffer: Tensor) -> bool:
 
 
 def _fits(held: Tensor, source: Tensor) -> bool:
-    """Whether the one can go on following the other."""
+    """Whether ``held`` can still follow ``source``, by shape and dtype."""
     alike = held.dtype == source.dtype or (_averages(held) and _averages(source))
     return alike and held.shape == source.shape
 
@@ -365,7 +366,7 @@ def _begun(buffer: Tensor) -> Tensor:
 
 
 def _copied(source: Tensor, target: Tensor | None) -> Tensor:
-    """A copy for a teacher: beside what it replaces, in its dtype where both are floating."""
+    """A copy for a teacher: on the device of ``target``, in its dtype if both are floating."""
     if target is None:
         return source.detach().clone()
     value = source.detach().clone().to(target.device)
@@ -373,7 +374,7 @@ def _copied(source: Tensor, target: Tensor | None) -> Tensor:
 
 
 def _leaves(saved: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Entries of nested dicts, under names that join their keys."""
+    """The entries of nested dicts, under their keys joined by dots."""
     if not isinstance(saved, Mapping):
         yield prefix, saved
         return

@@ -1,4 +1,4 @@
-"""Which of several optimizers moves the buffers of a teacher that they share."""
+"""Decides which of several optimizers moves the buffers of the teacher that they share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import nn
 
 
 class Claim:
-    """One teacher's buffers: moved once a step, by one of those that keep them.
+    """The claim to one teacher's buffers, which one optimizer moves once a step.
 
-    The first to step moves them. Another takes over where that one is gone, or has not moved them
-    between two steps of its own.
+    The first optimizer to step moves them. Another optimizer takes over if that one is gone, or has
+    not moved them between two steps of the new one.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Claim:
         self._waiting: weakref.WeakSet[object] = weakref.WeakSet()
 
     def moves(self, keeper: object) -> bool:
-        """Whether ``keeper`` moves the buffers at the step that it takes."""
+        """Whether ``keeper`` moves the buffers at its current step."""
         owner = self._owner() if self._owner is not None else None
         if owner is not None and owner is not keeper and keeper not in self._waiting:
             self._waiting.add(keeper)
@@ -33,5 +33,5 @@ _claims: weakref.WeakKeyDictionary[nn.Module, Claim] = weakref.WeakKeyDictionary
 
 
 def claim(teacher: nn.Module) -> Claim:
-    """The claim to a teacher's buffers, the same for all that ask."""
+    """The one claim to a teacher's buffers, shared by all callers."""
     return _claims.setdefault(teacher, Claim())

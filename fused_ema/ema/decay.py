@@ -1,10 +1,10 @@
-"""EMA decays: what ``ema_decay`` may be, and the weight it gives at each step.
+"""EMA decays: the values that ``ema_decay`` takes, and the EMA rate of each step.
 
-A schedule is a callable ``t -> rho`` of the samples seen so far in units of the base batch, so
-that it runs at the same speed at every batch size: at ``kappa`` one step advances ``t`` by
-``kappa`` and uses ``rho**kappa``, with ``rho`` read in the middle of the base steps that it
-covers, see :func:`midpoint`. A schedule whose product over ``kappa`` base steps is known may also
-have ``geometric_mean(t, kappa)``, see :func:`decay_at`.
+A schedule is a callable ``t -> rho``. ``t`` counts the samples seen in units of the base batch, so
+that a schedule runs at the same speed at every batch size. One step at ``kappa`` advances ``t`` by
+``kappa`` and uses ``rho**kappa``, with ``rho`` read in the middle of the base steps that it covers,
+see :func:`midpoint`. A schedule that knows its product over ``kappa`` base steps may also have
+``geometric_mean(t, kappa)``, see :func:`decay_at`.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class WarmUpDecay:
     def geometric_mean(self, t: Real, kappa: Any) -> Real:
         """The decay whose power ``kappa`` is the product over ``kappa`` base steps from ``t``.
 
-        ``n`` factors below the limit cancel but for nine: the product of ``(t + i)/(t + n + i)``
-        over ``i = 1 .. 9``.
+        All but nine of ``n`` factors below the limit cancel, which leaves the product of
+        ``(t + i)/(t + n + i)`` over ``i = 1 .. 9``.
         """
         if surely(kappa == 1.0):
             return self(t)
@@ -101,7 +101,7 @@ class WarmUpDecay:
 class InverseGammaDecay:
     """``rho(t) = min(limit, 1 - (1 + t/inv_gamma)**-power)`` (Crowson's ``EMAWarmup``).
 
-    A step of ``kappa`` base steps takes about their product, see :meth:`geometric_mean`.
+    A step of ``kappa`` base steps uses nearly their whole product, see :meth:`geometric_mean`.
 
     Args:
         limit: the decay that ``rho`` rises to from 0, in ``[0, 1]``.
@@ -126,8 +126,8 @@ class InverseGammaDecay:
     def geometric_mean(self, t: Real, kappa: Any) -> Real:
         """The decay whose power ``kappa`` is about the product over ``kappa`` base steps.
 
-        By the rule of two points, ``sqrt((kappa**2 - 1)/12)`` to both sides of the middle, which is
-        exact where ``log(rho)`` is a cubic, and at ``kappa`` 1 and 2. A product that begins at
+        It reads ``rho`` at two points, ``sqrt((kappa**2 - 1)/12)`` to both sides of the middle.
+        That is exact if ``log(rho)`` is a cubic, and at ``kappa`` 1 and 2. A product that begins at
         ``rho(0) = 0`` is 0.
         """
         if surely(kappa == 1.0):
@@ -142,11 +142,11 @@ class InverseGammaDecay:
 class PowerDecay:
     """``rho(t) = (t/(t + 1))**(gamma + 1)``: averages with weights ``tau**gamma`` up to ``t``.
 
-    The power-function average of Karras et al. 2024 (arXiv 2312.02696, Equation 2, which counts
-    the step at hand too: its ``1 - 1/t`` is ``t/(t + 1)`` here). ``rho(0) = 0``: the start is
-    forgotten. A step of ``kappa`` base steps takes their whole product, Equation 127:
-    ``(t/(t + kappa))**(gamma + 1)``; so the average has the same profile at every ``kappa``, and
-    through changes of it.
+    The power-function average of Karras et al. 2024 (arXiv 2312.02696, Equation 2, which counts the
+    current step too: its ``1 - 1/t`` is ``t/(t + 1)`` here). ``rho(0) = 0``, so the average forgets
+    the start. A step of ``kappa`` base steps uses their whole product,
+    ``(t/(t + kappa))**(gamma + 1)`` (Equation 127). The average therefore has the same profile at
+    every ``kappa``, and through changes of it.
 
     Args:
         gamma: sharpness of the profile, ``0 <= gamma < inf``; 0 is the plain mean.
@@ -159,7 +159,7 @@ class PowerDecay:
 
     @classmethod
     def from_sigma_rel(cls, sigma_rel: float) -> PowerDecay:
-        """The profile of a given width.
+        """Return the profile of a given width.
 
         The largest root of ``(gamma + 1) = sigma_rel**2 * (gamma + 2)**2 * (gamma + 3)``
         (Equations 123 and 126) by Viete's formula for a cubic with three real roots.
@@ -198,7 +198,7 @@ def decay_from_half_life(half_life_samples: float, base_batch_size: float) -> fl
     """``rho = 0.5**(base_batch_size / half_life_samples)``, in float64.
 
     Args:
-        half_life_samples: samples after which a weight counts half, finite and ``> 0``.
+        half_life_samples: number of samples after which a weight counts half, finite and ``> 0``.
         base_batch_size: samples in a step at ``kappa = 1``, finite and ``> 0``.
 
     Returns:
@@ -213,7 +213,7 @@ def decay_from_half_life(half_life_samples: float, base_batch_size: float) -> fl
 
 
 def decays(ema_decay: EmaDecay) -> tuple[Decay, ...]:
-    """``ema_decay`` as a tuple: one entry an average, empty for None."""
+    """``ema_decay`` as a tuple with one entry an average, empty for None."""
     if ema_decay is None:
         return ()
     given = several(ema_decay)
@@ -221,7 +221,7 @@ def decays(ema_decay: EmaDecay) -> tuple[Decay, ...]:
 
 
 def check_ema_decay(ema_decay: EmaDecay) -> None:
-    """Raise ValueError unless every constant decay is in ``[0, 1]``; schedules: when used."""
+    """Raise ValueError unless every constant decay is in ``[0, 1]``; steps check schedules."""
     if ema_decay is not None and not decays(ema_decay):
         raise ValueError(
             f"ema_decay={ema_decay!r} is empty; allowed: a decay, a sequence of them, or None for "
@@ -238,7 +238,7 @@ def is_constant(ema_decay: EmaDecay) -> bool:
 
 
 def ema_weights(ema_decay: EmaDecay, t: Any, kappa: Any) -> tuple[Any, ...]:
-    """Weights ``1 - rho**kappa`` of a step from ``t``, one an average; tensors where ``t`` is one.
+    """EMA rates ``1 - rho**kappa`` of a step from ``t``, one an average; tensors if ``t`` is one.
 
     Raises:
         ValueError: a decay, or the value a schedule returns, is outside ``[0, 1]``.
@@ -249,15 +249,16 @@ def ema_weights(ema_decay: EmaDecay, t: Any, kappa: Any) -> tuple[Any, ...]:
 def midpoint(t: Real, kappa: Any) -> Real:
     """The mean of ``t, t + 1, ..., t + kappa - 1``, where ``kappa`` base steps read a schedule.
 
-    ``t`` itself at ``kappa = 1``; before it below, but not before 0.
+    It is ``t`` itself at ``kappa = 1``, and earlier for a smaller ``kappa``, but never before 0.
     """
     return t if surely(kappa == 1.0) else at_least(t + (kappa - 1.0) / 2.0, 0.0)
 
 
 def decay_at(decay: Decay, t: Any, kappa: Any) -> Any:
-    """``rho`` of a step of ``kappa`` base steps from ``t``, which is to be raised to ``kappa``.
+    """The decay of a step of ``kappa`` base steps from ``t``, before it is raised to ``kappa``.
 
-    A schedule's ``geometric_mean(t, kappa)`` where it has one, else its value in their middle.
+    That is a schedule's ``geometric_mean(t, kappa)`` if it has one, else its value in the middle of
+    the base steps.
     """
     if not callable(decay):
         return decay
@@ -275,5 +276,5 @@ def _weight(decay: Decay, t: Any, kappa: Any) -> Any:
 
 
 def ema_keys(num_emas: int) -> tuple[str, ...]:
-    """Names of the averages in the optimizer state: ``ema``, ``ema_1``, ``ema_2``, ..."""
+    """Keys of the averages in a parameter's state: ``ema``, ``ema_1``, ``ema_2``, ..."""
     return tuple("ema" if k == 0 else f"ema_{k}" for k in range(num_emas))

@@ -1,11 +1,11 @@
 """Averages and moments in 16 bits: rounded stochastically, or as differences to the weights.
 
 ``"full"``: in the arithmetic's dtype. ``"bf16"``: the average in bfloat16. ``"delta"``: ``ema - p``
-times :data:`SCALE` in float16, which keeps 10 bits of what is small where the average itself keeps
-7. Rounding to nearest would lose every change of less than half a unit; stochastic rounding goes up
-as often as the rest asks for, which is right on average. Its random bits are a hash of seed, step,
-tensor and element: the same for every backend, number of threads and process. The rule's states may
-be rounded to bfloat16 likewise.
+times :data:`SCALE` in float16, which keeps 10 bits of the small difference, while bfloat16 keeps 7
+of the average. Rounding to nearest would lose every change of less than half a unit. Stochastic
+rounding goes up with the probability of the part that is cut off, which is right on average. Its
+random bits are a hash of seed, step, tensor and element, the same for every backend, number of
+threads and process. The rule's states can be rounded to bfloat16 in the same way.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ from ..sharding import local
 
 EmaFormat: TypeAlias = Literal["full", "bf16", "delta"]
 StateFormat: TypeAlias = Literal["full", "bf16"]
-# Which average the first of the rule's states is to the hash.
+# The hash counts the rule's states as averages from this index on.
 FIRST_STATE = 1 << 31
-# From one average's hashes to the next one's: their elements meet different ones.
+# Distance between the hash keys of two averages, whose elements then meet different hashes.
 STREAM = 0x9E3779B1
 DTYPES = {"bf16": torch.bfloat16, "delta": torch.float16}
 # Differences from 6e-8 to 64 have all bits of a float16, smaller ones lose some down to 6e-11.
 SCALE = 1024.0
-LARGEST = 65504.0  # of float16; larger differences are cut off
-# Of 1 - rho**kappa: below it, errors of several percent of the way to the weights were measured.
+LARGEST = 65504.0  # largest float16; larger differences are cut off
+# Smallest EMA rate of each format: below it, errors of several percent of the distance to the
+# weights were measured.
 SMALLEST_WEIGHT = {"bf16": 1e-5, "delta": 1e-4}
-LARGEST_BFLOAT16 = 0x7F7F0000  # as float32's bits
+LARGEST_BFLOAT16 = 0x7F7F0000  # its largest number, as the bits of a float32
 MASK = 0xFFFFFFFF
-# Elements converted at a time: what is computed on the way takes a few MiB.
+# Number of elements converted at a time, so that temporaries take a few MiB.
 BLOCK = 1 << 18
 
-# Computes a tensor from tensors.
+# A function from tensors to a tensor.
 Compute: TypeAlias = Callable[..., Tensor]
 
 
 def mix(x: Any) -> Any:
-    """32 bits from 32 bits, each of them dependent on all: MurmurHash3's finalizer.
+    """Hash 32 bits to 32 bits, each of which depends on all: MurmurHash3's finalizer.
 
-    ``x`` is an int or an int64 tensor, whose products may overflow: the low bits stay right.
+    ``x`` is an int or an int64 tensor; its products may overflow, but the low bits stay right.
     """
     x = (x ^ (x >> 16)) * 0x85EBCA6B & MASK
     x = (x ^ (x >> 13)) * 0xC2B2AE35 & MASK
@@ -53,7 +54,7 @@ def mix(x: Any) -> Any:
 
 
 def step_seed(seed: Any, base_steps: Any) -> Any:
-    """32 bits of a step, from those of its count: a float, or float64 and int64 tensors."""
+    """Seed of one step, 32 bits: a hash of ``seed`` and the base steps (a float or a tensor)."""
     if isinstance(base_steps, Tensor):
         bits = base_steps.view(torch.int64)
     else:
@@ -62,19 +63,19 @@ def step_seed(seed: Any, base_steps: Any) -> Any:
 
 
 def element_bits(seed: int, tensor: int, average: int, like: Tensor) -> Tensor:
-    """16 random bits for every element, int64, by its place in memory.
+    """16 random bits (int64) for every element, from its offset in memory.
 
-    Two neighbours share a hash: the one at an even place takes its lower half.
+    Two neighbours share a hash; the one at an even offset takes its lower half.
 
     Args:
-        seed: of the step, see :func:`step_seed`.
-        tensor: which parameter of the optimizer.
-        average: which of its averages, or :data:`FIRST_STATE` plus which of its states.
+        seed: the step's, see :func:`step_seed`.
+        tensor: index of the parameter in the optimizer.
+        average: index of the average, or :data:`FIRST_STATE` plus the index of the state.
         like: a tensor in the parameter's order.
     """
     key = mix(seed ^ mix(tensor)) ^ average * STREAM & MASK
     index = torch.arange(like.numel(), device=like.device)
-    # of memory with gaps the logical order: torch makes a tensor like it without them
+    # memory with gaps: the logical order, because torch makes a tensor like it without gaps
     dense = like.numel() > 0 and torch.empty_like(like).stride() == like.stride()
     place = index.as_strided(like.shape, like.stride()) if dense else index.view(like.shape)
     hashed = mix(key ^ mix(place >> 32) ^ (place & MASK) >> 1)
@@ -82,7 +83,7 @@ def element_bits(seed: int, tensor: int, average: int, like: Tensor) -> Tensor:
 
 
 def round_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
-    """float32 to bfloat16, up with the probability of what is cut off; a NaN stays one.
+    """Round float32 to bfloat16, up with the probability of the part cut off; NaN stays NaN.
 
     No finite number becomes infinite.
     """
@@ -93,7 +94,7 @@ def round_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
 
 
 def round_float16(value: Tensor, bits: Tensor) -> Tensor:
-    """float32 to float16 likewise, by the lower 13 bits; cut off at its largest number."""
+    """Round float32 to float16 in the same way, by the lower 13 bits, within finite numbers."""
     pattern = value.view(torch.int32).to(torch.int64) & MASK
     magnitude = value.abs().clamp(max=LARGEST)
     low = bits & 0x1FFF
@@ -116,7 +117,7 @@ def follow(ema: Tensor, param: Tensor, weight: float, bits: Tensor) -> None:
 def follow_delta(delta: Tensor, change: Tensor, weight: float, bits: Tensor, before: bool) -> None:
     """Move a difference in place, for parameters that have moved by ``change``, in float32.
 
-    ``d <- (1 - weight)*(d - change)``, or of averages that take the old parameters ("before")
+    ``d <- (1 - weight)*(d - change)``; if the average takes the old parameters (``before``),
     ``d <- (1 - weight)*d - change``.
     """
     old, away = delta.float(), change * SCALE
@@ -126,20 +127,20 @@ def follow_delta(delta: Tensor, change: Tensor, weight: float, bits: Tensor, bef
 
 
 def average(stored: Tensor, param: Tensor) -> Tensor:
-    """The average that ``stored`` stands for beside weights ``param``: itself, or ``p + d``."""
+    """The average that ``stored`` represents: itself, or its difference plus ``param``."""
     if stored.dtype != torch.float16:
         return stored
     return param.float() + stored.to(param.device).float() * (1.0 / SCALE)
 
 
 def is_too_slow(form: str, weights: Sequence[float] | None) -> bool:
-    """Whether rounding an average in a format loses too much of the steps that it takes."""
+    """Whether an EMA rate is too small for the format: rounding would lose too much."""
     smallest = 0.99 * SMALLEST_WEIGHT.get(form, 0.0)
     return any(0.0 < weight < smallest for weight in weights or ())
 
 
 def warn_of_rounding(form: str, weights: Sequence[float]) -> None:
-    """Warn of averages that :func:`is_too_slow` tells of."""
+    """Warn about averages for which :func:`is_too_slow` is true."""
     smallest = min(filter(None, weights))
     warnings.warn(
         f"ema_format={form!r} with 1 - ema_decay**kappa = {smallest:.3g}: below "
@@ -151,7 +152,7 @@ def warn_of_rounding(form: str, weights: Sequence[float]) -> None:
 
 
 def check_distance(what: str, value: Tensor, param: Tensor) -> None:
-    """Raise ValueError where a difference to ``param`` would be cut off, or is a NaN."""
+    """Raise ValueError if a difference to ``param`` would be cut off, or is NaN."""
     largest = torch.zeros((), device=param.device)
     for part, weight in blocks(value, param):
         away = moved(weight.float(), part.to(weight.device).float()).abs()
@@ -165,7 +166,7 @@ def check_distance(what: str, value: Tensor, param: Tensor) -> None:
 
 
 def stored(value: Tensor, param: Tensor, form: str) -> Tensor:
-    """An average as the format keeps it, rounded to nearest; what is finite stays finite."""
+    """An average as the format stores it, rounded to nearest; finite values stay finite."""
     if form == "delta":
         scaled = moved(param.float(), value.float()) * SCALE
         return scaled.clamp(-LARGEST, LARGEST).to(torch.float16)
@@ -178,10 +179,10 @@ def stored(value: Tensor, param: Tensor, form: str) -> Tensor:
 
 
 def write(target: Tensor, compute: Compute, *given: Tensor) -> Tensor:
-    """Fill ``target`` in place with ``compute(*given)``, which goes element by element; returns it.
+    """Fill ``target`` in place with the elementwise ``compute(*given)``, and return it.
 
-    It is done in blocks: nothing that is computed on the way has the size of a parameter. All
-    tensors have one shape, DTensors one placement; ``target`` may be one of ``given``.
+    It works in blocks, so that no temporary has the size of a parameter. All tensors have one
+    shape, DTensors one placement; ``target`` may be one of ``given``.
     """
     for part, *parts in blocks(target, *given):
         part.copy_(compute(*parts))
@@ -189,10 +190,10 @@ def write(target: Tensor, compute: Compute, *given: Tensor) -> Tensor:
 
 
 def blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Views of the same at most :data:`BLOCK` elements of all tensors, until all have been seen.
+    """Views of the same elements of all tensors, at most :data:`BLOCK` at a time.
 
     Raises:
-        ValueError: what lies here of them has different shapes.
+        ValueError: their local parts have different shapes.
     """
     parts = [local(tensor.detach()) for tensor in tensors]
     shapes = {tuple(part.shape) for part in parts}

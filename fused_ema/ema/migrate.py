@@ -1,4 +1,4 @@
-"""Averages that other packages have saved, read into an optimizer's own."""
+"""Reads averages that other packages have saved into an optimizer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from .formats import DTYPES, check_distance, stored, write
 
 
 class LoadedEma(NamedTuple):
-    """What :func:`load_ema` read.
+    """What :func:`load_ema` has read.
 
     Attributes:
-        layout: whose state it was taken for.
-        updates: how many updates that average has seen, None where the state does not tell.
-        unused: entries of the model that the state holds and the optimizer does not average.
+        layout: the package whose layout the state has.
+        updates: number of updates of that average; None if the state does not say.
+        unused: names of the model's entries that the state holds but the optimizer does not
+            average.
     """
 
     layout: str
@@ -33,7 +34,7 @@ class LoadedEma(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a package saves its average: a state that holds all ``marks`` is its."""
+    """How a package saves its average; a state that holds all ``marks`` is from it."""
 
     name: str
     marks: frozenset[str]
@@ -45,30 +46,29 @@ class Layout(NamedTuple):
 def load_ema(
     optimizer: EmaAccess, model: nn.Module, state: Mapping[str, Any], index: int = 0
 ) -> LoadedEma:
-    """Copy an average that another package has saved into an optimizer's, in place.
+    """Copy an average that another package has saved into an optimizer, in place.
 
     ``state`` is the ``state_dict()`` of torch's ``AveragedModel``, timm's ``ModelEmaV3``,
-    ema-pytorch's ``EMA`` or diffusers' ``EMAModel``, told apart by their keys, or of a plain module
-    (wrapped in DistributedDataParallel or torch.compile or not, as ``model`` may be). Averages keep
-    their dtype and memory, so that a teacher stays what it is; weights and the model's own buffers
-    are not touched.
-    An average that is kept as differences (``ema_format="delta"``) is one to the present weights:
-    load those first. Where the state counts its updates, ``base_steps`` of every param group
-    becomes that number, so that schedules go on: another package's update is one at the base batch
-    size.
+    ema-pytorch's ``EMA`` or diffusers' ``EMAModel``, recognised by its keys, or of a plain module.
+    That module and ``model`` may be wrapped in DistributedDataParallel or torch.compile. Averages
+    keep their dtype and memory, so that a teacher stays the average; weights and the model's own
+    buffers are not touched. Load the weights first if ``ema_format="delta"`` stores the average as
+    a difference to them. If the state counts its updates, ``base_steps`` of every param group
+    becomes that number, so that schedules continue; each update of another package counts as one
+    base step.
 
     Args:
-        optimizer: holds the average, and any buffers with it (``ema_buffers="average"`` or a
-            teacher with buffers); modified in place.
-        model: the optimized module, or a part of it; gives the averages their names. diffusers'
-            tensors belong to its parameters in order: to all of them or, where the number of
-            tensors says so, to those that require a gradient.
-        state: see above.
+        optimizer: the optimizer that holds the average, and its averaged buffers if there are any
+            (``ema_buffers="average"`` or a teacher with buffers); modified in place.
+        model: the optimized module, or a part of it, which names the averages. diffusers' tensors
+            have no names: they belong to the module's parameters in order, to all of them or, if
+            the number of tensors says so, to those that require a gradient.
+        state: the state dict described above; not modified.
         index: which average, for a tuple ``ema_decay``.
 
     Raises:
-        ValueError: a name, shape, dtype or count does not fit, the message names the first; or
-            ``model`` holds none of the averaged parameters. Nothing has changed then.
+        ValueError: a name, shape, dtype or count does not fit (the message names the first), or
+            ``model`` holds none of the averaged parameters. Nothing changes then.
         IndexError: there is no such average.
         RuntimeError: inside ``ema_weights()``.
     """
@@ -100,7 +100,7 @@ def load_ema(
 
 
 def _begun(optimizer: EmaAccess, index: int) -> list[tuple[Tensor, dict[str, Any]]]:
-    """Let averages begin that a first step would; returns what their states were."""
+    """Create the averages that a first step would; returns the states from before."""
     read = optimizer._averages(index)
     key = ema_keys(index + 1)[-1]
     teachers = optimizer._teachers.tensors if index == 0 else {}
@@ -144,12 +144,12 @@ def _load(
 
 
 def _prefixed(prefix: str, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Entries of a module's state dict that lies under ``prefix``."""
+    """The entries of a module's state dict, which ``state`` holds under ``prefix``."""
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _shadows(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Tensors of diffusers, which have no names, under their parameters' names."""
+    """The tensors of diffusers, which have no names, under their parameters' names."""
     shadows = state["shadow_params"]
     named = _named_parameters(model)
     trained = [name for name, param in named if param.requires_grad]
@@ -187,7 +187,7 @@ LAYOUTS = (
 
 
 def _named_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The model's parameters, each once, under their keys of its state dict."""
+    """The model's parameters, each once, under their keys in its state dict."""
     first: dict[Tensor, str] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, nn.Parameter):
@@ -196,7 +196,7 @@ def _named_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _held(optimizer: EmaAccess, model: nn.Module, index: int) -> dict[str, Tensor]:
-    """The average's tensors that are the optimizer's, not the model's."""
+    """The tensors of the average that the optimizer holds, not the model."""
     average, own = optimizer.ema_state_dict(model, index), model.state_dict()
     return {
         name: value
@@ -206,7 +206,7 @@ def _held(optimizer: EmaAccess, model: nn.Module, index: int) -> dict[str, Tenso
 
 
 class _Difference(NamedTuple):
-    """An average as a scaled difference, and the weights that it is one to."""
+    """An average stored as a scaled difference, and the weights that it is relative to."""
 
     held: Tensor
     weight: Tensor
@@ -270,6 +270,6 @@ def _updates(state: Mapping[str, Any], layout: Layout) -> int | None:
 def _set_base_steps(optimizer: EmaAccess, updates: int) -> None:
     for group in optimizer.param_groups:
         if isinstance(group["base_steps"], Tensor):
-            group["base_steps"].fill_(updates)  # what a captured graph counts on
+            group["base_steps"].fill_(updates)  # in place: a captured graph counts in this tensor
         else:
             group["base_steps"] = float(updates)

@@ -1,4 +1,4 @@
-"""An average as a module sees it: a state dict, or copied into parameters."""
+"""Puts an average into the form of a module: a state dict, or values of its parameters."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .teacher import check_shape, pair
 def state_dict(
     model: nn.Module, averages: Mapping[Tensor, Tensor], buffers: Mapping[Tensor, Tensor]
 ) -> dict[str, Tensor]:
-    """``model.state_dict()`` with averages in the place of the parameters they belong to.
+    """``model.state_dict()`` with averages in place of the parameters.
 
     Args:
         model: the module that holds the parameters.
-        averages: average of each parameter.
-        buffers: held buffer of each buffer.
+        averages: the average of each parameter.
+        buffers: the averaged buffer for each buffer.
 
     Raises:
         ValueError: ``model`` holds none of the parameters.
@@ -56,12 +56,12 @@ def copy_to(
 
     Args:
         target: the module that holds the parameters, a part of it, or another of the same shapes.
-        averages: average of each parameter.
+        averages: the average of each parameter.
         unaveraged: the optimizer's other parameters; another module takes them as they are.
         names: the parameters' names, as far as known.
-        in_order: whether ``averages`` may be in a module's own order.
-        buffers: the student's buffers by name, each with what the averaged model has in its place;
-            None: the target's are left as they are.
+        in_order: whether ``averages`` may be in the order of a module's parameters.
+        buffers: the student's buffers by name, each with the averaged model's value for it; None
+            leaves the target's as they are.
 
     Raises:
         ValueError: a name or shape does not match, a buffer that the target saves has no
@@ -136,18 +136,18 @@ def _buffers_to_another(
 
 
 class Rewrite:
-    """Weights that are replaced from outside: all that stands for them follows.
+    """Replaces a parameter's weights from outside, and adjusts the state that depends on them.
 
-    A master becomes the new weights. Averages that are kept as differences to the weights stay what
-    they are.
+    A master takes the new weights. An average that is stored as a difference keeps its value, so
+    that its difference changes.
 
     Args:
-        param: its value is about to be replaced.
-        value: the new one.
-        state: the parameter's; its tensors are modified in place by :meth:`finish`.
+        param: the parameter whose value is about to be replaced.
+        value: its new value.
+        state: the parameter's state, which :meth:`finish` modifies in place.
 
     Raises:
-        ValueError: an average is too far from the new weights to be kept as a difference.
+        ValueError: an average is too far from the new weights to be stored as a difference.
     """
 
     def __init__(self, param: Tensor, value: Tensor, state: Mapping[str, Any]) -> None:
@@ -161,7 +161,7 @@ class Rewrite:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Let them follow, when the parameter has its new value."""
+        """Adjust the state; call it when the parameter has its new value."""
         if "master" in self._state:
             self._state["master"].copy_(self._value)
         weight = weight_of(self._param, self._state)

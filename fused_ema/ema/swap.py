@@ -1,4 +1,4 @@
-"""Weights that hold an average for a while, and all that is kept of them meanwhile."""
+"""The context in which weights hold an average, and what it keeps to restore them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from ..extension import native
 from ..sharding import local, place, placed_alike
 
-# Versions from here on are those of tensors that hold an average, see csrc/swap.cpp.
+# Tensors that hold an average have versions from here on, see csrc/swap.cpp.
 FIRST_VERSION_INSIDE = 1 << 31
 
 
@@ -26,7 +26,7 @@ def is_shown(tensor: Tensor) -> bool:
 class Flag:
     """Whether an optimizer's weights hold an average.
 
-    One object that wrappers of the optimizer share with it, never replaced.
+    Wrappers of the optimizer share this one object with it; it is never replaced.
     """
 
     __slots__ = ("swapped",)
@@ -44,11 +44,11 @@ class Flag:
 
 
 class Kept(NamedTuple):
-    """A tensor that is what it was when the context has been left."""
+    """A tensor that the exit restores."""
 
     owner: Tensor
     part: Tensor
-    """Of a DTensor its local tensor, else the owner."""
+    """The local tensor of a DTensor owner; any other owner itself."""
     value: Tensor | None
     """What the part holds while the context is open; None: what it held before."""
     copied: bool
@@ -67,26 +67,26 @@ class Place(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """All that is given back when the context is left."""
+    """Everything that the exit restores."""
 
     tensors: list[Kept]
     places: list[Place]
 
 
 class Swap(native.Swap, ContextDecorator):
-    """What :meth:`~fused_ema.ema.access.EmaAccess.ema_weights` returns, to be entered once.
+    """The context that :meth:`~fused_ema.ema.access.EmaAccess.ema_weights` returns; enter it once.
 
-    ``__enter__`` and ``__exit__`` are C functions: no signal handler, and so no exception, can come
-    between the weights and their way back. Without the extension they are Python, and one that
-    does leaves the way back to the moment when the context is dropped. Also a decorator, entered
-    at each call.
+    ``__enter__`` and ``__exit__`` are C functions, so that no signal handler, and hence no
+    exception, can interrupt the swap. Without the extension they are Python: after an exception
+    between the entry and the body, the weights are restored when the context is dropped. As a
+    decorator it is entered at each call.
     """
 
     def __init__(self, flag: Flag, begin: Callable[[], Begun], end: Callable[[], None]) -> None:
         super().__init__(flag, begin, end)
         self._arguments = (flag, begin, end)
 
-    def _recreate_cm(self) -> Swap:  # of ContextDecorator's interface, for each call
+    def _recreate_cm(self) -> Swap:  # ContextDecorator calls it for each call
         return type(self)(*self._arguments)
 
 
@@ -96,16 +96,16 @@ def begun(
     names: Mapping[Tensor, str],
     modules: Iterable[nn.Module],
 ) -> Begun:
-    """What to keep while tensors hold other values.
+    """Collect what the context must keep while tensors hold other values.
 
-    Copies are kept of all tensors that take another value, of parameters that require a gradient
-    and of buffers; of frozen parameters the memory alone, for there may be many.
+    It copies all tensors that take another value, parameters that require a gradient, and buffers.
+    For frozen parameters it keeps the memory alone, because there may be many.
 
     Args:
-        values: what each tensor is to hold, of its shape.
+        values: the value that each tensor takes, of the same shape.
         params: the optimizer's parameters.
-        names: theirs, as far as known.
-        modules: whose parameters and buffers are kept, too, as far as known.
+        names: their names, as far as known.
+        modules: the known modules, whose parameters and buffers are kept too.
 
     Raises:
         RuntimeError: a value has another shape than its tensor, or lies in other processes.
@@ -147,6 +147,6 @@ def _places(root: nn.Module) -> Iterator[Place]:
     for module in root.modules():
         caches = module._non_persistent_buffers_set
         for entries in (module._parameters, module._buffers):
-            if isinstance(entries, dict):  # not of a ScriptModule
+            if isinstance(entries, dict):  # a ScriptModule has no dicts
                 for name, value in entries.items():
                     yield Place(entries, name, value, name not in caches)

@@ -70,13 +70,13 @@ def pair(
     """The teacher's tensor of every parameter.
 
     A module or named tensors pair by name when the student's names are known (``model=`` or
-    ``named_parameters()``), whatever wrappers either lies in; everything else pairs in order.
+    ``named_parameters()``), whatever wrappers there are; everything else pairs in order.
 
     Args:
         teacher: a module, its parameters, or its named parameters.
         params: the student's parameters that have an average, in param-group order.
         names: names of the student's parameters, as far as known.
-        in_order: whether ``params`` may be in a module's own order: one param group.
+        in_order: whether ``params`` may be in the order of a module's parameters: one param group.
         check: raises ValueError for a pair that does not fit.
 
     Raises:
@@ -100,7 +100,7 @@ def named(module: nn.Module) -> dict[Tensor, str]:
 
 
 def lasting(teacher: Teacher) -> Teacher:
-    """The teacher as it can be read again: an iterator's tensors in a list."""
+    """The teacher in a form that can be read twice: an iterator's tensors become a list."""
     if isinstance(teacher, nn.Module | Tensor) or not isinstance(teacher, Iterable):
         return teacher
     items: list[Any] = list(teacher)
@@ -108,7 +108,7 @@ def lasting(teacher: Teacher) -> Teacher:
 
 
 def by_name(teacher: Teacher) -> nn.Module | dict[str, Tensor]:
-    """Where a teacher's tensors are found by name: empty if they have none."""
+    """The module or dict in which a teacher's tensors are found by name; empty without names."""
     return teacher if isinstance(teacher, nn.Module) else dict(_entries(teacher)[0])
 
 
@@ -170,12 +170,12 @@ def _by_order(
 
 
 def resharding_modules(teacher: Teacher) -> list[Any]:
-    """The modules of a teacher that may use full copies of its tensors, made by FSDP2."""
+    """The modules of a teacher for which FSDP2 may keep full copies of its tensors."""
     return fsdp_modules(teacher) if isinstance(teacher, nn.Module) else []
 
 
 def check_whole(teacher: Teacher, tensors: Iterable[Tensor]) -> None:
-    """Raise ValueError for DTensors without a module: no copies of theirs could be dropped."""
+    """Raise ValueError for DTensors without a module, whose full copies could not be dropped."""
     if not isinstance(teacher, nn.Module) and any(map(is_sharded, tensors)):
         raise ValueError(
             "teacher: received DTensors without their module, which may hold full copies of them; "
@@ -184,7 +184,7 @@ def check_whole(teacher: Teacher, tensors: Iterable[Tensor]) -> None:
 
 
 def check_buffers_given(teacher: Teacher) -> None:
-    """Warn of a param group's teacher whose buffers would be left behind in silence."""
+    """Warn if a param group's teacher has buffers, which would be ignored."""
     if not isinstance(teacher, nn.Module):
         return
     saved = set(teacher.state_dict())
@@ -200,7 +200,7 @@ def check_buffers_given(teacher: Teacher) -> None:
 
 
 def fitting(groups: Sequence[Mapping[str, Any]]) -> Check:
-    """What a teacher's tensors must be for the format of the averages."""
+    """The check that a teacher's tensors suit the format of the groups' averages."""
     forms = {group["ema_format"] for group in groups}
     if len(forms) > 1:
         raise ValueError(
@@ -217,7 +217,7 @@ def check_disjoint(teachers: Iterable[Tensor], params: Iterable[Tensor]) -> None
         for tensor in map(local, tensors)
         if tensor.numel() > 0
     )
-    end = {True: 0, False: 0}  # of the teachers' and of the parameters' memory so far
+    end = {True: 0, False: 0}  # of teachers' memory so far, of parameters'
     for start, stop, is_teacher in spans:
         if start < end[True] or (is_teacher and start < end[False]):
             raise ValueError(

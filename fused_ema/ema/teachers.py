@@ -1,4 +1,4 @@
-"""What an optimizer knows of its teachers: the tensor that is the average of each parameter."""
+"""The teachers of an optimizer: for each parameter, the tensor that is its average."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Group = Mapping[str, Any]
 
 
 class Teachers:
-    """The teacher's tensor of every parameter that has one: it is the parameter's first average.
+    """The teacher's tensor of every parameter that has one, which is its first average.
 
     Attributes:
-        tensors: by parameter.
+        tensors: the teacher's tensor by parameter.
     """
 
     def __init__(self) -> None:
@@ -39,10 +39,10 @@ class Teachers:
     def bind_whole(
         self, teacher: Teacher, groups: Sequence[Group], names: Mapping[Tensor, str]
     ) -> None:
-        """Pair the parameters of all groups; those of later groups are looked up by name.
+        """Pair the parameters of all groups; groups that are added later are paired by name.
 
         Raises:
-            ValueError: as :meth:`bind`.
+            ValueError: see :meth:`bind`.
         """
         teacher = lasting(teacher)
         self.bind(teacher, groups, names)
@@ -61,11 +61,11 @@ class Teachers:
             teacher: a module, its parameters, or its named parameters.
             groups: param groups.
             names: names of the optimizer's parameters, as far as known.
-            among: all parameters, with which the tensors may share no memory; None:
-                :meth:`check_disjoint` looks at all teachers at once, later.
+            among: all parameters, with which the tensors must not share memory; None leaves that
+                check to a later :meth:`check_disjoint` of all teachers at once.
 
         Raises:
-            ValueError: the teacher does not fit, or shares memory; nothing has been paired then.
+            ValueError: the teacher does not fit, or shares memory. Nothing is paired then.
         """
         params = [p for group in groups for p in group["params"] if p not in self.tensors]
         if not params or not all(decays(group["ema_decay"]) for group in groups):
@@ -103,7 +103,7 @@ class Teachers:
         _check_disjoint(self.tensors, params)
 
     def reshard(self) -> None:
-        """Drop full copies of sharded tensors, which FSDP2's modules would go on to use."""
+        """Drop full copies of sharded tensors, which FSDP2's modules would otherwise reuse."""
         reshard(self._modules)
 
 
