@@ -1,1 +1,1 @@
-"""The optimizers, as torch's interface has them."""
+"""The optimizers, with torch's interface."""

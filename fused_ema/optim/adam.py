@@ -20,23 +20,23 @@ class FusedScaledAdam(FusedScaledOptimizer):
 
     ``lr`` becomes ``sqrt(kappa)*lr``, ``beta`` becomes ``beta**kappa``, ``eps`` becomes
     ``eps/sqrt(kappa)`` (Malladi et al. 2022) and ``rho`` becomes ``rho**kappa`` (Busbridge et al.
-    2023). ``state[p]["step"]`` counts base steps, ``kappa`` a step, so that bias correction stays
-    right when ``kappa`` changes.
+    2023). ``state[p]["step"]`` counts base steps, and each step adds ``kappa`` to it, so that bias
+    correction stays right when ``kappa`` changes.
 
     Args:
         {params, lr}
-        betas: decays of the gradient's and the squared gradient's averages, each in ``[0, 1)``.
-        eps: added to the denominator, ``>= 0``.
+        betas: decays of the averages of gradients and squared gradients, each in ``[0, 1)``.
+        eps: term added to the denominator, ``>= 0``.
         weight_decay: L2 penalty, or decoupled decay, ``>= 0``.
         amsgrad: use the running maximum of the second moment.
         {foreach, maximize, capturable, differentiable, fused}
-        decoupled_weight_decay: AdamW's decay instead of the L2 penalty.
+        decoupled_weight_decay: apply AdamW's decay instead of the L2 penalty.
         beta_scaling: ``"exponential"``, ``beta**kappa``, or ``"linear"``, ``1 - kappa*(1 - beta)``.
-            With ``"linear"``, bias correction after a change of ``kappa`` is that of the same
-            number of base steps at the new ``kappa``, and the step warns where that changes its
-            length by more than 0.2 %; with ``"exponential"`` it is exact.
-        weight_decay_scaling: decoupled decay alone: ``"exact"`` keeps
-            ``(1 - lr*weight_decay)**kappa``, ``"none"`` the coefficient.
+            With ``"linear"``, bias correction after a change of ``kappa`` is computed as if all
+            base steps had been taken at the new ``kappa``, and the step warns if that changes its
+            length by more than 0.2 %. With ``"exponential"`` it is exact.
+        weight_decay_scaling: for decoupled decay only. ``"exact"``: a step keeps
+            ``(1 - lr*weight_decay)**kappa`` of a weight; ``"none"``: the coefficient is unchanged.
         {options}
 
     Raises:
@@ -91,8 +91,8 @@ class FusedScaledAdamW(FusedScaledAdam):
 
     Args:
         {params, lr}
-        betas: decays of the gradient's and the squared gradient's averages, each in ``[0, 1)``.
-        eps: added to the denominator, ``>= 0``.
+        betas: decays of the averages of gradients and squared gradients, each in ``[0, 1)``.
+        eps: term added to the denominator, ``>= 0``.
         weight_decay: decoupled decay, ``>= 0``.
         amsgrad: use the running maximum of the second moment.
         {maximize, foreach, capturable, differentiable, fused}

@@ -1,4 +1,4 @@
-"""The fused average after the step of any other optimizer."""
+"""The fused average for any other optimizer, moved after its steps."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from .groups import KAPPA
 from .options import documented
 from .stepping import Begun
 
-# Where torch.optim.Optimizer's constructor keeps the hooks of its step.
+# The attribute in which torch.optim.Optimizer keeps the hooks of its step.
 HOOKS = "_optimizer_step_post_hooks"
-# The code that calls them, around every step.
+# The code that runs around every step and calls the hooks.
 STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
@@ -41,28 +41,29 @@ class FusedEMA(FusedScaledOptimizer):
     """Averages of the parameters of any ``torch.optim.Optimizer``, moved when it steps.
 
     ``zeta <- rho**kappa * zeta + (1 - rho**kappa) * theta`` (Busbridge et al. 2023, Definition
-    1.2), one launch a bucket, by a hook of ``optimizer.step()``. ``kappa`` scales the averages'
-    decay alone: the other optimizer's learning rate and the rest are left to you. Its param groups
-    are followed, also one that is added later; ``param_groups[i]`` here may hold its own
-    ``ema_decay`` and ``kappa``. A step that a ``GradScaler`` skips moves nothing.
+    1.2). A hook of ``optimizer.step()`` does this, with one launch a bucket. ``kappa`` scales the
+    averages' decay alone; scaling the other optimizer's learning rate and the rest is up to you.
+    The averages follow its param groups, including those that are added later; ``param_groups[i]``
+    here may hold its own ``ema_decay`` and ``kappa``. A step that a ``GradScaler`` skips moves
+    nothing.
 
-    It is used like the averages of the fused optimizers: :meth:`ema_weights`,
-    :meth:`ema_state_dict`, :meth:`copy_ema_to`, :attr:`kappa`. Its
-    ``state_dict()`` holds the averages and their clock, and is saved beside the optimizer's. A copy
-    or pickle of both together is a working pair.
+    Use it like the averages of the fused optimizers: :meth:`ema_weights`, :meth:`ema_state_dict`,
+    :meth:`copy_ema_to`, :attr:`kappa`. Its ``state_dict()`` holds the averages and their base
+    steps; save it beside the optimizer's. Copying or pickling both together gives a working pair.
 
-    Keep it as long as it shall follow: the optimizer does not keep it alive, and dropping the last
-    reference to it removes its hooks.
+    Keep a reference to it as long as it should follow: the optimizer does not keep it alive, and
+    dropping the last reference removes its hooks.
 
     Args:
-        optimizer: steps the parameters; it is not modified but for the hook.
+        optimizer: the optimizer that steps the parameters; only the hook is added to it.
         {ema_decay, teacher, ema_order, ema_every, ema_format, rounding_seed}
         kappa: batch size / base batch size, a number ``> 0``; scales ``rho`` alone.
         {model, ema_buffers, capturable, backend}
 
     Raises:
-        TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, whose hooks are needed.
-        ValueError: it has averages of its own (pass ``ema_decay`` to it), or a bad value.
+        TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``, whose hooks are needed.
+        ValueError: the optimizer has averages of its own (pass ``ema_decay`` to it), or an argument
+            has a bad value.
     """
 
     rule = FROZEN
@@ -83,7 +84,7 @@ class FusedEMA(FusedScaledOptimizer):
         capturable: bool = False,
         backend: BackendName = "auto",
     ) -> None:
-        # a wrapper may look like an optimizer without being made as one
+        # a wrapper may be an Optimizer whose constructor never ran
         if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, HOOKS):
             raise TypeError(
                 f"optimizer: received a {type(optimizer).__name__}; allowed: a "
@@ -117,7 +118,7 @@ class FusedEMA(FusedScaledOptimizer):
         self._attach()
 
     def remove(self) -> None:
-        """Follow the optimizer no longer; the averages stay as they are."""
+        """Stop following the optimizer; the averages stay as they are."""
         self._unhook()
         self._removed = True
 
@@ -125,14 +126,14 @@ class FusedEMA(FusedScaledOptimizer):
         """Move every average, in place, as the hook does at each step of the optimizer.
 
         Raises:
-            RuntimeError: inside :meth:`ema_weights`, or the optimizer has other parameters now.
-            ValueError: a param group holds a bad value. Nothing has moved in either case.
+            RuntimeError: inside :meth:`ema_weights`, or the optimizer now has other parameters.
+            ValueError: a param group holds a bad value. Nothing moves in either case.
         """
         self._follow_groups()
         return super().step(closure)
 
     def state_dict(self) -> StateDict:
-        """The averages and their clock; see :meth:`FusedScaledOptimizer.state_dict`."""
+        """Return the averages and their base steps; see :meth:`FusedScaledOptimizer.state_dict`."""
         self._follow_groups()
         return super().state_dict()
 
@@ -146,7 +147,7 @@ class FusedEMA(FusedScaledOptimizer):
         super()._complete_state(begun)
 
     def _attach(self) -> None:
-        """Hook into the optimizer's step, until this object is gone."""
+        """Add the hooks to the optimizer's step; they go when this object is freed."""
         optimizer, own = self._optimizer, ref(self)
         handles = (
             optimizer.register_step_pre_hook(partial(_before_step, own)),
@@ -156,9 +157,9 @@ class FusedEMA(FusedScaledOptimizer):
         self._unhook.atexit = False
 
     def _begin(self) -> None:
-        """Let averages start at the weights before the step, and refuse what cannot be moved."""
+        """Create averages from the weights before the step, and refuse what cannot be averaged."""
         self._check_not_swapped("step()")
-        self._release(self._take_ahead())  # what a step has begun that the optimizer did not end
+        self._release(self._take_ahead())  # the optimizer did not finish the step before
         self._follow_groups()
         with torch.inference_mode(False), torch.no_grad():
             self._prepared(self._ahead)
@@ -167,12 +168,12 @@ class FusedEMA(FusedScaledOptimizer):
         super()._take_step(self._take_ahead())
 
     def _take_ahead(self) -> Begun:
-        """What :meth:`_begin` has let begin, for the step that it belongs to."""
+        """Hand over what :meth:`_begin` has created to the step that it belongs to."""
         begun, self._ahead = self._ahead, Begun()
         return begun
 
     def _follow(self, optimizer: Optimizer) -> None:
-        # where torch's fused optimizers read it, too
+        # torch's fused optimizers read it there too
         self.found_inf = getattr(optimizer, "found_inf", None)
         try:
             self.step()
@@ -197,13 +198,13 @@ class FusedEMA(FusedScaledOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._ahead = Begun()
-        if "_optimizer" in state:  # a copy, whose optimizer has lost its hooks
+        if "_optimizer" in state:  # a copy: the copied optimizer has no hooks
             self._attach()
             if self._removed:
                 self._unhook()
 
 
-@_disable_dynamo  # which would trace into hooks
+@_disable_dynamo  # it would trace into the hooks
 def _before_step(own: ref[FusedEMA], optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     ema = own()
     if ema is None or ema._removed:
@@ -223,7 +224,7 @@ def _after_step(own: ref[FusedEMA], optimizer: Optimizer, args: Any, kwargs: Any
 
 def _remove(handles: Iterable[RemovableHandle]) -> None:
     if _is_stepping():
-        return  # torch walks through the hooks; these do nothing from here on
+        return  # torch is iterating over the hooks now: these only stop having an effect
     for handle in handles:
         handle.remove()
 
@@ -240,7 +241,7 @@ def _is_stepping() -> bool:
                 return True
         return False
     finally:
-        frames, frame = [], None  # this function's frame is one of them
+        frames, frame = [], None  # breaks a cycle: one of the frames is this function's own
 
 
 def _params(group: dict[str, Any]) -> dict[str, Any]:

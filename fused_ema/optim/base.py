@@ -1,4 +1,4 @@
-"""The base of the drop-in optimizers: torch's interface around plans that step whole buckets."""
+"""The base class of the optimizers: torch's interface around plans that step whole buckets."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from .stepping import Doubt, Stepping
 
 @documented
 class FusedScaledOptimizer(Stepping):
-    """Base of the optimizers: one fused pass a bucket for the step and every average.
+    """Base class of the optimizers: one fused pass a bucket for the step and every average.
 
-    ``fused=True`` unscales inside the step under a ``torch.amp.GradScaler``, in the same pass.
-    Without it the scaler unscales ``.grad`` before, as with torch's default, so that trainers may
-    clip in between, and does not call :meth:`step` where a gradient is not finite;
-    :class:`~fused_ema.optim.grad_scaler.GradScaler` takes the one pass in either case.
+    Under a ``torch.amp.GradScaler``, ``fused=True`` unscales gradients in the step's own pass.
+    Without it the scaler unscales ``.grad`` before the step, as with torch's default, so that
+    trainers can clip in between, and it does not call :meth:`step` if a gradient is not finite.
+    :class:`~fused_ema.optim.grad_scaler.GradScaler` uses the one pass in either case.
 
-    Subclasses set :attr:`rule` and give the defaults of torch's namesake.
+    Subclasses set :attr:`rule` and pass the defaults of torch's namesake.
 
     Args:
         {params}
@@ -123,8 +123,9 @@ class FusedScaledOptimizer(Stepping):
         """Batch size / base batch size of all param groups; set it to change them all.
 
         Raises:
-            ValueError: read while the groups differ, or set out of ``0 < kappa < inf``, or to a
-                value that the groups' scaling rules cannot follow. No group has changed then.
+            ValueError: on reading, the groups differ; on setting, the value is outside
+                ``0 < kappa < inf``, or the groups' scaling rules cannot follow it. No group changes
+                then.
         """
         values = {float(group["kappa"]) for group in self.param_groups}
         if len(values) > 1:
@@ -132,20 +133,20 @@ class FusedScaledOptimizer(Stepping):
         return values.pop()
 
     @kappa.setter
-    @_disable_dynamo  # a group that compiled code writes to becomes capturable
+    @_disable_dynamo  # torch makes a group capturable if compiled code writes to it
     def kappa(self, value: float) -> None:
         for group in self.param_groups:
             self._check_group({**group, "kappa": value})
         for fields in (self.defaults, *self.param_groups):
             given = fields["kappa"]
             if isinstance(given, Tensor) and given.is_floating_point() and fields["capturable"]:
-                given.fill_(value)  # what a captured graph reads
+                given.fill_(value)  # in place: a captured graph reads this tensor
             else:
                 fields["kappa"] = float(value)
 
     @property
     def ema_every(self) -> int:
-        """At which steps the averages of all param groups move; set it to change them all.
+        """The averages of all param groups move at every so many steps; set it to change them all.
 
         Raises:
             ValueError: the groups differ, or it is out of its range. No group has changed then.
@@ -158,7 +159,7 @@ class FusedScaledOptimizer(Stepping):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """What the gradients of all param groups together are clipped to; set it for them all.
+        """Norm to which the gradients of all param groups together are clipped; can be set.
 
         Raises:
             ValueError: the groups differ, or it is out of its range. No group has changed then.
@@ -177,21 +178,21 @@ class FusedScaledOptimizer(Stepping):
             fields[field] = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, as torch does; ``teacher`` in it: its own, without buffers.
+        """Add a param group, as torch does; it may hold a ``teacher`` of its own, without buffers.
 
-        Without it the group's averages are the optimizer's own; if that was made with a teacher of
-        the whole network, they are that teacher's tensors of the same names. A schedule of ``rho``
-        goes on where the first group's is.
+        Without one, the optimizer holds the group's averages; if it was made with a teacher of the
+        whole network, they are that teacher's tensors of the same names. A schedule of ``rho``
+        continues at the first group's position.
 
         Raises:
-            ValueError: a bad value, a parameter given twice, or a teacher that does not match, or
-                has no tensor known to be a parameter's; the group is not added.
+            ValueError: a value is bad, a parameter is given twice, or a teacher does not match or
+                has no tensor that is known to belong to a parameter. The group is not added then.
         """
         self._settle()
         teacher, asked = None, dict(self._given)
         if isinstance(param_group, dict):
             asked |= {field: param_group[field] for field in ASKED if field in param_group}
-            param_group = as_given(param_group)  # a copy: the caller's may be used again
+            param_group = as_given(param_group)  # a copy: the caller may reuse the group
             teacher = param_group.pop("teacher", None)
             if self.param_groups:
                 param_group.setdefault("base_steps", float(self.param_groups[0]["base_steps"]))
@@ -210,7 +211,7 @@ class FusedScaledOptimizer(Stepping):
             self._learn_names(group)
             if teacher is not None:
                 check_buffers_given(teacher)
-                # a constructor's groups are looked at together: one by one would be quadratic
+                # the constructor checks its groups together, because one by one would be quadratic
                 among = self._params() if self._made else None
                 self._teachers.bind(teacher, [group], self._names, among)
             elif self._made:
@@ -224,18 +225,19 @@ class FusedScaledOptimizer(Stepping):
 
     @torch.no_grad()
     def reset_moments(self, params: Iterable[Tensor] | None = None) -> None:
-        """Let the rule start anew: momentum and moments become zero, in place, and their counts.
+        """Restart the rule: momentum, moments and their counts become zero, in place.
 
-        Bias corrections and SGD's first step are then those of a new optimizer. Weights, masters,
-        averages and ``base_steps``, where schedules of ``rho`` are, go on. (``del opt.state[p]``
-        would restart the averages too.)
+        Bias correction and SGD's first step are then those of a new optimizer. Weights, masters,
+        averages and ``base_steps``, the position of schedules, stay. (``del opt.state[p]`` would
+        restart the averages too.)
 
         Args:
-            params: some of the optimizer's parameters; None: all.
+            params: some of the optimizer's parameters; None takes all.
 
         Raises:
-            ValueError: a parameter is not the optimizer's; nothing has changed then.
-            RuntimeError: inside :meth:`ema_weights`, or the rule's states are not here (FusedEMA).
+            ValueError: a parameter is not the optimizer's. Nothing changes then.
+            RuntimeError: inside :meth:`ema_weights`, or the optimizer has no rule of its own
+                (FusedEMA).
         """
         self._check_not_swapped("reset_moments()")
         if self.rule is FROZEN:
@@ -253,11 +255,12 @@ class FusedScaledOptimizer(Stepping):
             reset(self.rule, own[param], self.state.get(param, {}))
 
     def state_dict(self) -> StateDict:
-        """The state as torch lays it out, the averages under ``ema``, ``ema_1``, ...
+        """Return the state in torch's layout, with the averages under ``ema``, ``ema_1``, ...
 
-        A schedule is configuration: ``"schedule"`` stands in its place, and its position,
-        ``base_steps``, is saved. Averaged buffers are in the state of the first parameter that has
-        an average, under ``"ema_buffers"``: a dict by average, ``"0"``, ``"1"``, ..., and name.
+        A schedule is configuration and is not saved: the string ``"schedule"`` replaces it, and its
+        position, ``base_steps``, is saved. The state of the first parameter that has an average
+        holds the averaged buffers under ``"ema_buffers"``: a dict by average, ``"0"``, ``"1"``,
+        ..., and name.
 
         Raises:
             RuntimeError: inside :meth:`ema_weights`.
@@ -271,7 +274,7 @@ class FusedScaledOptimizer(Stepping):
                 state_dict, self.param_groups, self._buffers, self._entry_to_save
             )
 
-        # first, so that hooks of the user's see what is saved
+        # first, so that the user's hooks see what is saved
         hook = self.register_state_dict_post_hook(write, prepend=True)
         try:
             return super().state_dict()
@@ -279,25 +282,25 @@ class FusedScaledOptimizer(Stepping):
             hook.remove()
 
     def _entry_to_save(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """What a state dict holds of one parameter's state."""
+        """The part of one parameter's state that a state dict holds."""
         return entry
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load a state of this class or of its torch namesake, in copies.
+        """Load a copy of a state of this class or of its torch namesake.
 
-        Hyper-parameters load as torch's do; a ``kappa``, ``kappa_scales``, ``ema_decay`` or
-        ``ema_order`` that differs from one that the constructor was given is warned of. What
-        chooses storage or an implementation stays as it is here: ``foreach``, ``fused``,
-        ``capturable``, ``differentiable``, ``backend``, ``master_weights``, ``ema_format``,
-        ``state_format``. The state is converted: moments and averages at once, differences and
-        masters that the state lacks at the next step, from the weights as they are then. So do
-        averages begin that it lacks (torch's has none); beside a teacher that is warned of. A
-        teacher's tensors take the saved values in place. Where both sides have ``param_names``,
-        these say which state is whose.
+        Hyper-parameters load as in torch. A warning tells if a ``kappa``, ``kappa_scales``,
+        ``ema_decay`` or ``ema_order`` differs from the constructor's argument. Options that choose
+        storage or an implementation stay as they are here: ``foreach``, ``fused``, ``capturable``,
+        ``differentiable``, ``backend``, ``master_weights``, ``ema_format``, ``state_format``. The
+        state is converted to them: moments and averages at once, missing masters and averages
+        stored as differences at the next step, from the weights as they are then. Other missing
+        averages (torch's states have none) start at the next step too; if there is a teacher, a
+        warning tells. A teacher's tensors take the saved values in place. If both sides have
+        ``param_names``, states are matched by name.
 
         Raises:
-            ValueError: groups, names or shapes do not match, or a bad value. Nothing has changed
+            ValueError: groups, names or shapes do not match, or a value is bad. Nothing changes
                 then.
             RuntimeError: inside :meth:`ema_weights`.
         """
@@ -322,7 +325,7 @@ class FusedScaledOptimizer(Stepping):
             self.__setstate__({"state": state, "param_groups": new.groups})
             new.write()
         except BaseException:
-            if self.state is state:  # an interrupt: what has begun is ended
+            if self.state is state:  # interrupted after the assignment: finish the load
                 new.write()
             raise
         self._teachers.reshard()
@@ -339,21 +342,21 @@ class FusedScaledOptimizer(Stepping):
     def __setstate__(self, state: dict[str, Any]) -> None:
         buffers: EmaBuffers | None = getattr(self, "_buffers", None)
         if buffers is not None and "_buffers" not in state:
-            # taken in with the rest in one assignment, which an interrupt cannot divide
+            # one assignment installs them with the rest, and an interrupt cannot divide it
             entries = (entry for entry in state["state"].values() if isinstance(entry, dict))
             held: Any = next((entry[BUFFERS] for entry in entries if BUFFERS in entry), {})
             state = {**state, "_buffers": buffers.holding(held)}
         super().__setstate__(state)
         self._grad_norm = None
         self._doubt = None
-        if hasattr(self, "_stepper"):  # loading a state dict: graphs may still use old plans
+        if hasattr(self, "_stepper"):  # loading: captured graphs may still use the old plans
             self._stepper.forget()
         else:
             self._swap_flag = Flag()
             self._stepper = Stepper(self.rule, self.backend)
 
     def _learn_names(self, group: dict[str, Any]) -> None:
-        """Of a new group: the student module's if it is known, which may have grown, or given."""
+        """Learn the names of a new group: from the student module if it is known, or as given."""
         params = group["params"]
         if self._buffers is not None and not all(param in self._names for param in params):
             self._names.update(named(self._buffers.model))
@@ -368,6 +371,6 @@ class FusedScaledOptimizer(Stepping):
 
 
 def _given(**fields: Any) -> dict[str, Any]:
-    """The arguments that a user has given, as far as their defaults tell."""
+    """The arguments that the user has given, told apart by their defaults."""
     absent = {"ema_decay": None, "ema_order": "after", "kappa": KAPPA, "kappa_scales": "all"}
     return {field: value for field, value in fields.items() if value is not absent[field]}

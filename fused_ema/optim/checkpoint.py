@@ -1,4 +1,4 @@
-"""What a state dict holds beside torch's, and how it is read back."""
+"""Writes and reads what a state dict holds in addition to torch's."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from ..step.state import drop_master, state_dtype
 from ..together import together
 from ..values import as_given
 
-# What stands for a schedule in a state dict: a callable does not pass torch's safe unpickler.
+# Replaces a schedule in a state dict, because torch's safe unpickler refuses a callable.
 SCHEDULE = "schedule"
 
-# Fields that choose an implementation or what is stored: the loading optimizer's own stay.
+# Fields that choose an implementation or a storage format: loading keeps the present ones.
 CHOICES = (
     *("foreach", "fused", "capturable", "differentiable"),
     *("master_weights", "ema_format", "state_format"),
 )
 
-# Fields that load, and of which a user must hear that another value than the given one does.
+# Fields that load, with a warning if the constructor was given another value.
 ASKED = ("kappa", "kappa_scales", "ema_decay", "ema_order")
 
 Groups = Sequence[Mapping[str, Any]]
@@ -46,13 +46,13 @@ def to_save(
     buffers: EmaBuffers | None,
     entry: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> dict[str, Any]:
-    """A state dict of torch's without what its unpickler or other optimizers would trip over.
+    """Torch's state dict without the entries that its unpickler or other optimizers refuse.
 
     Args:
-        state_dict: as torch has packed it.
+        state_dict: the state dict as torch has packed it.
         groups: the param groups that it was packed from.
-        buffers: the optimizer's, if it holds any.
-        entry: what is saved of one parameter's state.
+        buffers: the optimizer's averaged buffers, if it holds any.
+        entry: gives the part of one parameter's state that is saved.
     """
     saved_groups = state_dict["param_groups"]
     state = dict(state_dict["state"])
@@ -63,7 +63,7 @@ def to_save(
                 kept = entry(_entry_to_save(state[key], group, param))
                 if param is owner and held:
                     kept[BUFFERS] = held
-                # a frozen parameter without averages has no state in torch
+                # torch holds no state for a frozen parameter without averages
                 if set(kept) == {"step"} or (state[key] and not kept):
                     del state[key]
                 else:
@@ -82,23 +82,23 @@ def _group_to_save(group: Mapping[str, Any]) -> dict[str, Any]:
 def _entry_to_save(
     state: Mapping[str, Any], group: Mapping[str, Any], param: Tensor
 ) -> dict[str, Any]:
-    """One parameter's state; averages are in the format that its group names."""
+    """One parameter's state, with averages in the format that its group names."""
     kept = dict(state)
-    if group["ema_format"] != "delta":  # loaded ones that no step has converted yet
+    if group["ema_format"] != "delta":  # a loaded difference that no step has converted yet
         for key in differences(kept):
             kept[key] = formats.average(kept[key], weight_of(param, kept))
     return kept
 
 
 def _kept(value: Any) -> Any:
-    """A tensor hyper-parameter as it is at this time: the optimizer's own may be written."""
+    """A copy of a tensor hyper-parameter, because the optimizer's own may be written later."""
     if type(value) in (tuple, list):
         return type(value)(map(_kept, value))
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def merged(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved param group with what it lacks, or does not decide, from the present one."""
+    """A saved param group; fields that it lacks or does not decide come from the present one."""
     taken = {k: copy.deepcopy(v) for k, v in saved.items() if k not in ("params", "param_names")}
     taken = as_given(taken)
     if isinstance(taken.get("ema_decay"), str) or not decays(taken.get("ema_decay")):
@@ -109,12 +109,12 @@ def merged(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]
 
 
 class Loaded(NamedTuple):
-    """A state dict as it will be in the optimizer.
+    """A loaded state dict in the form in which the optimizer will hold it.
 
     Attributes:
         groups: param groups.
         state: the optimizer's state.
-        write: gives a teacher its values, in place; doing it again changes nothing.
+        write: writes a teacher's values in place; a second call changes nothing.
     """
 
     groups: list[dict[str, Any]]
@@ -131,19 +131,19 @@ def load(
     buffers: EmaBuffers | None,
     teachers: Mapping[Tensor, Tensor],
 ) -> Loaded:
-    """Check and copy all of a state dict; nothing of the optimizer's is changed.
+    """Check and copy a whole state dict, without changing the optimizer.
 
     Args:
         rule: the optimizer's rule.
-        present: its param groups.
-        asked: of each group, the :data:`ASKED` fields that its constructor was given.
+        present: the optimizer's param groups.
+        asked: for each group, the :data:`ASKED` fields that its constructor was given.
         given: the state dict.
         check: raises ValueError for param groups that hold a bad value.
-        buffers: the optimizer's, if it holds any.
+        buffers: the optimizer's averaged buffers, if it holds any.
         teachers: the teacher's tensor of every parameter that has one.
 
     Raises:
-        ValueError: groups, names, states or buffers do not match, or a bad value.
+        ValueError: groups, names, states or buffers do not match, or a value is bad.
     """
     saved_groups = _matching(present, given["param_groups"])
     groups = [merged(*pair) for pair in zip(present, saved_groups, strict=True)]
@@ -179,7 +179,7 @@ def load(
 def home(groups: Groups) -> Tensor | None:
     """The parameter whose state holds averaged buffers: the first with an average.
 
-    torch.distributed.checkpoint carries states of parameters that are trained, and no others.
+    torch.distributed.checkpoint saves the states of trained parameters, and no others.
     """
     averaged = [
         param
@@ -192,7 +192,7 @@ def home(groups: Groups) -> Tensor | None:
 
 
 class _Writes:
-    """Tensors that belong to a teacher, and the values they take."""
+    """A teacher's tensors, and the values that they take."""
 
     def __init__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         self.targets = targets
@@ -202,7 +202,7 @@ class _Writes:
     @torch.no_grad()
     def __call__(self) -> None:
         if self.targets:
-            # one call, which no signal of Python's interrupts
+            # one call, which Python's signal handlers cannot interrupt
             torch._foreach_copy_(self.targets, self.sources)
         together(moving(self.places))
 
@@ -210,7 +210,7 @@ class _Writes:
 def _teachers_values(
     groups: Groups, state: Mapping[Any, Any], teachers: Mapping[Tensor, Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The teacher's local tensors and what they become; states hold the teacher from here on."""
+    """The teacher's local tensors and their new values; puts the teacher into the states."""
     targets, sources = [], []
     for group in groups:
         for param in group["params"]:
@@ -226,10 +226,10 @@ def _teachers_values(
 
 
 def _matching(present: Groups, saved: Groups) -> list[Mapping[str, Any]]:
-    """The saved groups in the order of the present ones' parameters, which names tell.
+    """The saved groups in the order of the present parameters, matched by name.
 
     Raises:
-        ValueError: another number of groups or parameters, or other names.
+        ValueError: the numbers of groups or parameters differ, or the names do.
     """
     if len(present) != len(saved):
         raise ValueError(
@@ -270,14 +270,14 @@ def _mapping(entry: Any) -> Mapping[str, Any]:
 def _entry(
     rule: Rule, group: Mapping[str, Any], param: Tensor, saved: Mapping[str, Any], form: str
 ) -> dict[str, Any]:
-    """A copy of one parameter's saved state, as the optimizer keeps such.
+    """A copy of one parameter's saved state, in the form that the optimizer keeps.
 
     Args:
         rule: the optimizer's rule.
-        group: the parameter's, as it will be.
-        param: the parameter that it is for.
+        group: the parameter's group, as it will be after loading.
+        param: the parameter.
         saved: the state as ``state_dict`` holds it; None and empty values count as missing.
-        form: the ``ema_format`` it was saved with.
+        form: the ``ema_format`` that it was saved with.
 
     Raises:
         ValueError: a state does not fit the parameter.
@@ -311,12 +311,12 @@ def _entry(
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether torch.distributed.checkpoint has put a dict where it found nothing."""
+    """Whether the value is the empty dict of torch.distributed.checkpoint for a missing one."""
     return isinstance(value, Mapping) and not value
 
 
 def _laid_out(key: str, value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
-    lazy = is_lazy(param)  # the first step looks at the shape
+    lazy = is_lazy(param)  # the first step checks the shape
     if not lazy and value.shape != param.shape:
         raise ValueError(
             f"state_dict: {key!r} has shape {tuple(value.shape)}, its parameter "
@@ -332,7 +332,7 @@ def _laid_out(key: str, value: Tensor, param: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _own(name: str, value: Any, param: Tensor) -> Any:
-    """A copy of what the user keeps beside a parameter; its tensors lie where that lies."""
+    """A copy of the user's own value; its tensors go to the parameter's device."""
     if isinstance(value, Tensor):
         if value.is_meta and not param.is_meta:
             raise ValueError(f"{name} is a meta tensor; allowed: a tensor with values")
@@ -345,7 +345,7 @@ def _own(name: str, value: Any, param: Tensor) -> Any:
 
 
 def _warn_about_asked(groups: Groups, asked: Groups) -> None:
-    """Tell of fields that were given to the constructor and have been loaded otherwise."""
+    """Warn about fields whose loaded values differ from the constructor's arguments."""
     for field in ASKED:
         for group, wanted in zip(groups, asked, strict=False):
             if field in wanted and _plain(wanted[field]) != _plain(group[field]):
@@ -359,7 +359,7 @@ def _warn_about_asked(groups: Groups, asked: Groups) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A field's value to be compared: numbers, in a tuple where there may be several."""
+    """A field's value in a form to compare: numbers, in a tuple if there may be several."""
     if isinstance(value, str):
         return value
     return tuple(d if callable(d) else float(d) for d in decays(value))
@@ -371,7 +371,7 @@ def _warn_about_teacher(
     state: Mapping[Any, Any],
     teachers: Mapping[Tensor, Tensor],
 ) -> None:
-    """Tell of a teacher whose average the state dict of a trained optimizer does not hold."""
+    """Warn if a trained optimizer's state dict lacks the average of a teacher."""
     for group, saved in zip(groups, saved_groups, strict=True):
         foreign = "base_steps" not in saved
         for param in group["params"]:

@@ -1,4 +1,4 @@
-"""A gradient scaler whose check costs our optimizers no pass of its own over the gradients."""
+"""A gradient scaler whose check needs no pass of its own over the gradients."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from torch.optim import Optimizer
 
 from .base import FusedScaledOptimizer
 
-# What torch's scaler reads to leave unscaling and skipping to the optimizer's step.
+# The attribute by which torch's scaler leaves unscaling and skipping to the optimizer's step.
 FLAG = "_step_supports_amp_scaling"
 TOLD = (FLAG, "grad_scale", "found_inf", "_measured")
 
 
 class GradScaler(torch.amp.GradScaler):
-    """``torch.amp.GradScaler`` with two passes over the gradients in all: one for norm and check.
+    """``torch.amp.GradScaler`` with one pass over the gradients for norm and check together.
 
-    torch's own reads and writes every gradient to see whether it is finite. Here the sum of squares
-    tells, which ``max_grad_norm`` needs anyway: a step reads the gradients twice and writes none,
-    also of an optimizer without ``fused=True``. After ``unscale_`` gradients are taken as they are.
-    Arguments, methods and other optimizers: as torch's.
+    Torch's own scaler reads and writes every gradient to see whether it is finite. This one takes
+    the answer from the sum of squares, which ``max_grad_norm`` needs anyway: a step reads the
+    gradients twice and writes none, even without the optimizer's ``fused=True``. After ``unscale_``
+    it takes gradients as they are. Arguments, methods and the behaviour with other optimizers are
+    torch's.
     """
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """``optimizer.step()`` on unscaled gradients; moves nothing where one is not finite.
+        """Call ``optimizer.step()`` on unscaled gradients; move nothing if one is not finite.
 
-        What the check has found out of the gradients is for this step alone, and not for gradients
-        that a hook of it puts in their place: those are read anew.
+        The result of the check is used in this step alone. If a hook of the step replaces the
+        gradients, they are read again.
         """
         if not isinstance(optimizer, FusedScaledOptimizer) or not self._enabled:
             return super().step(optimizer, *args, **kwargs)
@@ -55,7 +56,7 @@ class GradScaler(torch.amp.GradScaler):
 
 @contextmanager
 def _telling(optimizer: FusedScaledOptimizer, **told: Any) -> Iterator[None]:
-    """Tell the optimizer's step that it unscales, and more; all of it goes, also if it raises."""
+    """Set attributes that tell the optimizer's step to unscale; remove them in any case."""
     fields = vars(optimizer)
     given = {FLAG: fields[FLAG]} if FLAG in fields else {}
     fields.update(told, **{FLAG: True})

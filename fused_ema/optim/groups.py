@@ -1,4 +1,4 @@
-"""What a param group may hold, beside what its rule says."""
+"""Checks of the fields that a param group holds besides those of its rule."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..step.backends import requested_backend
 from ..step.folding import Checked, Group, plain_fields
 from ..values import as_given
 
-# The default of ``kappa``, told by identity from a 1.0 that a user gives.
+# The default of ``kappa``, which its identity tells apart from a 1.0 that the user gives.
 KAPPA = float("1")
 
-# Flags of every rule; a rule's own are bools, too, but for the names of its scaling rules.
+# Flags of every rule. A rule's own flags are bools too, except the names of its scaling rules.
 SWITCHES = ("master_weights", "capturable", "differentiable")
 
 
@@ -29,17 +29,17 @@ def check_group(rule: Rule, group: Group, backend: str) -> Checked:
 
     Args:
         rule: the optimizer's rule.
-        group: a param group, or what one would be.
+        group: a param group, or the fields of a future one.
         backend: the optimizer's, ``"auto"`` or a name.
 
     Raises:
-        ValueError: a bad value, also one that the scaling rules cannot follow, or values that
-            exclude each other.
+        ValueError: a value is bad, the scaling rules cannot follow it, or values exclude each
+            other.
     """
     group = as_given(group)
     for flag in (*SWITCHES, *(flag for flag in rule.flags if flag not in rule.choices)):
         _check_switch(flag, group[flag])
-    # in a graph of its own where gradients are to reach what is scaled
+    # record a graph only if gradients should reach the scaled values
     with torch.set_grad_enabled(bool(group["differentiable"])):
         values = plain_fields(rule, group)
     rule.check({**group, **values})
@@ -69,13 +69,13 @@ def check_group(rule: Rule, group: Group, backend: str) -> Checked:
 
 
 def _check_switch(name: str, value: Any) -> None:
-    # 0 and 1, as torch
+    # 0 and 1 are allowed, as in torch
     if not isinstance(value, int) or value not in (0, 1):
         raise ValueError(f"{name}={value!r} is not known; allowed: True or False")
 
 
 def check_groups(groups: Sequence[Group]) -> None:
-    """Raise ValueError where groups differ in what belongs to all of them."""
+    """Raise ValueError if groups differ in a field that must be the same in all of them."""
     agreed(groups, "ema_every")
     agreed(groups, "max_grad_norm")
 

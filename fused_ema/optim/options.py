@@ -1,4 +1,4 @@
-"""The arguments that every optimizer here takes: their types, and one text each for ``help()``."""
+"""The arguments that every optimizer takes: their types, and one text each for ``help()``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Class = TypeVar("Class", bound=type)
 
 
 class EmaOptions(TypedDict, total=False):
-    """Keyword arguments that every optimizer here takes beside its torch namesake's."""
+    """Keyword arguments that every optimizer takes in addition to its torch namesake's."""
 
     ema_decay: EmaDecay
     teacher: Teacher | None
@@ -37,48 +37,49 @@ class EmaOptions(TypedDict, total=False):
     backend: BackendName
 
 
-# What each option means, as every class that takes it says it.
+# The description of each option, for every class that takes it.
 EMA = {
     "ema_decay": """``rho`` at the base batch size, in ``[0, 1]``; or a schedule ``t -> rho``
-        of the steps so far, counted in base batches; or a tuple of those, one an average;
-        None: no average. ``rho = 0.9999`` has a mean age of 10,000 base steps: a run that is
-        not many times longer wants a smaller one, or ``WarmUpDecay``.""",
+        of the base steps so far; or a tuple of those, one an average; None: no average.
+        ``rho = 0.9999`` has a mean age of 10,000 base steps: for a run that is not many times
+        longer, choose a smaller ``rho``, or ``WarmUpDecay``.""",
     "teacher": """a teacher that is the (first) average: a module, its parameters or its named
-        parameters. It is modified in place at every step and keeps its present values as the
-        start. None: the optimizer keeps the average, which starts at the weights.""",
+        parameters. Every step modifies it in place; the average starts at its present values.
+        None: the optimizer keeps the average, which starts at the weights.""",
     "ema_order": """``"after"``: the average takes in the new weights (the paper's Algorithm
         1); ``"before"``: the old ones (the paper's theory).""",
-    "ema_every": """the averages move at every ``ema_every``-th step, an int ``>= 1``, by
-        ``rho**(kappa*ema_every)``; the steps between save their traffic. Only 1 with
-        ``"delta"`` and with ``capturable=True``. The same in all param groups.""",
+    "ema_every": """an int ``>= 1``: the averages move at every ``ema_every``-th step, with the
+        decay ``rho**(kappa*ema_every)``; the steps between save their traffic. Must be 1 with
+        ``"delta"`` and with ``capturable=True``, and the same in all param groups.""",
     "ema_format": """``"full"``: averages in float32 (float64 for float64 parameters);
         ``"bf16"``: half the memory, rounded stochastically; ``"delta"``: half the memory, as
-        ``ema - p`` in float16, many times closer. docs/numerics.md says where each format
-        ends.""",
-    "ema_buffers": """what the averaged model has for the buffers of ``model``: ``"copy"`` (the
-        default with ``model``): the student's; ``"average"``: averages of floating-point
-        ones; ``"leave"``: a teacher's own.""",
-    "kappa": """batch size / base batch size, a number ``> 0``. Scales learning rate, betas,
-        eps, weight decay and ``rho`` together, at every step, by :mod:`fused_ema.scaling`.""",
-    "kappa_scales": """what ``kappa`` drives: ``"all"``; ``"ema"``: ``rho`` alone, where learning
-        rate, betas and the rest have been scaled by hand; ``"optimizer"``: all but ``rho``, the
+        ``ema - p`` in float16, many times more accurate. docs/numerics.md says up to which
+        decay each format works.""",
+    "ema_buffers": """the averaged model's buffers. ``"copy"`` (the default with ``model``): the
+        student's; ``"average"``: averages of its floating-point ones; ``"leave"``: a
+        teacher's own.""",
+    "kappa": """batch size / base batch size, a number ``> 0``. It scales learning rate,
+        betas, eps, weight decay and ``rho`` together at every step, by the rules of
+        :mod:`fused_ema.scaling`.""",
+    "kappa_scales": """what ``kappa`` scales: ``"all"``; ``"ema"``: only ``rho``, if learning
+        rate, betas and the rest are scaled by hand; ``"optimizer"``: all but ``rho``, as the
         control of an experiment.""",
-    "model": """the student module. It gives parameters their names, by which teachers and
-        checkpoints are paired, and its buffers to the average.""",
-    "max_grad_norm": """gradients are scaled down to this norm, taken over all parameters,
-        where theirs is larger, as by ``torch.nn.utils.clip_grad_norm_``; ``.grad`` is not
-        written. A number ``>= 0``; None: no clipping. The same in all param groups.""",
-    "master_weights": """hold the weights of bfloat16 and float16 parameters in float32, with
-        their moments, in ``state[p]["master"]``. The rule and the averages follow those, and
-        the parameter becomes their rounded copy at every step.""",
+    "model": """the student module. It names the parameters, which pairs them with teachers and
+        checkpoints, and its buffers become part of the averaged model.""",
+    "max_grad_norm": """a number ``>= 0``: gradients are scaled down to this norm over all
+        parameters if theirs is larger, as by ``torch.nn.utils.clip_grad_norm_``; ``.grad`` is
+        not written. None: no clipping. The same in all param groups.""",
+    "master_weights": """keep float32 weights of bfloat16 and float16 parameters in
+        ``state[p]["master"]``, and float32 moments. The rule steps the masters, the averages
+        follow them, and every step writes their rounded copy into the parameter.""",
     "state_format": """``"full"``: the rule's states (momentum, moments) in the weights' dtype,
-        as in torch. ``"bf16"``: in bfloat16, rounded stochastically: 4 bytes a parameter less
-        for Adam; the weights must be float32, or have float32 masters.""",
+        as in torch. ``"bf16"``: in bfloat16, rounded stochastically, which saves 4 bytes a
+        parameter for Adam; the weights must be float32, or have float32 masters.""",
     "rounding_seed": """seed of the random bits of the 16-bit formats, an int in ``[0,
         2**32)``; the same in every process.""",
     "backend": """``"auto"`` takes the first of ``"native"``, ``"triton"``, ``"foreach"`` and
-        ``"reference"`` that can; a name takes that one, or raises RuntimeError at the first
-        step.""",
+        ``"reference"`` that can step the parameters; a name takes that backend, which raises
+        RuntimeError at the first step if it cannot.""",
 }
 TORCH = {
     "params": """parameters, named parameters or param groups, as torch takes them. A group may
@@ -95,7 +96,7 @@ TORCH = {
     "capturable": """fold the scalars on the device, in float64, so that ``step()`` can be
         captured in a CUDA graph. The rule's numbers, ``kappa`` and ``ema_decay`` may then be
         tensors on the device, read at every replay; floats are constants of the graph. A
-        schedule gets the base steps so far as a 0-dim tensor there, and gives one.""",
+        schedule gets the base steps so far as a 0-dim tensor on the device, and returns one.""",
 }
 TEXTS = {**TORCH, **EMA}
 
@@ -103,7 +104,7 @@ _PLACEHOLDER = re.compile(r"^( *)\{([\w, ]+)\}$", re.MULTILINE)
 
 
 def documented(cls: Class) -> Class:
-    """Put the options' texts where the class docstring names them: ``{lr, foreach, options}``."""
+    """Insert the options' texts where the class docstring names them: ``{lr, options}``."""
     if cls.__doc__ is not None:
         cls.__doc__ = composed(cls.__doc__)
     return cls

@@ -1,4 +1,4 @@
-"""Parameters that something (FSDP2, XLA) has put into param groups in the place of others."""
+"""Follows parameters that a wrapper (FSDP2, XLA) has replaced in the param groups."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def follow(
     state: dict[Any, Any],
     teachers: dict[Tensor, Tensor],
 ) -> None:
-    """Give new parameters what is held of the ones that they stand for, which names tell.
+    """Move state and teachers from replaced parameters to the new ones of the same names.
 
     Args:
         before: the parameters of the groups when they were last seen.
         groups: the param groups.
-        names: names of old and new parameters, as far as known; the old ones' are dropped.
+        names: names of old and new parameters, as far as known; those of the old are removed.
         state: the optimizer's state; modified in place, as are ``teachers``.
         teachers: the teacher's tensor of every parameter that has one.
 
     Raises:
-        RuntimeError: a teacher, averages or masters would be left behind. Nothing has moved then.
+        RuntimeError: a teacher, averages or masters would be lost. Nothing moves then.
         ValueError: a teacher's tensor does not fit the new parameter.
     """
     pairs = []

@@ -14,27 +14,29 @@ from .base import FusedScaledOptimizer
 def ema_state_dict(
     model: nn.Module, optimizers: Iterable[FusedScaledOptimizer], index: int = 0
 ) -> dict[str, Tensor]:
-    """The averages of several optimizers together, under the keys of ``model.state_dict()``.
+    """Return the averages of several optimizers under the keys of ``model.state_dict()``.
 
-    For a model whose parameters are shared out: matrices to one optimizer and the rest to another,
-    or one optimizer a parameter, stepped in the backward pass. (``ema_weights()`` of several nest,
-    in a ``contextlib.ExitStack`` if there are many.)
+    Use it if several optimizers divide a model's parameters: one takes the matrices and another the
+    rest, or each parameter has its own optimizer, stepped in the backward pass. (Their
+    ``ema_weights()`` contexts nest, in a ``contextlib.ExitStack`` if there are many.)
 
     Args:
-        model: the module whose parameters are optimized. Entries that none averages are its own.
+        model: the module whose parameters are optimized. Entries without an average are its own.
         optimizers: fused optimizers and :class:`~fused_ema.FusedEMA`, in any order. Those without
-            an average ``index`` add nothing. Of buffers that several hold the first's are taken.
-        index: which average, for tuples ``ema_decay``.
+            an average ``index`` add nothing. If several hold the same buffer, the first one's is
+            used.
+        index: which average, for optimizers with a tuple ``ema_decay``.
 
     Returns:
-        As :meth:`~fused_ema.FusedScaledOptimizer.ema_state_dict` of one optimizer.
+        A state dict as from :meth:`~fused_ema.FusedScaledOptimizer.ema_state_dict` of one
+        optimizer.
 
     Raises:
-        TypeError: an entry of ``optimizers`` is none of this package's.
-        ValueError: two of them average the same parameter, which the message names, or ``model``
+        TypeError: an entry of ``optimizers`` is not from this package.
+        ValueError: two optimizers average the same parameter, which the message names, or ``model``
             holds none of the averaged parameters.
         IndexError: none has such an average.
-        RuntimeError: inside ``ema_weights()`` of one of them.
+        RuntimeError: inside the ``ema_weights()`` of one of them.
     """
     averaged: dict[Tensor, Tensor] = {}
     buffers: dict[Tensor, Tensor] = {}

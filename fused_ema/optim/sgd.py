@@ -23,15 +23,15 @@ class FusedScaledSGD(FusedScaledOptimizer):
 
     Args:
         {params, lr}
-        momentum: ``>= 0``.
+        momentum: decay of the momentum buffer, ``>= 0``.
         dampening: the gradient enters the momentum with weight ``1 - dampening``.
         weight_decay: L2 penalty, ``>= 0``.
         nesterov: needs ``momentum > 0`` and ``dampening = 0``.
         {maximize, foreach, capturable, differentiable, fused}
         momentum_scaling: ``"none"`` keeps the momentum (the paper's experiments); ``"exact"`` uses
-            ``mu**kappa``, and lets a gradient count ``(1 - mu**kappa)/(1 - mu)`` times, as it does
-            in ``kappa`` base steps. ``momentum_buffer`` is that of the base batch, so that it goes
-            on through changes of ``kappa``.
+            ``mu**kappa``, and adds a gradient ``(1 - mu**kappa)/(1 - mu)`` times, as ``kappa`` base
+            steps do. ``momentum_buffer`` is in units of the base batch, so that it stays valid when
+            ``kappa`` changes.
         {options}
 
     Raises:
@@ -73,9 +73,10 @@ class FusedScaledSGD(FusedScaledOptimizer):
         super().__init__(params, defaults, **options)
 
     def _entry_to_save(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """A buffer that has seen no gradient yet is None.
+        """Save a momentum buffer that has seen no gradient yet as None.
 
-        torch starts such a buffer as the gradient itself; a buffer of zeros would be dampened.
+        Torch then starts it as the gradient itself; it would dampen the gradient for a buffer of
+        zeros.
         """
         if entry.get("momentum_buffer") is not None and entry["step"] == 0:
             return {**entry, "momentum_buffer": None}

@@ -1,4 +1,4 @@
-"""How an optimizer takes a step: all of it, or none."""
+"""An optimizer's step, taken as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from .groups import agreed, check_group
 
 
 class Begun:
-    """State that a step lets begin, to be dropped where that step is not taken.
+    """New state of a step, which is dropped if the step is not taken.
 
     Attributes:
-        keys: what each parameter's state did not hold before.
-        held: averaged buffers as they were; None: nothing has been looked at.
+        keys: for each parameter, the keys that its state did not hold before.
+        held: the averaged buffers as they were; None if they have not been read.
         kept: whether the step is taken.
     """
 
@@ -45,10 +45,10 @@ class Doubt:
     """A step that was counted on the host, and may have been skipped on the device.
 
     Args:
-        found_inf: not 0 if it is skipped.
-        begun: what it has let begin.
-        counted: what it was counted in.
-        put_back: what puts the groups' counts back.
+        found_inf: a tensor, not 0 if the step is skipped.
+        begun: the step's new state.
+        counted: the metadata whose counts include the step.
+        put_back: calls that restore the groups' counts.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Doubt:
 
 
 class UnscalesItself:
-    """Whether ``step()`` is to unscale: what torch's ``GradScaler`` and trainers ask an optimizer.
+    """Whether ``step()`` unscales gradients; torch's ``GradScaler`` and trainers ask for it.
 
-    True where every param group says ``fused=True``, as torch's constructors have it. An attribute
-    of the same name on the optimizer itself wins.
+    True if every param group has ``fused=True``, as in torch. An attribute of the same name on the
+    optimizer itself takes precedence.
     """
 
     def __get__(self, optimizer: Stepping | None, owner: type) -> bool:
@@ -72,7 +72,7 @@ class UnscalesItself:
 
 
 class Stepping(EmaAccess):
-    """Steps, and what they let begin; :class:`~fused_ema.FusedScaledOptimizer` has the rest."""
+    """Steps and the state they create; :class:`~fused_ema.FusedScaledOptimizer` has the rest."""
 
     rule: ClassVar[Rule]
     backend: str
@@ -82,15 +82,16 @@ class Stepping(EmaAccess):
     _placed: list[list[Tensor]]
 
     _step_supports_amp_scaling = UnscalesItself()
-    _measured: Measured | None = None  # while our scaler's step lasts
+    _measured: Measured | None = None  # set during the step of our scaler
 
     @property
     def grad_norm(self) -> Tensor | None:
         """Norm of the last step's gradients before clipping, over all parameters.
 
-        A 0-dim float64 tensor beside the first parameter, unscaled if a ``GradScaler`` is in use;
-        0 on the CPU if there are no parameters; reading it waits for nothing. None before the first
-        step, and without ``max_grad_norm`` (``math.inf`` gives the norm and clips nothing).
+        A 0-dim float64 tensor on the first parameter's device, of unscaled gradients if a
+        ``GradScaler`` is in use; 0 on the CPU if there are no parameters. Reading it does not wait
+        for the device. None before the first step, and without ``max_grad_norm`` (``math.inf``
+        computes the norm and clips nothing).
         """
         return self._grad_norm
 
@@ -102,24 +103,26 @@ class Stepping(EmaAccess):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter and move every average, in place.
 
-        Called by ``torch.amp.GradScaler.step`` with ``fused=True``, or by our own scaler, it
-        unscales gradients on their way into the rule, and where one is not finite nothing moves
-        and nothing is counted. Groups that are not capturable are counted on the host: the kernels
-        skip, the next step or :meth:`state_dict` takes the count back, and no step waits for its
-        own check (``"foreach"`` and ``"reference"`` do).
+        If ``torch.amp.GradScaler`` calls it with ``fused=True``, or :class:`~fused_ema.GradScaler`
+        does, it unscales gradients on their way into the rule. If one of them is not finite,
+        nothing moves and nothing is counted. The host counts the steps of groups that are not
+        capturable: the kernels skip, and the next step or :meth:`state_dict` takes the count back,
+        so that no step waits for its own check (with ``"foreach"`` and ``"reference"`` it does).
 
-        ``torch.compile`` breaks its graph here: a step runs as outside, a closure is compiled.
-        Write to ``param_groups`` outside: in compiled code torch makes their ``capturable`` True.
+        ``torch.compile`` breaks its graph here: the step runs uncompiled, and a closure is
+        compiled. Write to ``param_groups`` outside of compiled code, which would make torch set
+        their ``capturable`` to True.
 
         Args:
             closure: re-evaluates the model and returns the loss.
 
         Returns:
-            What ``closure`` returned, None without one.
+            The result of ``closure``; None without one.
 
         Raises:
-            RuntimeError: inside :meth:`ema_weights`, a sparse gradient, or a backend that cannot.
-            ValueError: a param group holds a bad value. Nothing has moved in either case.
+            RuntimeError: inside :meth:`ema_weights`, a gradient is sparse, or the backend cannot
+                step the parameters.
+            ValueError: a param group holds a bad value. Nothing moves in either case.
         """
         self._check_not_swapped("step()")
         loss = None
@@ -130,12 +133,12 @@ class Stepping(EmaAccess):
         self._take_step()
         return loss
 
-    @_disable_dynamo  # it would compile fragments of it; a closure is left to it
+    @_disable_dynamo  # it would compile fragments of the step; it may compile a closure
     def _take_step(self, begun: Begun | None = None) -> None:
         begun = Begun() if begun is None else begun
         try:
             if torch.is_inference_mode_enabled():
-                # what a plan makes there could not be used by a later step outside
+                # a later step outside could not use the tensors that a plan makes there
                 with torch.inference_mode(False), torch.no_grad():
                     self._move(begun)
             else:
@@ -145,7 +148,7 @@ class Stepping(EmaAccess):
             raise
 
     def check_gradients(self) -> Tensor:
-        """Whether a gradient is not finite, by one reading pass: a 0-dim float32 tensor, 0 or 1.
+        """Return 1 if a gradient is not finite, else 0: a 0-dim float32 tensor, from one read pass.
 
         Nothing is moved, and nothing waits for the device.
         """
@@ -153,7 +156,7 @@ class Stepping(EmaAccess):
 
     @torch.no_grad()
     def _measure(self, scale: Tensor | None, what: str) -> Measured:
-        """Read the gradients ahead of a step that is to divide them by ``scale``, for ``what``."""
+        """Read the gradients for ``what``, before a step that divides them by ``scale``."""
         self._check_not_swapped(what)
         begun = Begun()
         try:
@@ -167,8 +170,8 @@ class Stepping(EmaAccess):
             self._release(begun)
 
     def _prepared(self, begun: Begun) -> Plans:
-        """The step at hand, ready to run; what it lets begin is noted down in ``begun``."""
-        if self._doubt is not None:  # dynamo's guard around it takes longer than to look
+        """Prepare the current step; ``begun`` records the state that it creates."""
+        if self._doubt is not None:  # cheaper than dynamo's guard around the call
             self._settle()
         return self._stepper.prepare(
             self.param_groups,
@@ -183,7 +186,7 @@ class Stepping(EmaAccess):
         averaged, kappas = plans.averaged, self._stepper.folder.kappas
         found_inf = getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):
-            found_inf = None  # torch's GradScaler sums over the gradients it has seen: none, 0
+            found_inf = None  # torch's GradScaler sums over the gradients it has seen: 0 for none
         max_norm = agreed(self.param_groups, "max_grad_norm")
         scale = getattr(self, "grad_scale", None)
         measured = self._measured
@@ -219,15 +222,15 @@ class Stepping(EmaAccess):
             calls.append(partial(setattr, self, "_doubt", doubt))
         calls.append(partial(setattr, begun, "kept", True))
         if averaged:
-            self._teachers.reshard()  # the full copies, which nothing reads in between
+            self._teachers.reshard()  # drops the full copies; nothing reads them in between
         together(calls)
 
     @_disable_dynamo
     def _settle(self) -> None:
         """Take the counts of the last step back if a ``GradScaler`` had it skipped.
 
-        The host counts a step before the device has said whether it is taken, and asks when it
-        needs the counts again: step() waits for no device but, at most, for the step before.
+        The host counts a step before the device knows whether it is taken, and asks when it needs
+        the counts again. So ``step()`` waits for at most the step before.
         """
         doubt = self._doubt
         if doubt is not None and doubt.verdict.skipped():
@@ -237,7 +240,7 @@ class Stepping(EmaAccess):
         self._doubt = None
 
     def _release(self, begun: Begun) -> None:
-        """Let go of the gradients of a step that is not taken, and of what it has let begin."""
+        """Release the gradients and the new state of a step that is not taken."""
         self._stepper.release()
         if not begun.kept:
             self._drop(begun)
@@ -261,7 +264,7 @@ class Stepping(EmaAccess):
             begun.held = [] if self._buffers is None else list(map(dict, self._buffers.held))
         before = [(param, set(self.state.get(param, ()))) for param in self._params()]
         try:
-            # an average made under the user's inference_mode could never be stepped
+            # a later step could not write to an average made under the user's inference_mode
             with torch.inference_mode(False), torch.no_grad():
                 self._complete_all()
         finally:
@@ -280,7 +283,7 @@ class Stepping(EmaAccess):
             self._begin_buffers(self._buffers)
 
     def _follow_replaced(self) -> None:
-        """Hand on what is held of parameters that others have been put in the place of."""
+        """Move state to the parameters that have replaced others in the param groups."""
         if self._buffers is not None:
             self._names.update(named(self._buffers.model))
         for group in self.param_groups:
@@ -290,7 +293,7 @@ class Stepping(EmaAccess):
         self._placed = [list(group["params"]) for group in self.param_groups]
 
     def _begin_buffers(self, buffers: EmaBuffers) -> None:
-        """Hold averaged buffers, and let the state show them where checkpoints look."""
+        """Create averaged buffers, and put them into the state where checkpoints find them."""
         buffers.begin(self._num_emas())
         entry, home = buffers.entry(), checkpoint.home(self.param_groups)
         for param in self._params():
@@ -299,7 +302,7 @@ class Stepping(EmaAccess):
             self.state[home][BUFFERS] = entry
 
     def _buffer_weights(self) -> tuple[float, ...]:
-        """The EMA rates of the group with the most averages: buffers belong to no group."""
+        """The EMA rates of the group with the most averages, because buffers belong to no group."""
         rates = [self._stepper.folder.weights(i) for i in range(len(self.param_groups))]
         return max(rates, key=len)
 
