@@ -1,7 +1,8 @@
 """Fused optimizers that train with a model EMA, scaled to the batch size.
 
 "How to Scale Your EMA" (Busbridge et al., NeurIPS 2023, arXiv 2307.13813): when the batch grows by
-``kappa``, the EMA's momentum must become ``rho**kappa`` beside the optimizer's own scaling rules.
+``kappa``, the EMA decay ``rho`` must become ``rho**kappa``, and the optimizer follows its own
+scaling rules.
 """
 
 from . import posthoc, scaling

@@ -1,4 +1,4 @@
-"""What this copy of the library was built with and can run."""
+"""Reports what this copy of the library was built with and can run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .extension import native, why_not
 
 
 def build_info() -> dict[str, Any]:
-    """What was built, and what it runs with: for bug reports, and to see why a backend is not used.
+    """Report what was built and what is in use, for bug reports and missing backends.
 
     Returns:
-        ``torch`` and ``triton``: their versions here, None for a Triton that is not installed;
-        ``cpu_targets``: the native CPU loops that this processor can run, the preferred one first;
-        ``cuda``: None if the native CUDA kernels were not built, else ``version``, that of the
-        compiler, and ``architectures``, the GPUs that they were compiled for;
-        ``extension``: ``"in use"``, or why the compiled extension is not.
+        ``torch`` and ``triton``: their versions, None if Triton is not installed; ``cpu_targets``:
+        the native CPU loops that this processor can run, the preferred one first; ``cuda``: None if
+        the native CUDA kernels were not built, else the compiler's ``version`` and the
+        ``architectures`` of the GPUs that they were compiled for; ``extension``: ``"in use"``, or
+        the reason why the compiled extension is not.
     """
     cuda = None
     if native.HAS_CUDA:

@@ -1,4 +1,4 @@
-"""Arguments in their range: errors that name the argument, what was received, what is allowed."""
+"""Range checks whose errors name the argument, what was received and what is allowed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, get_args
 def check_range(
     name: str, value: Any, low: float, high: float, *, ends: tuple[str, str] = ("<=", "<=")
 ) -> None:
-    """Raise ValueError unless ``low <= value <= high``, ``<`` for an end where ``ends`` has it.
+    """Raise ValueError unless ``low <= value <= high``; ``ends`` chooses ``<`` or ``<=``.
 
-    A NaN, or what is no number, never passes. A tensor on a device always does: looking at it would
-    wait for the device.
+    NaN and values that are not numbers never pass. A tensor on a device always passes, because
+    reading it would wait for the device.
     """
     if not getattr(value, "is_cpu", True):
         return

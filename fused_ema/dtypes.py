@@ -1,4 +1,4 @@
-"""What a parameter is: its dtypes, its memory, and the tensor that holds its weight."""
+"""Properties of a parameter: its dtypes, its memory, and the tensor that holds its weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from . import sharding
 
-# Arithmetic and averages of every parameter dtype; half precision is computed in float32.
+# Dtype of arithmetic and averages by parameter dtype; half precision is computed in float32.
 COMPUTE_DTYPE = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
@@ -23,25 +23,25 @@ COMPUTE_DTYPE = {
 
 
 def is_there(param: Tensor) -> bool:
-    """Whether a parameter has values, or is asked to be stepped as if it had.
+    """Whether a parameter has values, or a gradient asks to step it as if it had.
 
-    A lazy one has none before its module's first forward, one on the meta device never: without a
-    gradient it is left alone, and has no state.
+    A lazy parameter has no values before its module's first forward, and one on the meta device
+    never has any. Without a gradient it is left alone, and has no state.
     """
     return not is_lazy(param) and (param.device.type != "meta" or param.grad is not None)
 
 
 def is_fixed(param: Tensor) -> bool:
-    """Whether nothing is asked of the parameter: frozen integers, quantized weights and the like.
+    """Whether the parameter cannot be trained: frozen integers, quantized weights and the like.
 
-    Its average is what it is, or what a teacher has in its place.
+    Its average is its value, or the teacher's tensor for it.
     """
     fixed = not param.requires_grad and param.grad is None
     return fixed and param.dtype not in COMPUTE_DTYPE
 
 
 def dense_order(tensor: Tensor) -> tuple[int, ...] | None:
-    """Strides of the dimensions longer than one, or None where memory has gaps or overlaps."""
+    """Strides of the dimensions longer than one; None if memory has gaps or overlaps."""
     if tensor.numel() == 0:
         return ()
     spans = [(s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1]
@@ -54,13 +54,13 @@ def dense_order(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def weight_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """What the rule steps and averages follow: the master if there is one, or the parameter."""
+    """The tensor that the rule steps and averages follow: the master, else the parameter."""
     held: Tensor = state["master"] if "master" in state else param.detach()
     return held
 
 
 def beside(value: Tensor, param: Tensor, dtype: torch.dtype, key: str) -> Tensor:
-    """``value`` where the kernels want it: on the parameter's device, in its memory order."""
+    """``value`` as the kernels need it: on the parameter's device, in its memory order."""
     if value.shape != param.shape:
         raise RuntimeError(
             f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}"

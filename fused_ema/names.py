@@ -1,4 +1,4 @@
-"""Names of the same tensors in two modules, whatever wrappers one of them lies in."""
+"""Matches the names of the same tensors in two modules, whatever wrappers either has."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Where DistributedDataParallel, DataParallel, AveragedModel and timm's ModelEmaV3, torch.compile,
-# FSDP1, activation checkpointing and Lightning Fabric keep the module that they wrap.
+# Names under which DistributedDataParallel, DataParallel, AveragedModel and timm's ModelEmaV3,
+# torch.compile, FSDP1, activation checkpointing and Lightning Fabric keep the wrapped module.
 WRAPPERS = frozenset(
     ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 )
@@ -17,8 +17,8 @@ WRAPPERS = frozenset(
 def renamed(entries: Mapping[str, T], known: Iterable[str]) -> dict[str, T]:
     """``entries`` under the names that ``known`` has for the same tensors, in their order.
 
-    What is named alike belongs together. Of the rest, names that are the same :func:`bare` do; an
-    entry without a counterpart keeps its name.
+    Equal names match first. The rest match if their :func:`bare` names are equal. An entry without
+    a counterpart keeps its name.
     """
     names = list(known)
     missing = set(names) - entries.keys()
@@ -34,10 +34,10 @@ def renamed(entries: Mapping[str, T], known: Iterable[str]) -> dict[str, T]:
 
 
 def bare(names: Iterable[str]) -> dict[str, str]:
-    """Each of a module's names without what wrappers have put in, anywhere in it.
+    """Each of a module's names without the parts that wrappers have inserted.
 
-    A part is a wrapper's if it is one of :data:`WRAPPERS` and has no sibling: a wrapper holds
-    nothing but the module inside. So different names stay different.
+    A part belongs to a wrapper if it is one of :data:`WRAPPERS` and has no sibling, because a
+    wrapper holds nothing but the module inside. So different names stay different.
     """
     split = {name: tuple(name.split(".")) for name in names}
     children: dict[tuple[str, ...], set[str]] = {}

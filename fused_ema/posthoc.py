@@ -1,8 +1,8 @@
-"""Post-hoc EMA: an average of any length, after training, from snapshots of two that were tracked.
+"""Post-hoc EMA: an average of any length, computed after training from tracked averages.
 
-Karras et al. 2024 (arXiv 2312.02696, section 3.2): averages by
-:class:`~fused_ema.ema.decay.PowerDecay` are stored now and then; the profile wanted is fitted by
-theirs.
+Karras et al. 2024 (arXiv 2312.02696, section 3.2): training stores snapshots of averages with
+:class:`~fused_ema.ema.decay.PowerDecay` now and then; a weighted sum of them fits the wanted
+averaging profile.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from .checks import check_range
 def solve_weights(
     times: Sequence[float], gammas: Sequence[float], t: float, gamma: float
 ) -> list[float]:
-    """Weights with which stored power-function averages add up to the one of ``gamma`` at ``t``.
+    """Coefficients with which stored power-function averages sum to the one of ``gamma`` at ``t``.
 
-    Least squares between averaging profiles ``(gamma + 1) * tau**gamma / t**(gamma + 1)``,
-    ``0 <= tau <= t`` (Equation 121): normal equations of their inner products (Algorithm 3, in
-    float64), then divided by the sum of the weights, so that what never moved stays as it is.
+    They are the least-squares fit between averaging profiles
+    ``(gamma + 1) * tau**gamma / t**(gamma + 1)``, ``0 <= tau <= t`` (Equation 121), from the normal
+    equations of their inner products (Algorithm 3, in float64), divided by their sum, so that
+    constant values stay as they are.
 
     Args:
-        times: when each average was stored, in base steps or samples, ``> 0``.
+        times: the time at which each average was stored, in base steps or samples, ``> 0``.
         gammas: each average's exponent, ``0 <= gamma < inf``.
-        t: when the wanted average ends, in the unit of ``times``; at most the latest of them.
+        t: the end of the wanted average, in the unit of ``times``, at most the latest of them.
         gamma: the wanted exponent, ``0 <= gamma < inf``.
 
     Returns:
-        A weight for each stored average, of either sign; they add up to 1.
+        A coefficient for each stored average, of either sign; they sum to 1.
 
     Raises:
-        ValueError: an argument is out of its range, or there is not one exponent for each time.
+        ValueError: an argument is out of its range, or the numbers of times and exponents differ.
     """
     if len(times) != len(gammas) or not times:
         raise ValueError(
@@ -53,7 +54,7 @@ def solve_weights(
     exponents = torch.tensor(gammas, dtype=torch.float64, device="cpu")
     gram = inner_product(ends[:, None], exponents[:, None], ends, exponents)
     target = inner_product(ends, exponents, ends.new_tensor(t), ends.new_tensor(gamma))
-    # profiles of unit norm, and no inverse: neighbours are nearly, equals exactly, dependent
+    # profiles of unit norm, and no inverse: neighbours are nearly dependent, equal ones exactly
     norms = gram.diagonal() ** 0.5
     fit = torch.linalg.lstsq(
         gram / norms.outer(norms), (target / norms)[:, None], driver="gelsd"
@@ -81,23 +82,24 @@ def inner_product(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) ->
 
 @torch.no_grad()
 def reconstruct(snapshots: Iterable[Mapping[str, Any]], weights: Sequence[float]) -> dict[str, Any]:
-    """``sum(weight * snapshot)`` over state dicts: the average fitted (section 3.2).
+    """Return ``sum(weight * snapshot)`` over state dicts: the fitted average (section 3.2).
 
-    Floating and complex tensors are summed in float64 and rounded to their dtype once; buffers
-    too, so BatchNorm's statistics are better computed anew. All else is the last snapshot's. What
-    is the same in all snapshots stays so, bit for bit where the weights add up to 1; an infinity
-    counts by the sum of its weights, and both infinities have no average (NaN).
+    Floating and complex tensors are summed in float64 and rounded to their dtype once. So are
+    buffers; it is better to compute BatchNorm's statistics again. Everything else comes from the
+    last snapshot. Values that are equal in all snapshots stay so, bit for bit if the weights sum to
+    1. An infinity counts by the sum of its weights, and opposite infinities have no average (NaN).
 
     Args:
         snapshots: state dicts of the same keys, shapes and dtypes, such as copies of
-            ``optimizer.ema_state_dict(model)``; a generator may load one after the other.
-        weights: one for each snapshot, in their order, as from :func:`solve_weights`.
+            ``optimizer.ema_state_dict(model)``; a generator can load them one by one.
+        weights: the coefficient of each snapshot, in their order, as from :func:`solve_weights`.
 
     Returns:
-        A state dict, its sums in memory of their own.
+        A state dict whose sums are in new memory.
 
     Raises:
-        ValueError: snapshots differ in a key, shape or dtype, or are not as many as ``weights``.
+        ValueError: snapshots differ in a key, shape or dtype, or their number is not that of
+            ``weights``.
     """
     sums: dict[str, _Sum] = {}
     last: Mapping[str, Any] | None = None
@@ -126,22 +128,22 @@ def reconstruct(snapshots: Iterable[Mapping[str, Any]], weights: Sequence[float]
 class _Sum:
     """``sum(weight * value)`` as ``first * sum(weight) + sum(weight * (value - first))``.
 
-    What is the same in all values thus stays so. Infinities are taken as 0, and their weights are
-    added up apart.
+    So values that are all equal stay as they are. Infinities are taken as 0, and their weights are
+    summed separately.
 
     Args:
-        first: a tensor like the values; the first of them if they shall stay the same.
+        first: a tensor like the values; the first of them, if equal values should stay as they are.
     """
 
     def __init__(self, first: Tensor) -> None:
         self._first = _without_infinities(_real(first)).clone()
-        # values as wide as the sums are made smaller, so that differences cannot overflow
+        # scales float64 values down, so that differences cannot overflow
         self._unit = 2.0**-8 if self._first.dtype == torch.float64 else 1.0
         self._sum = torch.zeros_like(self._first, dtype=torch.float64)
         self._infinite: dict[float, Tensor] = {}
 
     def add(self, value: Tensor, weight: float) -> None:
-        """Add ``weight * value``; nothing where the weight is 0."""
+        """Add ``weight * value``; add nothing if the weight is 0."""
         if weight == 0.0:
             return
         value = _real(value)
@@ -155,7 +157,7 @@ class _Sum:
         self._sum.add_(torch.where(finite == self._first, 0.0, change), alpha=weight)
 
     def rounded(self, total: float, like: Tensor) -> Tensor:
-        """The sum, of weights that add up to ``total``, in the dtype and shape of ``like``."""
+        """The sum in the dtype and shape of ``like``, for weights whose sum is ``total``."""
         first = self._first.double()
         summed = (first * (self._unit * total) + self._sum) / self._unit
         summed = torch.where(self._sum == 0.0, first * total, summed)
@@ -173,7 +175,7 @@ def _without_infinities(value: Tensor) -> Tensor:
 
 
 def _real(value: Tensor) -> Tensor:
-    """A tensor itself, a complex one as pairs of reals."""
+    """A real tensor itself, or a complex one as pairs of reals."""
     return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 

@@ -18,28 +18,30 @@ class Scaled(Protocol):
 
 
 class ProgressiveScaling:
-    """SGD with Progressive Scaling (Busbridge et al. 2023, Algorithm 1, its body reconstructed).
+    """SGD with Progressive Scaling (Busbridge et al. 2023, Algorithm 1; its body is reconstructed).
 
-    ``kappa = B_e / B`` in epoch ``e``, set on the optimizer, which scales everything by it;
-    moments, averages and the positions of schedules go on. It works like a learning-rate scheduler
-    and beside one: made after the optimizer, it sets the first ``kappa``; then ``step()`` after
-    each epoch. Reading :attr:`batch_size` to draw the batches is the training loop's part.
+    In epoch ``e`` it sets ``kappa = B_e / B`` on the optimizer, which scales everything by it;
+    moments, averages and the positions of schedules continue. It works like a learning-rate
+    scheduler, and together with one: make it after the optimizer, which sets the first ``kappa``,
+    and call ``step()`` after each epoch. The training loop reads :attr:`batch_size` to draw the
+    batches.
 
     Args:
-        optimizer: one with ``kappa``, the same in all its param groups; its ``kappa`` is modified.
-        base_batch_size: batch size that the hyper-parameters are for, ``> 0``; over all processes,
-            as every batch size here.
-        batch_sizes: batch size from each epoch on, as in ``{0: 4096, 60: 24576}``; keys are ints
-            ``>= 0``, one of them 0.
-        unit: what the keys count: ``"epochs"``, or ``"samples"`` seen.
+        optimizer: an optimizer with the same ``kappa`` in all its param groups, which this
+            modifies.
+        base_batch_size: the batch size of the base hyper-parameters, ``> 0``. All batch sizes here
+            are over all processes.
+        batch_sizes: the batch size from each epoch on, as in ``{0: 4096, 60: 24576}``; keys are
+            ints ``>= 0``, one of them 0.
+        unit: the unit of the keys: ``"epochs"``, or ``"samples"`` seen.
 
     Attributes:
-        position: epochs done, or samples seen.
+        position: number of epochs done, or of samples seen.
 
     Raises:
         TypeError: ``optimizer`` has no ``kappa``.
-        ValueError: a bad key, batch size or unit; the param groups differ in ``kappa``, or cannot
-            follow one of the batch sizes. The optimizer is unchanged then.
+        ValueError: a key, a batch size or the unit is bad, or the param groups differ in ``kappa``
+            or cannot follow one of the batch sizes. The optimizer is unchanged then.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class ProgressiveScaling:
     ) -> None:
         if unit not in UNITS:
             raise ValueError(f"unit={unit!r} is not known; allowed: 'epochs', 'samples'")
-        if not hasattr(optimizer, "kappa"):  # raises ValueError where the groups differ
+        if not hasattr(optimizer, "kappa"):  # raises ValueError if the groups differ
             raise TypeError(f"optimizer: received a {type(optimizer).__name__}; it has no kappa")
         check_range("base_batch_size", base_batch_size, 0, math.inf, ends=("<", "<"))
         _check_batch_sizes(batch_sizes)
@@ -66,7 +68,7 @@ class ProgressiveScaling:
 
     @property
     def batch_size(self) -> float:
-        """Batch size to train with at the present position, over all processes."""
+        """Batch size at the present position, over all processes."""
         return self._batch_size_at(self.position)
 
     @property
@@ -75,15 +77,15 @@ class ProgressiveScaling:
         return self.batch_size / self.base_batch_size
 
     def step(self, samples: int | None = None) -> None:
-        """Move on: an epoch, or ``samples`` more; sets the optimizer's ``kappa`` at a change.
+        """Advance by an epoch, or by ``samples``; sets the optimizer's ``kappa`` at a change.
 
         Args:
-            samples: with ``unit="samples"``, how many were seen since the last call, ``>= 0``;
-                with ``unit="epochs"`` it is not given.
+            samples: with ``unit="samples"``, the number of samples seen since the last call,
+                ``>= 0``; not given with ``unit="epochs"``.
 
         Raises:
-            ValueError: ``samples`` does not go with the unit, or the optimizer's param groups
-                cannot follow the next ``kappa``. Nothing has changed then.
+            ValueError: ``samples`` does not match the unit, or the optimizer's param groups cannot
+                follow the next ``kappa``. Nothing changes then.
         """
         if (samples is None) != (self.unit == "epochs"):
             wanted = "a count >= 0" if self.unit == "samples" else "None, a call is an epoch"
@@ -94,15 +96,15 @@ class ProgressiveScaling:
         self.position = position
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and its unit; batch sizes are configuration, and may change at a resume."""
+        """Return position and unit; batch sizes are configuration, and may change on resuming."""
         return {"unit": self.unit, "position": self.position}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on at a saved position; sets the optimizer's ``kappa``, so load the optimizer first.
+        """Continue at a saved position; sets the optimizer's ``kappa``: load the optimizer first.
 
         Raises:
-            ValueError: the saved unit is another, the position is no count, or the optimizer's
-                param groups cannot follow. Nothing has changed then.
+            ValueError: the saved unit differs, the position is not a count, or the optimizer's
+                param groups cannot follow. Nothing changes then.
         """
         if state_dict["unit"] != self.unit:
             raise ValueError(f"state_dict: unit={state_dict['unit']!r}; allowed: {self.unit!r}")
@@ -114,7 +116,7 @@ class ProgressiveScaling:
         return self.batch_sizes[max(start for start in self.batch_sizes if start <= position)]
 
     def _check_reachable(self) -> None:
-        """Let the optimizer refuse a batch size before training rather than in it."""
+        """Let the optimizer refuse a batch size now rather than during training."""
         before = self._optimizer.kappa
         try:
             for batch_size in self.batch_sizes.values():

@@ -1,7 +1,7 @@
-"""Functions of a real, a Python float or a float64 tensor, so that each rule is written once.
+"""Functions of a real (a Python float or a float64 tensor), so that each rule is written once.
 
-On floats they are :mod:`math`'s, with limits instead of domain errors. On tensors they run where
-the tensor lies: that is how scalars are folded on a device.
+On floats they are those of :mod:`math`, with limits instead of domain errors. On tensors they run
+on the tensor's device, which is how scalars are folded there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Real = TypeVar("Real", float, "Tensor")
 
 
 def _is_number(x: object) -> TypeIs[float]:
-    """Whether ``x`` is a number of Python's or numpy's, not a tensor."""
+    """Whether ``x`` is a Python or numpy number, not a tensor."""
     return not hasattr(x, "is_cpu")
 
 
@@ -65,7 +65,7 @@ def exp(x: Real) -> Real:
 
 
 def ceil(x: Real) -> Real:
-    """The next whole number from ``x`` up."""
+    """The smallest whole number that is not below ``x``."""
     return float(math.ceil(x)) if _is_number(x) else x.ceil()
 
 
@@ -92,5 +92,5 @@ def where(condition: Any, yes: Any, no: Real) -> Real:
 
 
 def surely(condition: Any) -> bool:
-    """Whether a condition holds as far as the host can tell: one on a device is not waited for."""
+    """Whether a condition holds as far as the host knows; it does not wait for a device's."""
     return _is_number(condition) and bool(condition)

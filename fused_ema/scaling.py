@@ -1,8 +1,8 @@
 """The scaling rules of "How to Scale Your EMA" (Busbridge et al., NeurIPS 2023, arXiv 2307.13813).
 
-Training at batch size ``B`` is the base; at ``kappa * B`` every hyper-parameter moves so that one
-step covers the same ground as ``kappa`` base steps. All functions are pure, work on Python floats
-in float64 and accept any ``kappa > 0``, also fractional and below one.
+Hyper-parameters are given for the base batch size ``B``. At batch size ``kappa * B`` they change so
+that one step does what ``kappa`` base steps do. All functions are pure, compute on Python floats in
+float64, and accept any ``kappa > 0``, including fractions below one.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import Literal, TypeAlias
 from .checks import check_kappa, check_range
 from .realmath import Real, expm1, log, log1p, power, sqrt, surely, where
 
-# What kappa drives: the optimizer's rules and the average, or one of them alone.
+# What kappa scales: the optimizer's hyper-parameters and the average, or one of the two.
 KappaScales: TypeAlias = Literal["all", "ema", "optimizer"]
-# How a rule's numbers may follow kappa, where there is more than one way.
+# Scaling rules of hyper-parameters that have more than one.
 BetaScaling: TypeAlias = Literal["exponential", "linear"]
 MomentumScaling: TypeAlias = Literal["none", "exact"]
 WeightDecayScaling: TypeAlias = Literal["exact", "none"]
 
 
 def ema_weight(ema_decay: float, kappa: float = 1.0) -> float:
-    """Weight of the new value in a scaled moving average: ``1 - rho**kappa``.
+    """EMA rate of a step: ``1 - rho**kappa``, how far the average moves to the weight.
 
-    ``-expm1(kappa * log(rho))``, exact to the last bits where ``1 - rho**kappa`` would cancel.
-    EMA Scaling Rule, Busbridge et al. 2023, Definition 1.2.
+    It is computed as ``-expm1(kappa * log(rho))``, which is exact to the last bits where
+    ``1 - rho**kappa`` would cancel (EMA Scaling Rule, Busbridge et al. 2023, Definition 1.2).
 
     Args:
         ema_decay: ``rho`` at the base batch size, in ``[0, 1]``.
         kappa: batch size / base batch size, ``> 0``.
 
     Returns:
-        A weight in ``[0, 1]``: 0 for ``rho = 1`` (never moves), 1 for ``rho = 0`` (a copy).
+        A rate in ``[0, 1]``: 0 for ``rho = 1`` (never moves), 1 for ``rho = 0`` (a copy).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -42,7 +42,7 @@ def ema_weight(ema_decay: float, kappa: float = 1.0) -> float:
 
 
 def decay_weight(decay: Real, kappa: Real) -> Real:
-    """``1 - decay**kappa``, unchecked; on tensors too. Exact where ``kappa`` is 1."""
+    """``1 - decay**kappa`` of floats or tensors, unchecked; exact for ``kappa = 1``."""
     return where(kappa == 1.0, 1.0 - decay, -expm1(kappa * log(decay)))
 
 
@@ -96,11 +96,12 @@ def momentum(momentum: Real, kappa: Real, rule: MomentumScaling = "none") -> Rea
 
 
 def momentum_entry(mu: Real, kappa: Real, rule: MomentumScaling = "none") -> Real | float:
-    """What a gradient adds to SGD's momentum buffer, in units of the base batch.
+    """Factor of a gradient that is added to SGD's momentum buffer, in units of the base batch.
 
-    ``"none"``: 1. ``"exact"``: ``(1 - mu**kappa)/(1 - mu)``, as much as ``kappa`` base steps with
-    this gradient add. With ``mu**kappa`` of the buffer kept and the learning rate ``kappa*lr`` a
-    constant gradient then moves the weights as ``kappa`` base steps do in the long run.
+    ``"none"``: 1. ``"exact"``: ``(1 - mu**kappa)/(1 - mu)``, which is what ``kappa`` base steps
+    with this gradient add. A step that keeps ``mu**kappa`` of the buffer and uses the learning rate
+    ``kappa*lr`` then moves the weights, under a constant gradient, as ``kappa`` base steps do in
+    the long run.
     """
     if rule == "none":
         return 1.0
@@ -114,19 +115,21 @@ def decoupled_decay(
 ) -> Real:
     """Share of a weight that AdamW's decay removes in one scaled step.
 
-    ``"exact"`` keeps ``kappa`` base steps: ``1 - (1 - lr*weight_decay)**kappa``; the weight decay
-    that torch's form would need is this divided by the scaled lr, about ``sqrt(kappa)`` times the
-    base one. ``"none"`` leaves the coefficient: ``scaled_lr * weight_decay``.
+    ``"exact"`` removes what ``kappa`` base steps do, ``1 - (1 - lr*weight_decay)**kappa``. In
+    torch's form, this corresponds to a weight decay of that share divided by the scaled lr, about
+    ``sqrt(kappa)`` times the base one. ``"none"`` keeps the coefficient:
+    ``scaled_lr * weight_decay``.
 
     Args:
         lr: base learning rate.
         scaled_lr: the learning rate used in the step.
-        weight_decay: base coefficient (torch's AdamW meaning).
+        weight_decay: base coefficient, as in torch's AdamW.
         kappa: batch size / base batch size.
         rule: ``"exact"`` or ``"none"``.
 
     Raises:
-        ValueError: ``lr * weight_decay >= 1`` with ``kappa != 1``, which has no fractional power.
+        ValueError: ``lr * weight_decay >= 1`` with ``kappa != 1``: the kept share has no fractional
+            power.
     """
     unscaled = scaled_lr * weight_decay
     if rule == "none":

@@ -1,7 +1,7 @@
-"""Sharded tensors: the part of a DTensor that lies in this process, and sums over all parts.
+"""Sharded tensors: the part of a DTensor in this process, and sums over all parts.
 
-A state of a DTensor parameter is a DTensor like it, for torch.distributed.checkpoint; plans step
-the local tensors of both.
+The state of a DTensor parameter is a DTensor placed like it, as torch.distributed.checkpoint needs;
+plans step the local tensors of both.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 
 class Spread(NamedTuple):
-    """Where a DTensor's elements lie: split over ``dims`` of the mesh, repeated over the others."""
+    """How a DTensor is sharded: split over ``dims`` of the mesh, repeated over the others."""
 
     mesh: DeviceMesh
     dims: tuple[int, ...]
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor, of any placements."""
-    # who has one has imported this, which takes longer than all of the package
+    """Whether a tensor is a DTensor, with any placements."""
+    # if there is a DTensor, this is imported; importing it takes longer than the whole package
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What lies in this process: of a DTensor the local tensor itself, else the tensor."""
+    """The part of a tensor in this process: a DTensor's local tensor, or the tensor itself."""
     if not is_sharded(tensor):
         return tensor
     part: Tensor = tensor._local_tensor  # type: ignore[attr-defined]  # to_local() makes views
@@ -45,10 +45,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def spread(param: Tensor) -> Spread | None:
-    """Where the elements of a parameter lie, None if it is not sharded.
+    """How a parameter is sharded; None if it is not.
 
     Raises:
-        RuntimeError: its parts are summands.
+        RuntimeError: its placement is ``Partial``: the parts are summands.
     """
     if not is_sharded(param):
         return None
@@ -61,14 +61,14 @@ def spread(param: Tensor) -> Spread | None:
 
 
 def placed_alike(tensor: Tensor, other: Tensor) -> bool:
-    """Whether both have their elements in the same processes; any two tensors that are whole do."""
+    """Whether both have their elements in the same processes, as any two whole tensors do."""
     if not is_sharded(tensor) and not is_sharded(other):
         return True
     return is_sharded(tensor) and is_sharded(other) and _layout(tensor) == _layout(other)
 
 
 def place(tensor: Tensor) -> str:
-    """Where a tensor's elements lie, for messages."""
+    """How a tensor is placed, as text for messages."""
     if not is_sharded(tensor):
         return "whole in every process"
     mesh, placements = _layout(tensor)
@@ -76,7 +76,7 @@ def place(tensor: Tensor) -> str:
 
 
 def check_plain(name: str, value: Any) -> Tensor:
-    """``value``, a tensor whose values can be copied into another; else ValueError."""
+    """Return ``value`` if it is a tensor whose values can be copied; else raise ValueError."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}; allowed: a tensor")
     kinds = {"meta": value.is_meta, "quantized": value.is_quantized}
@@ -95,11 +95,11 @@ def repeats(tensor: Tensor) -> bool:
 
 
 def copy(target: Tensor, source: Tensor) -> Tensor:
-    """Copy ``source`` of the same shape into ``target``, which it returns, wherever both lie."""
+    """Copy ``source`` into ``target`` of the same shape, wherever both are; return ``target``."""
     if is_sharded(target) and not is_sharded(source):
         from torch.distributed.tensor import distribute_tensor
 
-        source = source.to(target.device)  # every process has all of it: nothing to send
+        source = source.to(target.device)  # every process holds all of it, so nothing is sent
         source = distribute_tensor(source, *_layout(target), src_data_rank=None)
     elif is_sharded(source) and not is_sharded(target):
         source = _dtensor(source).full_tensor()
@@ -107,14 +107,14 @@ def copy(target: Tensor, source: Tensor) -> Tensor:
 
 
 def total(sums: Sequence[Tensor], spreads: Sequence[Spread | None]) -> list[Tensor]:
-    """Sums over local parts as sums over all processes.
+    """Turn sums over local parts into sums over all processes.
 
-    Every process must call it, also one whose parts are empty: it takes one all-reduce for each
+    Every process must call it, even if its parts are empty. It makes one all-reduce for each
     distinct spread and mesh dimension, in the order of their first appearance.
 
     Args:
         sums: 0-dim tensors.
-        spreads: of the parts that each was taken over, None where it is whole.
+        spreads: how the tensor behind each sum is sharded, None if it is whole.
 
     Returns:
         One sum for each distinct spread, on the device of its first part.
@@ -137,12 +137,12 @@ def _reduced(where: Spread | None, values: Sequence[Tensor]) -> Tensor:
 
 
 class Shards:
-    """The DTensors among what plans step: those know the local tensors.
+    """The DTensors among the tensors that plans step; the plans know the local tensors.
 
     Args:
         params: parameters.
         averages: their averages.
-        states: all other tensors of theirs.
+        states: all other tensors of their states.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Shards:
 
     @torch.no_grad()
     def redistribute_gradients(self) -> None:
-        """Place each gradient like its parameter, in ``.grad``; its value stays the same.
+        """Redistribute each gradient in ``.grad`` to its parameter's placements; values stay.
 
         Raises:
             RuntimeError: a gradient is not a DTensor, or on another mesh.
@@ -181,9 +181,9 @@ class Shards:
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
-        """Hold the gradients in ``.grad`` of the local parameters while open: plans look there.
+        """While open, put gradients into ``.grad`` of the local parameters, where plans read them.
 
-        No longer, for they would outlive ``zero_grad()``.
+        They are removed on exit, because they would outlive ``zero_grad()``.
         """
         try:
             for param in self._params:
@@ -195,7 +195,7 @@ class Shards:
                 param._local_tensor.grad = None
 
     def marking_written(self) -> Call:
-        """What tells autograd that parameters and averages were written in their local tensors."""
+        """The call that tells autograd that parameters and averages were written."""
         return partial(torch._C._increment_version, [*self._moving, *self._averages])
 
 
@@ -208,7 +208,7 @@ def fsdp_modules(module: nn.Module) -> list[Any]:
 def reshard(modules: Iterable[Any]) -> None:
     """Drop the full parameters that FSDP2 may have kept from a forward pass without a backward.
 
-    They are copies: it would go on using them after the sharded ones have been written.
+    They are copies, which FSDP2 would go on using after the sharded parameters have changed.
     """
     for module in modules:
         module.reshard()
@@ -220,7 +220,7 @@ def _layout(tensor: Tensor) -> tuple[DeviceMesh, tuple[Any, ...]]:
 
 
 def _local_gradient(grad: Tensor, param: Tensor) -> Tensor:
-    """A gradient's local tensor; one that is still being communicated is waited for."""
+    """A gradient's local tensor; waits for one that is still being communicated."""
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
     part = local(grad)

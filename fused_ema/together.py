@@ -1,4 +1,4 @@
-"""Calls that are made all, or none: what an interrupt must not divide."""
+"""Makes several calls without an interrupt between them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Call: TypeAlias = "partial[Any]"
 
 
 def together(calls: Iterable[Call]) -> None:
-    """Make calls, one behind the other.
+    """Make the calls one after another.
 
-    Python runs signal handlers between lines of Python: where all calls are of C functions, no
+    Python runs signal handlers between Python instructions. If all calls are of C functions, no
     handler, and so no KeyboardInterrupt, comes between them.
     """
     deque(map(partial.__call__, list(calls)), maxlen=0)

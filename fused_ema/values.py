@@ -1,8 +1,8 @@
-"""What a param group may be given as a number, as Python's own.
+"""Converts the numbers of a param group to Python's own.
 
 Numbers of numpy and of the standard library's other types, and sequences of any kind (OmegaConf's
-lists, arrays, tensors), are converted where they enter, so that a state dict holds nothing that
-torch's safe unpickler refuses.
+lists, arrays, tensors), are converted on entry, so that a state dict holds nothing that torch's
+safe unpickler refuses.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 PLAIN = {float, int, bool, str, type(None)}
 # Fields that may hold several numbers.
 SEVERAL = ("betas", "ema_decay")
-# Fields that hold no values at all.
+# Fields that hold no values.
 MEMBERS = ("params", "param_names")
 
 
 def as_given(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A param group with Python's numbers, and tuples or lists of them for several.
+    """A param group with Python's numbers, and tuples or lists of them.
 
-    Tensors, schedules and what is no number stay as they are.
+    Tensors, schedules and everything that is not a number stay as they are.
     """
     return {k: v if k in MEMBERS else field(k, v) for k, v in group.items()}
 
@@ -37,7 +37,7 @@ def field(name: str, value: Any) -> Any:
 
 
 def number(value: Any) -> Any:
-    """A number as an int, float or bool; anything else as it is, tensors too."""
+    """A number as an int, float or bool; anything else as it is, including tensors."""
     if type(value) in PLAIN or isinstance(value, Tensor):
         return value
     if isinstance(value, Integral):
@@ -51,7 +51,7 @@ def number(value: Any) -> Any:
 def several(value: Any) -> Any:
     """A tuple of numbers from any iterable of them; a single number or schedule as it is.
 
-    So is a list of what needs no conversion: torch sees what is written into it later.
+    A list whose entries need no conversion stays as it is too, so that later writes to it count.
     """
     if type(value) is list and all(type(v) in PLAIN or isinstance(v, Tensor) for v in value):
         return value

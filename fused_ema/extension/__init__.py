@@ -1,8 +1,8 @@
-"""The compiled extension, or what stands in for it: the one place that chooses.
+"""Chooses between the compiled extension and its stand-in, for the whole package.
 
 Attributes:
     native: the extension, or :mod:`fused_ema.extension.standin`.
-    why_not: why the extension is not in use, None where it is.
+    why_not: the reason why the extension is not in use, None if it is.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ REBUILD = "rebuild with pip install --no-build-isolation -e ."
 
 
 def _load(name: str, folder: Path, running: str) -> tuple[ModuleType, str | None]:
-    """The module to use, and why it is the stand-in; a warning where an extension was refused.
+    """The module to use, and why it is the stand-in; warns if an extension was refused.
 
     Args:
-        name: of the extension, in full.
-        folder: where its file must be: an editable installation would offer that of another copy.
-        running: the version of the torch that runs here.
+        name: full name of the extension.
+        folder: the only folder that may hold its file; an editable installation would offer that of
+            another copy.
+        running: the version of the torch in use.
     """
     if os.environ.get(VARIABLE, "0") not in ("", "0"):
         return standin, f"{VARIABLE} is set"
@@ -48,7 +49,7 @@ def _load(name: str, folder: Path, running: str) -> tuple[ModuleType, str | None
             if reason is None:
                 return module, None
             why = reason
-        except Exception as error:  # whatever it is: the warning tells it
+        except Exception as error:  # any error: the warning names it
             why = f"it cannot be loaded ({error}): {REBUILD}"
     warnings.warn(
         f"fused_ema goes on without its compiled extension, slower: {why}; or set {VARIABLE}=1",
@@ -59,10 +60,10 @@ def _load(name: str, folder: Path, running: str) -> tuple[ModuleType, str | None
 
 
 def _mismatch(built: str | None, running: str) -> str | None:
-    """Why an extension that was built for a torch cannot be used with another.
+    """Why an extension built for one torch version cannot be used with another.
 
-    It reads torch's objects in memory: where another torch lays them out otherwise, that is no
-    error, but memory that is overwritten.
+    The extension accesses torch's objects in memory. If another torch lays them out differently, it
+    does not raise but overwrites other memory.
     """
     if built is not None and _release(built) == _release(running):
         return None
@@ -70,13 +71,13 @@ def _mismatch(built: str | None, running: str) -> str | None:
 
 
 def _release(version: str) -> str:
-    """``2.14.1`` of ``2.14.1+cu130`` or ``2.14.1a0``."""
+    """The release number in a version: ``2.14.1`` in ``2.14.1+cu130`` or ``2.14.1a0``."""
     found = re.match(r"\d+(\.\d+)*", version)
     return found[0] if found else version
 
 
 def _files(name: str, folder: Path) -> list[str]:
-    """Extensions of that name, whatever they were built for."""
+    """Files of extensions of that name, built for any Python."""
     pattern = f"{name.rpartition('.')[2]}.*"
     return sorted(p.name for p in folder.glob(pattern) if p.suffix in (".so", ".pyd"))
 

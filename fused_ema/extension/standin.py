@@ -1,4 +1,4 @@
-"""What the package needs of its extension, in Python: for where that is not built.
+"""A Python substitute for what the package needs from its extension.
 
 The interface is that of ``_native.pyi``, as far as the foreach, reference and Triton backends need
 it; the two kinds of plan are missing.
@@ -22,7 +22,7 @@ HAS_CUDA = False
 
 
 def cpu_targets() -> list[str]:
-    """No native CPU loops."""
+    """Return no targets: there are no native CPU loops."""
     return []
 
 
@@ -35,11 +35,11 @@ class Watch:
     """Remembers which objects an optimizer's param groups and state hold."""
 
     def __init__(self, param_groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> None:
-        # the objects themselves, so that no address is used again
+        # keeps the objects alive, so that no identity is reused
         self._listed, self._held = list(_walk_groups(param_groups)), list(_walk_state(state))
 
     def unchanged(self, param_groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> bool:
-        """Whether the same objects are there, in the same places."""
+        """Whether groups and state hold the same objects in the same order."""
         return _same(self._listed, _walk_groups(param_groups)) and _same(
             self._held, _walk_state(state)
         )
@@ -73,23 +73,23 @@ _TRACKED = bits(
     DispatchKey.AutogradNestedTensor,
 )
 _AUTOCAST = bits(*(k for name, k in DispatchKey.__members__.items() if name[:8] == "Autocast"))
-# the devices' bits are those below that of dense memory
+# the devices' bits lie below the bit of dense memory
 _PLAIN = (_DENSE - 1) | _DENSE | _TRACKED | _AUTOCAST
 
 
 def has_plain_keys(tensor: Tensor) -> bool:
-    """Whether a tensor is dense memory to the dispatcher and nothing besides."""
+    """Whether the dispatcher sees a tensor as dense memory and nothing else."""
     return not keys(tensor) & ~_PLAIN
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is plain memory: no subclass, nothing lazy, no inference."""
-    tracked = bool(keys(tensor) & _TRACKED)  # an inference tensor has none of these
+    """Whether a tensor is plain memory: no subclass, nothing lazy, no inference tensor."""
+    tracked = bool(keys(tensor) & _TRACKED)  # an inference tensor has none of these keys
     return has_plain_keys(tensor) and tracked and C._has_storage(tensor)
 
 
 def _first(tensor: Tensor) -> int:
-    """A tensor's first address; reading it leaves memory that is copied when it is written to."""
+    """A tensor's first address; reading it does not trigger a copy of copy-on-write memory."""
     if not C._has_storage(tensor):
         return 0
     storage: int = C._data_address(tensor)
@@ -103,7 +103,7 @@ class Gradients:
         self._seen = [(param.grad, *_state(param.grad)) for param in params]
 
     def unchanged(self, params: list[Tensor]) -> bool:
-        """Whether they have the same ones, unwritten since, as far as autograd knows."""
+        """Whether the parameters have the same gradients, unwritten as far as autograd knows."""
         if len(params) != len(self._seen):
             return False
         now = [param.grad for param in params]
@@ -120,23 +120,23 @@ def _state(grad: Tensor | None) -> list[int]:
 
 
 class Places:
-    """Remembers where tensors lie."""
+    """Remembers the addresses of tensors."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._first = list(map(_first, tensors))
 
     def unchanged(self, tensors: list[Tensor]) -> bool:
-        """Whether each begins at the same address."""
+        """Whether each tensor begins at the same address."""
         return self._first == list(map(_first, tensors))
 
 
 def spans(tensors: list[Tensor]) -> list[tuple[int, int]]:
-    """First address of each tensor's memory and the one behind its last; 0 and 0: see the types."""
+    """Start and end addresses of each tensor's memory; 0 and 0 as in ``_native.pyi``."""
     return list(map(_span, tensors))
 
 
 def _is_copied_when_written(tensor: Tensor) -> bool:
-    if is_subclass(tensor):  # torch tells of plain ones alone
+    if is_subclass(tensor):  # torch gives addresses of plain tensors only
         with C._DisableTorchDispatch():
             plain = torch.empty(0, dtype=torch.uint8, device=tensor.device)
             tensor = plain.set_(tensor.untyped_storage())

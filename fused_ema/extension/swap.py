@@ -1,4 +1,4 @@
-"""The context of ``ema_weights()`` in Python, for where csrc/swap.cpp is not built."""
+"""The context of ``ema_weights()`` in Python, used if csrc/swap.cpp is not built."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .tensors import C, extent, is_subclass, keys
 
-# Versions from here on are those of tensors inside a swap, see csrc/swap.cpp.
+# Tensors inside a swap have versions from here on, see csrc/swap.cpp.
 _INSIDE = 1 << 31
 _WRITES = 1 << 12
 _count = count()
@@ -24,9 +24,9 @@ def _set_version(tensor: Tensor, version: int) -> None:
 
 
 def _directly(function: Callable[[], Any]) -> Any:
-    """Call with operators of torch's own alone: no autograd, and no dispatch mode, which is Python.
+    """Call with torch's own operators only: no autograd, and no dispatch mode, which is Python.
 
-    The guards are objects of C: no exception can come between a change and its way back.
+    The guards are C objects, so that no exception can come between a change and its undoing.
     """
     with (
         C._InferenceMode(False),
@@ -70,17 +70,17 @@ def _is_whole(memory: Tensor) -> bool:
 
 
 def _elements(memory: Tensor) -> Tensor:
-    """Every element once, also of an expanded tensor."""
+    """A view that holds every element once, even of an expanded tensor."""
     if not any(s == 0 and n > 1 for n, s in zip(memory.shape, memory.stride(), strict=True)):
         return memory
     return memory.as_strided((extent(memory),), (1,), memory.storage_offset())
 
 
 class _Held:
-    """What is kept of one tensor while a swap is open, see csrc/swap.h; each call may be repeated.
+    """One tensor of an open swap, see csrc/swap.h; each method may be called repeatedly.
 
-    Autograd's accumulator of a parameter that was cast meanwhile, with the hooks on it, cannot be
-    kept in Python.
+    Python cannot keep autograd's accumulator, and the hooks on it, of a parameter that is cast
+    meanwhile.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class _Held:
 
     def _remember(self) -> None:
         owner, part, value, name = self.owner, self.part, self.value, self.name
-        self.memory = part.data if _has_memory(part) else None  # with a version of its own
-        # others that share the versions, wherever these tensors are swapped to
+        self.memory = part.data if _has_memory(part) else None  # it has a version of its own
+        # tensors that share the version counter, wherever these tensors are swapped to
         self.counters = [
             (tensor if is_subclass(tensor) else tensor.detach(), tensor._version)
             for tensor in (owner, part)
@@ -113,7 +113,7 @@ class _Held:
             self.grad_memory = self.grad.data if _has_memory(self.grad) else None
 
     def keep(self) -> None:
-        """Copy the values; all tensors do before the first is written."""
+        """Copy the values; this happens for all tensors before the first is written."""
         if not self.copied or self.part.is_meta:
             return
         _operating(self.part)(self._copy)
@@ -123,7 +123,7 @@ class _Held:
         self.kept = values.clone()
 
     def put(self, version: int) -> None:
-        """Write the value in."""
+        """Write the new value, and set the version."""
         if self.value is None:
             return
         for counter, _ in self.counters:
@@ -136,7 +136,7 @@ class _Held:
             target.copy_(self.value)
 
     def reattach(self) -> None:
-        """Give the tensor its memory back, and what a cast has replaced of its gradient."""
+        """Give the tensor its memory back, and undo a cast of its gradient."""
         _directly(self._reattach)
         owner: Any = self.owner
         if owner is not self.part and owner._local_tensor is not self.part:
@@ -166,7 +166,7 @@ class _Held:
             (current.dtype, current.device, current.layout)
             != (memory.dtype, memory.device, memory.layout)
         )
-        # what the user has put there of the right kind is the user's
+        # a gradient of the right kind that the user has set stays
         if not cast and current is not grad:
             return
         if not _lies_in(grad, memory):
@@ -175,7 +175,7 @@ class _Held:
             now.grad = grad
 
     def restore(self) -> None:
-        """Give the memory its values back, and the tensor its version."""
+        """Restore the values of the memory, and the tensor's version."""
         written = (
             not self.copied
             and bool(self.counters)
@@ -209,18 +209,18 @@ def _restore_place(entries: Any, key: str, value: Any, fixed: bool) -> None:
 
 
 class Swap:
-    """A context manager that puts values into tensors and gives everything back, see csrc/swap.h.
+    """A context manager that puts values into tensors and restores everything, see csrc/swap.h.
 
-    What is to be undone is written down before the first value moves, and every step of it may be
-    repeated: an exception in the middle, as a signal handler's, is raised when all is back. One
-    that comes between the entry and the body of the ``with`` leaves the context open until it is
-    dropped, which restores, too; that the extension alone rules out.
+    It lists what to undo before the first value moves, and every item of the list may be repeated.
+    So an exception in the middle, such as a signal handler's, is raised after everything is
+    restored. An exception between the entry and the body of the ``with`` leaves the context open
+    until it is dropped, which restores too; only the extension rules that out.
     """
 
     def __init__(self, flag: Any, begin: Callable[[], Any], end: Callable[[], Any]) -> None:
         self._flag, self._begin, self._end = flag, begin, end
         self._stage = "fresh"
-        self._undo: list[tuple[str, Callable[[], None]]] = []  # the next one last
+        self._undo: list[tuple[str, Callable[[], None]]] = []  # the next to undo is the last
 
     def __enter__(self) -> None:
         if self._stage != "fresh":
@@ -273,7 +273,7 @@ class Swap:
     def _finish(
         self, stage: str, end: Callable[[], Any] | None = None
     ) -> tuple[list[str], list[BaseException]]:
-        """Undo all, whatever is raised meanwhile; what could not be, and what was raised."""
+        """Undo everything, whatever is raised; returns what could not be undone, and the errors."""
         lost: list[str] = []
         errors: list[BaseException] = []
         while self._stage != stage:
@@ -281,7 +281,7 @@ class Swap:
                 while self._undo:
                     self._undo_one(lost, errors)
                 if end is not None:
-                    # what it drops must go even where a signal handler raises in it
+                    # its references must be dropped even if a signal handler raises in it
                     _twice(end, errors)
                 self._flag.swapped = False
                 self._stage = stage
@@ -300,7 +300,7 @@ class Swap:
 
 
 def _twice(function: Callable[[], Any], errors: list[BaseException]) -> bool:
-    """Whether a call succeeds, or the second one does where the first was interrupted."""
+    """Whether a call succeeds; if it is interrupted, whether a second call does."""
     for _ in range(2):
         try:
             function()

@@ -1,4 +1,4 @@
-"""What the stand-ins for the extension ask of a tensor beneath its Python class."""
+"""Properties of a tensor below its Python class, for the extension's stand-ins."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
-C: Any = torch._C  # its types do not name all that is there
+C: Any = torch._C  # its type stubs are incomplete
 
 
 def bits(*of: DispatchKey) -> int:
@@ -23,18 +23,18 @@ _PYTHON = bits(DispatchKey.Python)
 
 
 def keys(tensor: Tensor) -> int:
-    """What a tensor is to torch's dispatcher, as bits."""
+    """The keys by which torch's dispatcher treats a tensor, as bits."""
     found: int = C._dispatch_keys(tensor).raw_repr()
     return found
 
 
 def is_subclass(tensor: Tensor) -> bool:
-    """Whether operators of the tensor are Python functions."""
+    """Whether the tensor's operators are Python functions."""
     return bool(keys(tensor) & _PYTHON)
 
 
 def extent(tensor: Tensor) -> int:
-    """Elements from the first to the last in memory."""
+    """Number of elements from the first to the last one in memory."""
     if tensor.numel() == 0:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
