@@ -1,4 +1,4 @@
-"""Turns the CSV files in bench/results into docs/benchmarks.md, its figures and README's table."""
+"""Makes docs/benchmarks.md, its figures and README's table from the CSV files in bench/results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIGURES = ROOT / "docs" / "benchmarks"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: python -m bench.report -->", "<!-- end of results -->"
 
-# Those of README's table.
+# The providers in README's table.
 RIVALS = (
     "torch fused + lerp",
     "torch foreach + lerp",
@@ -25,15 +25,15 @@ RIVALS = (
     "torch fused + timm ModelEmaV3",
     "torch fused + ema-pytorch",
 )
-# The cases whose rows are shown whole.
+# The cases whose rows are shown in full.
 DETAILED = ("resnet18", "vit_b16")
 
 INTRODUCTION = """# Benchmarks
 
-Made by `python -m bench.report` from the files in `bench/results`; edit neither.
-`bench/README.md` tells how they are measured, and how to measure yours. A ratio
-is a provider's time over that of ours, `fused_ema native`, paired by round: above 1 we are faster,
-below 1 slower. Every result was checked against the reference first.
+`python -m bench.report` makes this page from the files in `bench/results`; edit neither.
+`bench/README.md` explains how the times are measured, and how to measure your own. A ratio is a
+provider's time over that of `fused_ema native`, paired by round: above 1 `fused_ema native` is
+faster, below 1 slower. Every result was checked against the reference first.
 """
 
 
@@ -43,7 +43,7 @@ def table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def digits(value: float | None, unit: str = "") -> str:
-    """Three of them."""
+    """A value with three significant digits."""
     if value is None:
         return ""
     places = 0 if value >= 100 or value == 0 else 1 if value >= 10 else 2
@@ -55,7 +55,7 @@ def percent(value: float | None, places: int = 0) -> str:
 
 
 def sized(case: str) -> str:
-    """With its parameters in millions, where the title does not say it."""
+    """A case's title, with its number of parameters unless the title says it."""
     count, millions = len(CASES[case].shapes), CASES[case].numel / 1e6
     return title(case) if count == 1 else f"{title(case)} ({count:,} tensors, {millions:,.1f} M)"
 
@@ -74,7 +74,7 @@ def machine(results: Results) -> str:
 
 
 def baseline(rows: Iterable[Row]) -> Row | None:
-    """Ours that ratios are against: the first of a case that has a time."""
+    """The row that ratios refer to: the first of our backends that has a time."""
     return next((row for row in timed(rows) if row.is_ours), None)
 
 
@@ -84,11 +84,12 @@ def losses(rows: Iterable[Row]) -> str:
         for row in timed(rows)
         if not row.is_bound and (row.number("time_over_ours") or 1.0) < 1.0
     ]
-    return f"Faster than ours: {', '.join(faster)}." if faster else "None is faster than ours."
+    none = "No tested alternative was faster."
+    return f"Faster than ours: {', '.join(faster)}." if faster else none
 
 
 def untimed(rows: Iterable[Row]) -> Iterator[str]:
-    """Who got no time and why: those with the same reason and cases together."""
+    """Lines that say which providers have no time and why, grouped by reason and cases."""
     cases: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.error:
@@ -101,7 +102,7 @@ def untimed(rows: Iterable[Row]) -> Iterator[str]:
 
 
 def ratios(results: Results, scenario: Scenario) -> str:
-    """Providers by cases."""
+    """The table of ratios: a row for each provider, a column for each case."""
     cases = results.cases(scenario.name)
     rows = {(row.provider, row.case): row for row in results.of(scenario.name)}
     lines = []
@@ -123,7 +124,7 @@ def ratio(row: Row | None, results: Results) -> str:
 
 
 def of_bound(results: Results, scenario: Scenario, case: str) -> str:
-    """Our bandwidth, where there is enough to move for it to matter."""
+    """Our share of the bound's bandwidth; ``host-bound`` if bytes hardly matter."""
     ours = baseline(results.of(scenario.name, case))
     if case == SMALL:
         return "host-bound"
@@ -131,7 +132,7 @@ def of_bound(results: Results, scenario: Scenario, case: str) -> str:
 
 
 def details(rows: Sequence[Row]) -> str:
-    """Every column that somebody fills."""
+    """The table of one case, with every column that is not empty."""
     columns = {
         "median ms": "median_ms",
         "p10": "p10_ms",
@@ -179,10 +180,11 @@ def scenario_note(scenario: Scenario) -> str:
         "clip": "Theirs is `clip_grad_norm_`, the step and the average.",
         "chain": "Theirs is `GradScaler`, `clip_grad_norm_`, the step and the average.",
         "bf16": (
-            "Only ours and timm's round an average in bfloat16 stochastically; the others keep "
-            "theirs in float32, for rounded to nearest it would not move at usual decays."
+            "Only fused_ema and timm round an average in bfloat16 stochastically. The others keep "
+            "theirs in float32, because an average that is rounded to nearest would not move at "
+            "usual decays."
         ),
-        "ema": "Ours is `FusedEMA`, which any optimizer may be given.",
+        "ema": "Ours is `FusedEMA`, which works with any optimizer.",
     }
     return notes.get(scenario.name, "")
 
@@ -192,8 +194,9 @@ def host_section(results: Results) -> Iterator[str]:
         return
     yield "### Host time\n"
     yield (
-        "Steps over n tensors of hardly any elements, and the line through the medians. Gradients "
-        "are new at every step, or the same, so that the processor's caches hold all.\n"
+        "Steps over n tensors with hardly any elements, and the line through the medians. "
+        "Gradients are either new at every step, or the same at every step, so that the "
+        "processor's caches hold everything.\n"
     )
     lines = [
         (
@@ -215,7 +218,8 @@ def training_section(results: Results) -> Iterator[str]:
     yield "### Training\n"
     yield (
         "Forward and backward passes of timm's models on random images of 224 × 224, then the "
-        "step: what an optimizer can save is what the step takes. Larger batches leave it less.\n"
+        "step. An optimizer can save at most the time of the step, and its share shrinks with "
+        "larger batches.\n"
     )
     lines = [
         (
@@ -229,7 +233,7 @@ def training_section(results: Results) -> Iterator[str]:
         )
         for row in rows
     ]
-    heading = ("", "provider", "median ms", "p10", "p90", "of it optimizer + EMA", "over ours")
+    heading = ("", "provider", "median ms", "p10", "p90", "optimizer + EMA", "over ours")
     yield table(heading, lines) + "\n"
     yield f"{losses(rows)}\n"
     reasons = list(untimed(results.training))
@@ -256,7 +260,7 @@ def page(everyone: Sequence[Results]) -> str:
 
 
 def summary(everyone: Sequence[Results]) -> str:
-    """What README shows between its two comments."""
+    """The text that README shows between its two comments."""
     parts = []
     for results in everyone:
         cases = results.cases(STEP.name)
@@ -285,7 +289,7 @@ def remarks(results: Results) -> Iterator[str]:
         if not row.case.endswith("_hot")
     ]
     if hosts:
-        yield f"Host time, µs, with new gradients: {'; '.join(hosts)}."
+        yield f"Host time of a step in µs, with new gradients: {'; '.join(hosts)}."
     shares = [
         f"{percent(row.number('step_share'), 1)} with {row.provider}"
         for row in timed(results.training)
@@ -295,16 +299,16 @@ def remarks(results: Results) -> Iterator[str]:
         first = results.training[0]
         step = f"a training step of {title(first.case)} with {number_of(first.batch, 'image')}"
         yield (
-            f"Of {step}, optimizer and average take {', '.join(shares)}: that is the most that "
-            "a faster one could save."
+            f"In {step}, optimizer and average take {', '.join(shares)}. A faster optimizer "
+            "could save at most that."
         )
 
 
 def readme(text: str, everyone: Sequence[Results]) -> str:
-    """The README with its results put in.
+    """The README with the results inserted.
 
     Raises:
-        ValueError: it lacks a comment.
+        ValueError: the README lacks a comment.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -320,7 +324,7 @@ def documents() -> dict[Path, str]:
 
 def main() -> None:
     argparse.ArgumentParser(prog="python -m bench.report", description=__doc__).parse_args()
-    from . import figures  # here, because only it needs matplotlib
+    from . import figures  # imported here, because only it needs matplotlib
 
     for path, text in documents().items():
         path.write_text(text)
