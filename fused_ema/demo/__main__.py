@@ -21,7 +21,7 @@ from .problem import load_digits
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo does. Every batch size divides ``train_size``."""
+    """The size of the demo. Every batch size divides ``train_size``."""
 
     train_size: int = 1280
     agreement_epochs: int = 8
@@ -34,10 +34,10 @@ QUICK = Size(train_size=640, agreement_epochs=1, scaling_epochs=1, timing_rounds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the three parts, print their tables, write the figure.
+    """Run the three parts, print their tables, and write the figure.
 
     Returns:
-        The exit status: 0, or 1 when part 1 does not agree.
+        The exit status: 0, or 1 if the results of part 1 do not agree.
     """
     options = parse(argv)
     require("sklearn", "matplotlib")
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     versions = f"fused_ema {__version__}, torch {torch.__version__}"
     print(f"{versions}, {cpu_name()}, {torch.get_num_threads()} threads")
 
-    with timing.threads(1):  # so small a network gains nothing from more
+    with timing.threads(1):  # such a small network gains nothing from more
         agreed = agreement.run(data, size.agreement_epochs)
         show(agreement.report(agreed))
         curves = batch_scaling.run(data, size.scaling_epochs, options.seeds)
@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Read a whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is out of range; allowed: 1 or more")
@@ -98,7 +98,7 @@ def positive(text: str) -> int:
 
 
 def writable(text: str) -> Path:
-    """A figure's path in a folder that exists: better told now than after the work."""
+    """Read a figure's path, and check before the work that its folder exists."""
     path = Path(text)
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise argparse.ArgumentTypeError(f"{text!r}: allowed endings are .png, .pdf and .svg")
@@ -108,14 +108,14 @@ def writable(text: str) -> Path:
 
 
 def require(*modules: str) -> None:
-    """Leave with advice when a module is missing that only the demo needs."""
+    """Exit with advice if a module is missing that only the demo needs."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         sys.exit(f"The demo needs {' and '.join(missing)}: pip install 'fused_ema[demo]'")
 
 
 def cpu_name() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name, if the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
@@ -123,7 +123,7 @@ def cpu_name() -> str:
 
 
 def show(report: str) -> None:
-    """Print a part's table as soon as it is known."""
+    """Print a part's table at once."""
     print(f"\n{report}\n", flush=True)
 
 

@@ -20,8 +20,9 @@ LR = 1e-3
 RHO = 0.99
 SEED = 0
 
-# At each step a weight, and then its average, is rounded some four times, by at most 2**-24 of
-# itself each; so are those that it is compared with. Errors that never cancel would add up.
+# At each step a weight, and then its average, is rounded about four times, each time by at most
+# 2**-24 of itself; so are the values that it is compared with. Errors that never cancel would add
+# up.
 ROUNDINGS = 8
 UNIT_ROUNDOFF = 2.0**-24
 
@@ -35,7 +36,7 @@ class Trained(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Largest difference of an element, and norm of the difference over the norm."""
+    """Largest difference of an element, and the relative norm of the difference."""
 
     largest: float
     relative: float
@@ -43,13 +44,13 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Agreement:
-    """Our training and torch's, and what to compare their difference with.
+    """The trainings of this library and of torch, and a scale for their difference.
 
     Attributes:
-        steps: optimizer steps of each.
-        ours: trained by FusedScaledAdamW.
-        by_hand: by torch's for-loop and a hand-written EMA.
-        float64: the same by torch's for-loop in float64.
+        steps: optimizer steps of each training.
+        ours: the training by FusedScaledAdamW.
+        by_hand: the training by torch's for-loop and a hand-written EMA.
+        float64: the training by torch's for-loop in float64.
     """
 
     steps: int
@@ -58,10 +59,10 @@ class Agreement:
     float64: Trained
 
     def budget(self, values: Tensor) -> Difference:
-        """Differences that rounding alone would give if it never cancelled.
+        """The differences that rounding alone would cause if it never cancelled.
 
-        The gradients' answer to weights that already differ is not in it: it is a size to compare
-        with, not a proven bound.
+        They do not include how gradients respond to weights that already differ: this is a scale
+        for comparison, not a proven bound.
         """
         relative = self.steps * ROUNDINGS * UNIT_ROUNDOFF
         return Difference(relative * values.abs().max().item(), relative)
@@ -98,7 +99,7 @@ def train_by_hand(
 
 
 def train_fused(data: Digits, epochs: int, progress: Progress) -> Trained:
-    """Train with the EMA as a part of the optimizer's step."""
+    """Train with the EMA inside the optimizer's step."""
     model = network(SEED)
     optimizer = FusedScaledAdamW(model.parameters(), lr=LR, ema_decay=RHO)
     for images, classes in minibatches(data, BATCH, epochs, SEED):
@@ -117,7 +118,7 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def difference(mine: Tensor, theirs: Tensor) -> Difference:
-    """How far one vector is from another."""
+    """The difference of two vectors."""
     delta = mine - theirs
     return Difference(delta.abs().max().item(), (delta.norm() / theirs.norm()).item())
 
@@ -156,7 +157,7 @@ def report(result: Agreement) -> str:
 
 
 def row(name: str, trained: Trained, reference: Trained) -> list[str]:
-    """A row of the table: how far a training is from another."""
+    """A row of the table: the difference of two trainings."""
     weights = difference(trained.weights, reference.weights)
     average = difference(trained.average, reference.average)
     values = [f"{value:.1e}" for value in (*weights, *average)]

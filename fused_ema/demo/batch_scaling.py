@@ -17,7 +17,7 @@ from .problem import Digits, Score, evaluate, minibatches, network
 KAPPAS = (1, 4, 16)
 BASE_BATCH = 8
 LR = 2e-3
-# Forgets half in 138 base steps = 1,106 samples. Left alone at kappa = 16 that becomes 17,700.
+# Its half-life is 138 base steps = 1,106 samples; left alone at kappa = 16, 17,700 samples.
 RHO = 0.995
 
 MAX_BATCH = BASE_BATCH * max(KAPPAS)
@@ -34,8 +34,8 @@ class Curves:
         kappa: batch size / base batch size.
         steps: optimizer steps of a run.
         samples: samples seen at each score, ``[points]``.
-        scores: loss and accuracy, ``[seeds, points, 3, 2]``: of the average with the rule, of the
-            average with rho left alone, of the weights themselves.
+        scores: loss and accuracy, ``[seeds, points, 3, 2]``, of the average with the rule, of the
+            average with rho left alone, and of the weights themselves.
     """
 
     kappa: int
@@ -86,7 +86,7 @@ def score_all(model: torch.nn.Module, optimizer: FusedScaledAdamW, data: Digits)
 
 
 def run(data: Digits, epochs: int, seeds: int) -> list[Curves]:
-    """Train every kappa with every seed; all see the same samples in the same order."""
+    """Train at every kappa with every seed; all see the same samples in the same order."""
     size = epochs * len(data.train_images)
     total = seeds * sum(size // (kappa * BASE_BATCH) for kappa in KAPPAS)
     samples = torch.arange(0, size + 1, SAMPLES_BETWEEN_SCORES)
@@ -106,13 +106,13 @@ def run(data: Digits, epochs: int, seeds: int) -> list[Curves]:
 
 
 def largest_gap(losses: Tensor, base: Tensor, skip: float = 0.0) -> float:
-    """Largest difference of two mean losses over samples seen, after a share of the run."""
+    """Largest difference of two mean losses over samples seen, from a share of the run on."""
     gaps = (losses.mean(0) - base.mean(0)).abs()
     return gaps[math.ceil(skip * (len(gaps) - 1)) :].max().item()
 
 
 def spread(values: Tensor, form: str) -> str:
-    """Mean over the seeds and, when there are several, their range."""
+    """Mean over the seeds and, if there are several, their range."""
     mean = format(values.mean().item(), form)
     if len(values) == 1:
         return mean

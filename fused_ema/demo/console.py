@@ -1,4 +1,4 @@
-"""What the demo shows while it works, and aligned tables."""
+"""Progress lines of the demo, and aligned tables."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from types import TracebackType
 
 
 class Progress:
-    """How far a part of the demo is, on standard error.
+    """Shows the progress of a part of the demo on standard error.
 
-    A terminal gets one line that is rewritten; a file or pipe gets a short line each quarter.
+    A terminal shows one line that is rewritten; a file or pipe gets a short line at each quarter.
 
     Args:
-        title: what is being done.
-        total: how many calls of :meth:`advance` there will be.
+        title: name of the work.
+        total: number of calls of :meth:`advance`.
     """
 
     def __init__(self, title: str, total: int) -> None:
@@ -41,7 +41,7 @@ class Progress:
             self.stream.write("\n")
 
     def advance(self, amount: int = 1, note: str = "") -> None:
-        """Tell that so much more is done, and what is worked on now."""
+        """Report that ``amount`` more is done, and what comes next."""
         self.done += amount
         percent = 100 * self.done // self.total
         if percent < 100:

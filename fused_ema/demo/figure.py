@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-# Okabe and Ito's palette, told apart by colour-blind readers
+# Okabe and Ito's palette, which colour-blind readers can distinguish
 COLOURS = {1: "#000000", 4: "#0072B2", 16: "#D55E00"}
 OTHER_COLOUR = "#999999"
 OUR_COLOUR = "#009E73"
@@ -23,7 +23,7 @@ DASHED = (0, (4, 2))
 
 
 def draw(curves: Sequence[Curves], timings: Sequence[Timing], out: Path) -> None:
-    """Write the figure; its format follows the file's ending."""
+    """Write the figure; the file's suffix gives the format."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -42,7 +42,7 @@ def draw(curves: Sequence[Curves], timings: Sequence[Timing], out: Path) -> None
 
 
 def draw_scores(figure: SubFigure, curves: Sequence[Curves]) -> None:
-    """Test loss and accuracy of the averages over samples seen."""
+    """Draw test loss and accuracy of the averages over samples seen."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     loss, accuracy = figure.subplots(1, 2)
@@ -60,7 +60,7 @@ def draw_scores(figure: SubFigure, curves: Sequence[Curves]) -> None:
 def draw_curves(
     axes: Axes, curves: Sequence[Curves], values: Callable[[Curves, int], Tensor]
 ) -> None:
-    """One line an average: solid with the rule, dashed without."""
+    """Draw one line for each average: solid with the rule, dashed without."""
     for curve in curves:
         batch = f"κ = {curve.kappa}, batch {curve.kappa * BASE_BATCH}"
         names = {0: f"{batch}: EMA rule, $ρ^κ$", 1: f"{batch}: ρ left alone"}
@@ -69,7 +69,7 @@ def draw_curves(
         for average, name in names.items():
             draw_line(axes, curve, values(curve, average), name, dashed=average == 1)
         if curve.kappa == 1:
-            axes.plot([], " ", label=" ")  # so that the legend has a column for each kappa
+            axes.plot([], " ", label=" ")  # gives the legend a column for each kappa
     axes.set_xlabel("samples seen")
     axes.set_xlim(0, curves[0].samples[-1].item())
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -77,7 +77,7 @@ def draw_curves(
 
 
 def draw_line(axes: Axes, curve: Curves, values: Tensor, name: str, dashed: bool) -> None:
-    """Mean over the seeds as a line, their range as a band."""
+    """Draw the mean over the seeds as a line, and their range as a band."""
     colour = COLOURS[curve.kappa]
     samples = curve.samples.numpy()
     axes.fill_between(
@@ -94,7 +94,7 @@ def draw_line(axes: Axes, curve: Curves, values: Tensor, name: str, dashed: bool
 
 
 def draw_timing(axes: Axes, timing: Timing) -> None:
-    """Median time of a step, with the 10th to 90th percentile."""
+    """Draw the median time of a step, with the 10th to 90th percentile."""
     names, longest = list(timing.seconds), 0.0
     for i, name in enumerate(names):
         low, median, high = (1e3 * value for value in timing.quantiles(name))
@@ -116,7 +116,7 @@ def draw_timing(axes: Axes, timing: Timing) -> None:
     axes.set_xlim(0, 1.6 * longest)
     threads = f"{timing.threads} thread" + "s" * (timing.threads > 1)
     if timing.crowded():
-        # beside our bar, where room is left: it is seldom the longest
+        # beside our bar, which is seldom the longest and leaves room
         at, across = (0.99, len(names) - 1), axes.get_yaxis_transform()
         axes.text(*at, CROWDED, color="#D55E00", ha="right", va="center", transform=across)
     axes.set(title=describe(timing), xlabel=f"ms a step, {threads}: median, p10 to p90")

@@ -1,4 +1,4 @@
-"""What the demo trains: a small convolutional network on scikit-learn's handwritten digits."""
+"""The demo's problem: a small convolutional network on scikit-learn's handwritten digits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Digits(NamedTuple):
     test_classes: Tensor
 
     def to(self, dtype: torch.dtype) -> Digits:
-        """The same with images of another dtype."""
+        """A copy with images of another dtype."""
         return self._replace(
             train_images=self.train_images.to(dtype), test_images=self.test_images.to(dtype)
         )
@@ -35,7 +35,7 @@ class Score(NamedTuple):
 
 
 def load_digits(train_size: int) -> Digits:
-    """Split the 1797 digits, always in the same way; what is not for training is the test part."""
+    """Split the 1797 digits, always in the same way, into training and test parts."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -48,10 +48,11 @@ def load_digits(train_size: int) -> Digits:
 
 
 def network(seed: int) -> nn.Sequential:
-    """38,282 parameters in 8 tensors.
+    """A network of 38,282 parameters in 8 tensors.
 
-    Smooth throughout: a rounding error that switches a ReLU or a maximum would grow by chance, in
-    any optimizer. No BatchNorm: its running statistics would need the batch-size rule too.
+    It is smooth, because a rounding error that switches a ReLU or a maximum would grow at random
+    with any optimizer. It has no BatchNorm, whose running statistics would need the batch-size rule
+    too.
     """
     torch.manual_seed(seed)
     return nn.Sequential(
@@ -71,8 +72,8 @@ def minibatches(data: Digits, batch: int, epochs: int, seed: int) -> Batches:
     """Shuffled minibatches; the order of the samples is the same for every batch size.
 
     Raises:
-        ValueError: ``batch`` does not divide the training set: runs at different batch sizes would
-            not see the same number of samples.
+        ValueError: ``batch`` does not divide the training set, so that runs at different batch
+            sizes would not see the same number of samples.
     """
     size = len(data.train_images)
     if size % batch:
@@ -85,7 +86,7 @@ def minibatches(data: Digits, batch: int, epochs: int, seed: int) -> Batches:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Digits) -> Score:
-    """Score of the model on the test part."""
+    """The model's score on the test part."""
     outputs = model(data.test_images)
     correct = outputs.argmax(1) == data.test_classes
     loss = cross_entropy(outputs, data.test_classes)

@@ -1,4 +1,4 @@
-"""Part 3: a quick look at the time of a step. The careful measurements are in bench/."""
+"""Part 3: a quick measurement of a step's time. The careful measurements are in bench/."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 RHO = 0.999
 OURS = "FusedScaledAdamW"
-# foreach and fused of torch's AdamW
+# arguments foreach and fused of torch's AdamW
 PATHS = {
     "torch for-loop + lerp": (False, False),
     "torch foreach + lerp": (True, False),
@@ -35,7 +35,7 @@ CROWDED = "cores were busy: do not trust"
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a step of every contestant on one network, ``[rounds]`` each.
+    """Seconds of a step, for every contestant on one network, ``[rounds]`` each.
 
     ``others`` is the mean number of cores that other processes kept busy meanwhile.
     """
@@ -54,11 +54,11 @@ class Timing:
         return low, median, high
 
     def crowded(self) -> bool:
-        """Whether threads had to wait for a core: the times then tell little."""
+        """Whether threads had to wait for a core, which makes the times unreliable."""
         return self.others + self.threads > (os.cpu_count() or 1) + 0.25
 
     def ratio(self, name: str) -> float:
-        """How many times our median this one is."""
+        """The contestant's median over ours."""
         return self.quantiles(name)[1] / self.quantiles(OURS)[1]
 
 
@@ -81,7 +81,7 @@ def conv_and_norm(inputs: int, outputs: int, size: int) -> list[Shape]:
 
 
 def parameters(shapes: Sequence[Shape]) -> list[Tensor]:
-    """Parameters with gradients, the same at every call."""
+    """Random parameters with gradients, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     for param in params:
@@ -90,7 +90,7 @@ def parameters(shapes: Sequence[Shape]) -> list[Tensor]:
 
 
 def torch_step(shapes: Sequence[Shape], foreach: bool, fused: bool) -> Callable[[], None]:
-    """A step of torch's AdamW and the fastest EMA that can be written with torch."""
+    """A step of torch's AdamW and the fastest EMA that torch's operators allow."""
     params = parameters(shapes)
     averages = [param.detach().clone() for param in params]
     optimizer = torch.optim.AdamW(params, foreach=foreach, fused=fused)
@@ -104,12 +104,12 @@ def torch_step(shapes: Sequence[Shape], foreach: bool, fused: bool) -> Callable[
 
 
 def our_step(shapes: Sequence[Shape]) -> Callable[[], None]:
-    """A step of ours."""
+    """A step of FusedScaledAdamW."""
     return FusedScaledAdamW(parameters(shapes), ema_decay=RHO).step
 
 
 def seconds_a_step(step: Callable[[], None], repeats: int) -> float:
-    """Mean over some steps in a row."""
+    """Mean time of some steps in a row."""
     start = time.perf_counter()
     for _ in range(repeats):
         step()
@@ -119,14 +119,14 @@ def seconds_a_step(step: Callable[[], None], repeats: int) -> float:
 def measure(name: str, shapes: Sequence[Shape], rounds: int, progress: Progress) -> Timing:
     """Time all contestants in turn, each on tensors of its own, in every round.
 
-    Where other work slows it down, it ends after fewer rounds.
+    If other work slows it down, it ends after fewer rounds.
     """
     steps = {path: torch_step(shapes, *flags) for path, flags in PATHS.items()}
     steps[OURS] = our_step(shapes)
     start, others = time.perf_counter(), others_cpu_seconds()
     repeats = {}
     for path, step in steps.items():
-        step()  # makes the states
+        step()  # creates the states
         repeats[path] = max(1, round(SECONDS_A_SAMPLE / seconds_a_step(step, 1)))
     samples: dict[str, list[float]] = {path: [] for path in steps}
     for done in range(rounds):
@@ -146,7 +146,7 @@ def measure(name: str, shapes: Sequence[Shape], rounds: int, progress: Progress)
 
 
 def others_cpu_seconds() -> float:
-    """Processor time of all other processes so far; 0 where the system does not tell it."""
+    """Processor time of all other processes so far; 0 if the system does not tell it."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0
@@ -157,7 +157,7 @@ def others_cpu_seconds() -> float:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads inside."""
+    """A context in which torch uses ``count`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -167,7 +167,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def run(rounds: int, width: int) -> list[Timing]:
-    """Time a step on the demo's network, with one thread as it trains, and on ResNet-18."""
+    """Time a step on the demo's network, with one thread as in training, and on ResNet-18."""
     small = [tuple(param.shape) for param in network(seed=0).parameters()]
     with Progress("[3/3] Timing", 2 * rounds) as progress:
         with threads(1):
@@ -211,5 +211,5 @@ def describe(timing: Timing) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """Three digits."""
+    """The time in milliseconds with three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"

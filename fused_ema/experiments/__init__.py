@@ -1,8 +1,8 @@
 """Reference experiments of "How to Scale Your EMA": ``python -m fused_ema.experiments NAME``.
 
-One file an experiment, whose loop reads like the paper's algorithm and uses the public optimizers
-alone: :mod:`.noisy_parabola`, :mod:`.polyak`, :mod:`.byol`, :mod:`.progressive`. Beside them:
+Each experiment is one file whose loop reads like the paper's algorithm and uses only the public
+optimizers: :mod:`.noisy_parabola`, :mod:`.polyak`, :mod:`.byol`, :mod:`.progressive`. They share
 :mod:`.config` (options and presets), :mod:`.data`, :mod:`.networks`, :mod:`.evaluation`,
-:mod:`.training` (what a loop asks for around a step), :mod:`.folder` (what is on disk),
-:mod:`.distributed`, :mod:`.plots`. It needs the extra ``fused_ema[experiments]``.
+:mod:`.training` (everything in a loop around the step), :mod:`.folder` (files on disk),
+:mod:`.distributed`, :mod:`.plots`. They need the extra ``fused_ema[experiments]``.
 """

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, options: argparse.Namespace, out: Path, group: distributed.Group) -> None:
-    """Run one experiment and show what it found."""
+    """Run one experiment and print its results."""
     module = experiment(name)
     config = chosen(module.PRESETS, options.preset, vars(options))
     with Folder(out, name, config, writes=group.is_first) as folder:
@@ -53,7 +53,7 @@ def run(name: str, options: argparse.Namespace, out: Path, group: distributed.Gr
 
 
 def parser() -> argparse.ArgumentParser:
-    """One command an experiment, and ``all``."""
+    """The argument parser, with a command for each experiment, and ``all``."""
     top = argparse.ArgumentParser(
         prog="python -m fused_ema.experiments",
         description='Experiments of "How to Scale Your EMA" with the fused optimizers. Results go '
@@ -104,7 +104,7 @@ def experiment(name: str) -> Any:
 
 
 def require(*modules: str) -> None:
-    """Leave with advice when a module is missing that only the experiments need."""
+    """Exit with advice if a module is missing that only the experiments need."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         sys.exit(

@@ -1,8 +1,8 @@
-"""BYOL: the target network is the fused average of the online network, and its loss uses it.
+"""BYOL: the target network is the fused average of the online network, and the loss uses it.
 
-Grill et al. 2020 (arXiv 2006.07733): two views of an image, the online network's prediction of one
-must match the target network's projection of the other, and the other way round. Here the EMA rule
-decides what is learnt: ``rho**kappa``, or ``rho`` left alone, at ``kappa`` times the batch.
+Grill et al. 2020 (arXiv 2006.07733): for two views of an image, the online network's prediction
+from one must match the target network's projection of the other, and vice versa. So the EMA rule
+affects the training itself: ``rho**kappa``, or ``rho`` left alone, at ``kappa`` times the batch.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ QUICK = Config(
     evaluate_epochs=4,
     ema_buffers="copy",
 )
-# BYOL, ResNet-18, CIFAR-10 of the paper; learning rate, epochs and warm-up are our choice.
+# The paper's BYOL with ResNet-18 on CIFAR-10; learning rate, epochs and warm-up are not from it.
 CIFAR10 = Config(
     data="folder",
     model="resnet18",
@@ -84,7 +84,7 @@ CIFAR10 = Config(
     projection=128,
     ema_buffers="copy",
 )
-# BYOL, ViT-B/16 of the paper, reconstructed.
+# The paper's BYOL with ViT-B/16, reconstructed.
 PAPER = Config(
     data="folder",
     model="vit_base_patch16_224",
@@ -119,7 +119,7 @@ class Target(nn.Module):
         self.encoder, self.projector = encoder, projector
 
     def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
-        """A projection ``[n, projection]`` of each view."""
+        """Return a projection ``[n, projection]`` of each view."""
         return tuple(self.projector(self.encoder(view)) for view in views)
 
 
@@ -131,7 +131,7 @@ class Online(Target):
         self.predictor = predictor
 
     def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
-        """A prediction ``[n, projection]`` from each view."""
+        """Return a prediction ``[n, projection]`` from each view."""
         return tuple(self.predictor(projection) for projection in super().forward(*views))
 
 
@@ -154,7 +154,7 @@ def regression_loss(predictions: Tensor, projections: Tensor) -> Tensor:
 
 
 def train(config: Config, run: Run, session: Session) -> None:
-    """Algorithm 1 with BYOL's loss, which uses the average; a fixed kappa is one stage."""
+    """Train by Algorithm 1 with BYOL's loss, which uses the average; a fixed kappa is one stage."""
     torch.manual_seed(run.seed)
     place, data = session.place, session.data
     model = make_online(config, data.channels).to(place.device)
@@ -193,9 +193,9 @@ def make_optimizer(
 
     Args:
         config: the recipe.
-        run: which run.
-        online: what is trained; its predictor has no average.
-        target: modified in place at every step, its buffers too.
+        run: the run.
+        online: the network that is trained; its predictor has no average.
+        target: the target network; every step modifies it in place, with its buffers.
         total: length of the training in base steps.
     """
     from timm.optim import param_groups_weight_decay
@@ -235,7 +235,7 @@ def fixed(config: Config, kappa: float, seed: int, rule: bool = True) -> Run:
 
 
 def run(config: Config, folder: Folder, group: Group) -> None:
-    """Train at every kappa, with the rule and without, with every seed; summarise."""
+    """Train at every kappa, with and without the rule, with every seed, and summarise."""
     kinds = [(kappa, rule) for kappa in config.kappas for rule in (True, False)[: 1 + (kappa != 1)]]
     runs = [
         fixed(config, kappa, seed, rule) for kappa, rule in kinds for seed in range(config.seeds)
@@ -248,7 +248,7 @@ def run(config: Config, folder: Folder, group: Group) -> None:
 
 
 def summarise(config: Config, folder: Folder, kinds: Sequence[tuple[float, bool]]) -> None:
-    """Scores at random weights and at the end, and the curves of the figure."""
+    """Write the scores at random weights and at the end, and the figure's curves."""
     rows = folder.rows()
     summary, figure = [], []
     for kappa, rule in kinds:

@@ -17,17 +17,17 @@ def option(default: Any, text: str, *, choices: Sequence[str] = (), identity: bo
     """A field of a config.
 
     Args:
-        default: the value where no preset says otherwise.
-        text: what ``--help`` says about it.
+        default: the value in presets that do not set it.
+        text: its description in ``--help``.
         choices: allowed values, for a string.
-        identity: whether a run that is gone on with must have the same value.
+        identity: whether a continued run must have the same value.
     """
     metadata = {"help": text, "choices": tuple(choices), "identity": identity}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def positive(config: Any, *names: str) -> None:
-    """Raise ValueError unless the fields are above 0, each of a tuple's values too."""
+    """Raise ValueError unless the fields, and every value of a tuple, are above 0."""
     for name in names:
         value = getattr(config, name)
         values = value if isinstance(value, tuple) else (value,)
@@ -36,7 +36,7 @@ def positive(config: Any, *names: str) -> None:
 
 
 def add_options(parser: argparse._ActionsContainer, presets: Mapping[str, Any]) -> None:
-    """One argument a field; its help tells the value in each preset."""
+    """Add one argument for each field; its help shows the value in each preset."""
     config = type(next(iter(presets.values())))
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
@@ -58,7 +58,7 @@ def add_options(parser: argparse._ActionsContainer, presets: Mapping[str, Any]) 
 
 
 def chosen(presets: Mapping[str, C], preset: str, given: Mapping[str, Any]) -> C:
-    """The preset with what the command line gave in place of its values."""
+    """The preset with the values that the command line has replaced."""
     config: Any = presets[preset]
     names = {field.name for field in dataclasses.fields(config)}
     changed = {name: value for name, value in given.items() if name in names}
@@ -67,7 +67,7 @@ def chosen(presets: Mapping[str, C], preset: str, given: Mapping[str, Any]) -> C
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The fields that decide the results, as JSON reads them back."""
+    """The fields that determine the results, as JSON reads them back."""
     return {
         field.name: plain(getattr(config, field.name))
         for field in dataclasses.fields(config)
@@ -76,14 +76,14 @@ def identity(config: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A field's value as JSON holds it."""
+    """A field's value in the form that JSON holds."""
     if isinstance(value, tuple):
         return [plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
 
 
 def text_of(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """A value in the form of the command line."""
     if value is None or value == ():
         return "none"
     if isinstance(value, bool):
@@ -94,7 +94,7 @@ def text_of(value: Any) -> str:
 
 
 def reader(kind: Any) -> Callable[[str], Any]:
-    """What reads a value of a field's type from the command line."""
+    """The function that reads a value of a field's type from the command line."""
     if typing.get_origin(kind) is types.UnionType:
         inner = reader(next(arg for arg in typing.get_args(kind) if arg is not type(None)))
         return lambda text: None if text == "none" else inner(text)
@@ -109,12 +109,12 @@ def reader(kind: Any) -> Callable[[str], Any]:
 
 
 def names_of(kind: Any) -> tuple[str, ...]:
-    """The strings of a ``Literal``; none of another type."""
+    """The strings of a ``Literal``; none for another type."""
     return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
 
 
 def metavar(kind: Any) -> str:
-    """What stands for a value in ``--help``."""
+    """The placeholder for a value in ``--help``."""
     if typing.get_origin(kind) is types.UnionType:
         return metavar(next(arg for arg in typing.get_args(kind) if arg is not type(None)))
     if typing.get_origin(kind) is tuple:
@@ -124,13 +124,13 @@ def metavar(kind: Any) -> str:
 
 
 def number(text: str) -> float:
-    """A number, also as a fraction: ``1/4``."""
+    """Read a number, which may be a fraction: ``1/4``."""
     above, _, below = text.partition("/")
     return float(above) / float(below) if below else float(above)
 
 
 def yes_or_no(text: str) -> bool:
-    """A flag's value."""
+    """Read a flag's value."""
     if text not in ("yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r}: allowed are yes and no")
     return text == "yes"

@@ -1,7 +1,7 @@
 """Images and classes: scikit-learn's digits, or any folder in torchvision's ImageFolder layout.
 
-A sample is asked for by a token of the epoch and its index, and is the same for every batch size,
-number of processes and resume: what is random about it follows from those two.
+A sample is identified by a token of the epoch and by its index. Its random numbers depend only on
+those two, so that it is the same for every batch size, number of processes and resumed run.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Key = tuple[int, int]
 Views = tuple[Tensor, ...]
 Transform = Callable[[Any], Tensor]
 
-# Of 1797; powers of two up to 512 divide it, and the rest is for testing.
+# Training digits among the 1797, divisible by powers of two up to 512; the rest is for testing.
 DIGITS_TRAIN_SIZE = 1536
 
 
 class Images(Protocol):
-    """A data set: views of images and their classes, as a batch."""
+    """A data set that gives batches of views of images and their classes."""
 
     def __len__(self) -> int: ...
 
@@ -39,14 +39,14 @@ class Images(Protocol):
 
 
 class Data(NamedTuple):
-    """Training images in augmented views, and both parts as they are.
+    """Training images in augmented views, and both parts without augmentation.
 
     Attributes:
-        train: augmented, ``views`` views of each image.
+        train: the training images, in ``views`` augmented views each.
         plain: the training images without augmentation, one view.
         test: the test images without augmentation, one view.
-        classes: how many there are.
-        channels: of an image.
+        classes: number of classes.
+        channels: number of channels of an image.
     """
 
     train: Images
@@ -57,7 +57,7 @@ class Data(NamedTuple):
 
 
 def load(recipe: Recipe, views: int) -> Data:
-    """The data that the recipe names; ``views`` > 1 augments as BYOL does.
+    """Load the data that the recipe names; with ``views`` > 1, augment as BYOL does.
 
     Raises:
         ValueError: there is no such folder, it is damaged, or too small.
@@ -68,13 +68,13 @@ def load(recipe: Recipe, views: int) -> Data:
 
 
 def digits(train_size: int, views: int) -> Data:
-    """The 1797 digits, 8 x 8 pixels; what is not for training is the test part."""
+    """The 1797 digits of 8 x 8 pixels; those that are not for training are the test part."""
     if not 0 < train_size < 1797:
         raise ValueError(f"train_size={train_size} is out of range; allowed: 1 to 1796 digits")
     found = load_digits(train_size)
     images, test_images = found.train_images, found.test_images
     if views > 1:
-        # as they are, random features already tell nine digits of ten apart
+        # random features already classify nine of ten unchanged digits
         images, test_images = misplaced(images), misplaced(test_images)
     return Data(
         Digits(images, found.train_classes, views),
@@ -91,7 +91,7 @@ class Digits(Dataset[Any]):
     Args:
         images: ``[n, 1, 8, 8]`` in ``[0, 1]``.
         classes: ``[n]``.
-        views: number of distorted views; they differ strongly where it is above 1; 0: one view of
+        views: number of distorted views, which differ strongly if there are several; 0: one view of
             the images as they are.
     """
 
@@ -113,14 +113,14 @@ class Digits(Dataset[Any]):
         return tuple(distorted(images, chances[:, k], strong) for k in range(self.views)), classes
 
     def _chances(self, token: int) -> Tensor:
-        """Numbers in ``[-1, 1]`` for every image and view: ``[n, views, 7]``."""
+        """Random numbers in ``[-1, 1]`` for every image and view: ``[n, views, 7]``."""
         generator = torch.Generator().manual_seed(token)
         shape = (len(self), self.views, 7)
         return torch.rand(shape, generator=generator, dtype=self.images.dtype) * 2 - 1
 
 
 def misplaced(images: Tensor) -> Tensor:
-    """Each image moved, turned and resized by chance, always in the same way."""
+    """Each image moved, turned and resized at random, but the same at every call."""
     generator = torch.Generator().manual_seed(0)
     chances = torch.rand(len(images), 7, generator=generator, dtype=images.dtype) - 0.5
     return distorted(images, chances, strong=True)
@@ -130,9 +130,9 @@ def distorted(images: Tensor, chances: Tensor, strong: bool) -> Tensor:
     """Images ``[n, 1, 8, 8]`` moved by up to a pixel, turned, resized, and in another contrast.
 
     Args:
-        images: what is distorted; not modified.
+        images: the images to distort; not modified.
         chances: ``[n, 7]`` in ``[-1, 1]``, one distortion each.
-        strong: by as much as two views of BYOL need.
+        strong: distort as much as two views of BYOL need.
     """
     turn, shift, resize, contrast = (0.35, 0.3, 0.25, 0.4) if strong else (0.17, 0.12, 0.1, 0.0)
     angle, size = turn * chances[:, 0], 1 + resize * chances[:, 1]
@@ -147,7 +147,7 @@ def distorted(images: Tensor, chances: Tensor, strong: bool) -> Tensor:
 
 
 def folder(recipe: Recipe, views: int) -> Data:
-    """A folder with ``train`` and ``val`` or ``test`` parts, a folder a class in each."""
+    """A folder with ``train`` and ``val`` or ``test`` parts, each with a folder for each class."""
     from torchvision.datasets import ImageFolder
 
     root = recipe.data_root
@@ -177,8 +177,8 @@ class Folder(Dataset[Any]):
     """Images in files.
 
     Args:
-        samples: path and class of each.
-        transforms: one a view.
+        samples: path and class of each image.
+        transforms: one transform for each view.
     """
 
     def __init__(self, samples: list[tuple[str, int]], *transforms: Transform) -> None:
@@ -200,10 +200,10 @@ class Folder(Dataset[Any]):
 
 
 def opened(path: str) -> Any:
-    """An image in RGB.
+    """Open an image in RGB.
 
     Raises:
-        ValueError: the file is no image, or cut off.
+        ValueError: the file is not an image, or is cut off.
     """
     from torchvision.datasets.folder import default_loader
 
@@ -223,7 +223,7 @@ def plain_transform(size: int) -> Transform:
 
 
 def augmentations(size: int, views: int) -> list[Transform]:
-    """One for each view: those of supervised training for one, BYOL's for two."""
+    """One augmentation for each view: supervised training's for one, BYOL's for two."""
     from torchvision.transforms import v2
 
     flip = v2.RandomHorizontalFlip()
@@ -267,7 +267,7 @@ def _test_part(root: Path) -> str:
 
 
 def _checked(root: Path, part: str) -> Path:
-    """The folder of a part, whose classes all have images that are not empty."""
+    """The folder of a part, after a check that all classes have images that are not empty."""
     path = root / part
     if not path.is_dir():
         raise ValueError(
@@ -289,10 +289,10 @@ def _checked(root: Path, part: str) -> Path:
 
 
 def first_of_shuffle(samples: list[Any], size: int) -> list[Any]:
-    """So many of the samples, the same ones at every call.
+    """``size`` of the samples in random order, the same at every call.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are fewer.
     """
     if not 0 < size <= len(samples):
         raise ValueError(f"train_size={size} is out of range; allowed: 1 to {len(samples)} images")
@@ -316,7 +316,7 @@ def loader(images: Images, batches: Sequence[Sequence[Key]], workers: int, pin: 
         collate_fn=_as_it_is,
         pin_memory=pin,
         worker_init_fn=_leave_stopping_to_the_trainer,
-        # its own: it draws from it at every start, which a resumed run does once more
+        # its own generator: the loader draws from it at every start, and a resumed run starts again
         generator=torch.Generator().manual_seed(0),
     )
 
@@ -330,9 +330,9 @@ def _leave_stopping_to_the_trainer(worker: int) -> None:
 
 
 def usable(size: int, batches: Sequence[int]) -> int:
-    """How many images of an epoch are used: the most that every batch size divides.
+    """Number of images used in an epoch: the largest that every batch size divides.
 
-    So all runs see the same number; which images are left out changes from epoch to epoch.
+    So all runs see the same number of images; different images are left out in each epoch.
 
     Raises:
         ValueError: there are too few for one batch of each size.
@@ -347,7 +347,7 @@ def usable(size: int, batches: Sequence[int]) -> int:
 
 
 def mixed(*numbers: int) -> int:
-    """One seed of several numbers."""
+    """Hash several numbers to one seed."""
     result = 0
     for number in numbers:
         result = (result * 1_000_003 + number + 1) % (2**63)

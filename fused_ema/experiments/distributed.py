@@ -1,4 +1,4 @@
-"""Several processes under torchrun that share every batch; or one process."""
+"""The processes that share every batch: several under torchrun, or one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Group:
-    """This process among those that train together."""
+    """This process in the group that trains together."""
 
     rank: int = 0
     local_rank: int = 0
@@ -24,11 +24,11 @@ class Group:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the one that writes and shows."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def share(self, batch: int, per_device: int) -> tuple[int, int]:
-        """Samples of a forward pass and their number in a step, for this process.
+        """Samples of a forward pass, and forward passes of a step, in this process.
 
         Raises:
             ValueError: ``batch`` is not ``per_device`` x accumulation x processes.
@@ -48,7 +48,7 @@ class Group:
         return micro, mine // micro
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; through the host, no device waits."""
+        """Whether the flag is set in any process; the hosts exchange it, so that no device waits."""
         if self.world == 1:
             return flag
         flags = torch.tensor(int(flag))
@@ -56,23 +56,23 @@ class Group:
         return bool(flags.item())
 
     def slice(self, size: int) -> range:
-        """Which of ``size`` items are this process's."""
+        """The items of ``size`` that belong to this process."""
         return range(self.rank * size // self.world, (self.rank + 1) * size // self.world)
 
     def join(self, mine: Tensor) -> Tensor:
-        """The rows of all processes' slices, in order, on the CPU."""
+        """Join the rows of all processes' slices, in order, on the CPU."""
         if self.world == 1:
             return mine.cpu()
         return torch.cat(self.gather(mine.cpu()))
 
     def as_the_first(self, tensors: Iterable[Tensor]) -> None:
-        """Give the tensors the values that they have in the first process, in place."""
+        """Copy the first process's values into the tensors, in place."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of each process."""
+        """Collect the value of each process."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -82,7 +82,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process computes, and in which precision."""
+    """The device and the precision with which this process computes."""
 
     group: Group
     device: torch.device
@@ -90,7 +90,7 @@ class Place:
 
     @classmethod
     def of(cls, group: Group, name: str, precision: str) -> Place:
-        """``auto`` is the process's own GPU where there is one."""
+        """The place for a device name; ``auto`` is the process's own GPU if there is one."""
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cuda":
@@ -99,7 +99,7 @@ class Place:
         return cls(group, torch.device(name), precision)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model in this precision, whose gradients are averaged over the processes."""
+        """Wrap the model in this precision, with gradients averaged over the processes."""
         model = self.in_precision(model)
         if self.group.world == 1:
             return model
@@ -108,23 +108,23 @@ class Place:
         )
 
     def in_precision(self, model: nn.Module) -> nn.Module:
-        """The model in this precision, for this process alone."""
+        """Wrap the model in this precision, for this process alone."""
         return InBFloat16(model) if self.precision == "bf16" else model
 
     def take(self, tensor: Tensor) -> Tensor:
-        """The tensor on this device."""
+        """Move the tensor to this device."""
         return tensor.to(self.device, non_blocking=True)
 
 
 class InBFloat16(nn.Module):
-    """A module under autocast to bfloat16; what it returns is float32."""
+    """A module under autocast to bfloat16, with float32 outputs."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, *inputs: Tensor) -> Any:
-        """The module's outputs."""
+        """Return the module's outputs."""
         with torch.autocast(inputs[0].device.type, torch.bfloat16):
             outputs = self.module(*inputs)
         if isinstance(outputs, Tensor):
@@ -133,7 +133,7 @@ class InBFloat16(nn.Module):
 
 
 def without_reduction(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients of all micro-batches but the last stay in the process."""
+    """A context in which gradients stay in the process, except those of the last micro-batch."""
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return nullcontext()
@@ -141,7 +141,7 @@ def without_reduction(model: nn.Module, last: bool) -> AbstractContextManager[No
 
 @contextmanager
 def processes() -> Iterator[Group]:
-    """Join the processes that torchrun started, if it did; leave them at the end."""
+    """Join the processes that torchrun started, if it did, and leave them at the end."""
     if "WORLD_SIZE" not in os.environ:
         yield Group()
         return

@@ -16,7 +16,7 @@ BATCH = 512
 
 @torch.no_grad()
 def outputs(model: nn.Module, images: Images, place: Place, workers: int) -> tuple[Tensor, Tensor]:
-    """What the model gives for all images, and their classes, both on the CPU.
+    """The model's outputs for all images, and the classes of the images, both on the CPU.
 
     The processes share the images. The model is in evaluation mode meanwhile.
     """
@@ -48,15 +48,15 @@ Features = tuple[Tensor, Tensor]
 
 
 def knn(train: Features, test: Features, neighbours: int = 20, temperature: float = 0.07) -> float:
-    """Accuracy of the vote of the nearest training images by cosine similarity.
+    """Accuracy of a vote of the nearest training images by cosine similarity.
 
     Each neighbour votes with ``exp(similarity/temperature)`` (Wu et al. 2018, arXiv 1805.01978).
 
     Args:
         train: features ``[n, d]`` and classes ``[n]``.
-        test: the same of the test images.
-        neighbours: how many vote.
-        temperature: of the vote.
+        test: features and classes of the test images.
+        neighbours: number of images that vote.
+        temperature: temperature of the vote.
     """
     keys, classes = normalize(train[0], dim=1), train[1]
     votes = one_hot(classes).float()
@@ -76,8 +76,8 @@ def linear_probe(
 
     Args:
         train: features ``[n, d]`` and classes ``[n]``.
-        test: the same of the test images.
-        device: where it is fitted.
+        test: features and classes of the test images.
+        device: device of the fit.
         penalty: weight of the squared weights in the loss.
     """
     mean, deviation = train[0].mean(0), train[0].std(0) + 1e-6

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: durable replacement, checksums, and a lock on a folder."""
+"""Files that are complete or absent: durable replacement, checksums, and a lock on a folder."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from typing import Any
 import torch
 
 LOCK = "run.lock"
-PART = ".part-"  # what the name of a file begins with while it is written
-MARK = b"sha256:"  # ends a checkpoint, before the digest of all that stands before it
+PART = ".part-"  # prefix of a file's name while it is written
+MARK = b"sha256:"  # marks the end of a checkpoint; the digest of everything before follows
 DIGEST = hashlib.sha256().digest_size
 BLOCK = 1 << 20
 
 # Descriptors of the lock files that this process has locked. A lock belongs to the process, not to
-# the object that asked for it, and closing any other descriptor of the file would give it up.
+# an object, and closing any other descriptor of the file would release it.
 _locks: dict[Path, int] = {}
 
 
 def lock(folder: Path) -> None:
-    """Let no other process write to the folder until :func:`unlock`, or until this one ends.
+    """Lock the folder against other processes until :func:`unlock`, or until this one ends.
 
-    A POSIX record lock: it goes with the process however that ends, and is not passed on to the
-    processes that load data. A process that has it already keeps it.
+    It is a POSIX record lock: it ends with the process, however that ends, and the processes that
+    load data do not inherit it. A process that already has it keeps it.
 
     Raises:
-        ValueError: another process holds it, which the message names; or there are no locks.
+        ValueError: another process holds it (the message names it), or the system has no locks.
     """
     path = (folder / LOCK).resolve()
     while not _is_current(path):
@@ -62,7 +62,7 @@ def _refusal(folder: Path, holder: str, error: OSError) -> str:
 
 
 def unlock(folder: Path) -> None:
-    """Give the folder back, if this process has it."""
+    """Release the folder if this process has locked it."""
     path = (folder / LOCK).resolve()
     if _is_current(path):
         path.unlink()
@@ -72,7 +72,7 @@ def unlock(folder: Path) -> None:
 
 
 def _is_current(path: Path) -> bool:
-    """Whether this process has locked the file that has this name at present."""
+    """Whether this process has locked the file that now has this name."""
     if path not in _locks or not path.exists():
         return False
     return os.path.samestat(os.fstat(_locks[path]), path.stat())
@@ -80,10 +80,10 @@ def _is_current(path: Path) -> bool:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file to write, which takes the place of ``path`` on exit: at once or not at all.
+    """A new file to write, which replaces ``path`` on exit, completely or not at all.
 
-    Its name is its own, in the same folder. It is on disk when the context is left; where that is
-    by an exception, ``path`` is as it was.
+    It has its own name in the same folder, and is on disk when the context ends. After an exception
+    ``path`` is unchanged.
     """
     part = path.with_name(f"{PART}{secrets.token_hex(8)}-{path.name}")
     try:
@@ -97,7 +97,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on disk."""
+    """Wait until a file's content, or a folder's entries, are on disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -106,18 +106,18 @@ def sync(path: Path) -> None:
 
 
 def is_own(path: Path) -> bool:
-    """Whether the file is a lock, or was being written by a process that ended."""
+    """Whether the file is a lock, or the unfinished file of a process that ended."""
     return path.name == LOCK or path.name.startswith(PART)
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what ended processes were writing; for the process that has the lock."""
+    """Remove unfinished files of ended processes; only the process with the lock may call it."""
     for part in folder.glob(f"{PART}*"):
         part.unlink()
 
 
 class _Hashing(io.BufferedWriter):
-    """A new file that knows the digest of what was written to it."""
+    """A new file that computes the digest of its content."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "wb"))
@@ -129,17 +129,17 @@ class _Hashing(io.BufferedWriter):
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Replace a checkpoint, by one that ends with its digest; ``torch.load`` reads it too."""
+    """Replace a checkpoint by one that ends with its digest; ``torch.load`` reads it too."""
     with replacing(path) as part, _Hashing(part) as file:
         torch.save(state, file)
         file.write(MARK + file.hash.digest())
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint of :func:`save`, on the CPU.
+    """Load a checkpoint of :func:`save`, on the CPU.
 
     Raises:
-        ValueError: it is not what was written; nothing in it was interpreted then.
+        ValueError: the file differs from what was written. Nothing in it is interpreted then.
     """
     try:
         _check_digest(path)

@@ -1,11 +1,12 @@
-"""What an experiment keeps on disk: config, metrics while it runs, a checkpoint, results, figures.
+"""The files of an experiment: config, metrics, a checkpoint, results and figures.
 
 ``config.json``, ``metrics.jsonl``, ``checkpoint.pt``, ``summary.json``, ``figure.json`` and
-``figure.png``, directly in one folder. The same command with the same folder goes on where it
-stopped. Of several processes the first one writes, and only one run at a time does.
+``figure.png``, directly in one folder. The same command with the same folder continues where it
+stopped. Only the first process of a run writes, and only one run at a time.
 
-What a run goes on from has a checksum: ``checkpoint.pt`` at its end, ``metrics.jsonl`` beside it in
-``metrics.sha256``, for the rows that are whole. Rows after those are of a process that was killed.
+The files from which a run continues have a checksum: ``checkpoint.pt`` at its end, and
+``metrics.jsonl`` in ``metrics.sha256``, for its complete rows. Rows after those come from a process
+that was killed.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ T = TypeVar("T")
 
 
 class Folder:
-    """A run's folder, new or gone on with; a context that gives it back to other processes.
+    """A run's folder, new or continued; as a context, it releases the folder on exit.
 
     Args:
-        path: the folder; it is made where it is not there.
-        experiment: its name.
-        config: its options.
-        writes: whether this process is the one that writes.
+        path: the folder, which is created if it does not exist.
+        experiment: the experiment's name.
+        config: the experiment's options.
+        writes: whether this process writes.
 
     Raises:
-        ValueError: the folder holds a run of another experiment or of other options, or files that
-            are no run's.
+        ValueError: the folder holds a run of another experiment or with other options, or files
+            that do not belong to a run.
     """
 
     def __init__(self, path: Path, experiment: str, config: Any, writes: bool = True) -> None:
@@ -60,9 +61,10 @@ class Folder:
             files.unlock(self.path)
 
     def take(self) -> None:
-        """Make the folder where there is none, and keep other processes from writing to it.
+        """Create the folder if there is none, and lock it against other processes.
 
-        Until the context is left, or this process ends. What it holds is not touched.
+        The lock lasts until the context ends, or this process does. Files in the folder are not
+        touched.
 
         Raises:
             ValueError: another process is writing to it, or has begun another run there.
@@ -73,22 +75,22 @@ class Folder:
             self._check()
 
     def progress(self, items: Iterable[T], title: str) -> Iterable[T]:
-        """The items, with a progress bar on standard error."""
+        """Iterate over the items with a progress bar on standard error."""
         from tqdm import tqdm
 
         bar: Iterable[T] = tqdm(items, desc=title, disable=not self.writes)
         return bar
 
     def rows(self) -> list[dict[str, Any]]:
-        """The metrics so far; a line that a killed process did not end is left out.
+        """The metrics so far, without a line that a killed process did not finish.
 
         Raises:
-            ValueError: they are not what was written.
+            ValueError: they differ from what was written.
         """
         return [json.loads(line) for line in self._whole_lines()]
 
     def _whole_lines(self) -> list[bytes]:
-        """The lines of the metrics that were on disk, with their ends."""
+        """The complete lines of the metrics, with their line ends."""
         path, seal = self.path / "metrics.jsonl", self.path / "metrics.sha256"
         if not path.exists() and not seal.exists():
             return []
@@ -103,22 +105,23 @@ class Folder:
         return whole.splitlines(keepends=True)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Add a row to the metrics, on disk when this returns."""
+        """Add a row to the metrics; it is on disk when this returns."""
         if self.writes:
             line = json.dumps(finite(row), ensure_ascii=False) + "\n"
             self._put([*self._whole_lines(), line.encode()])
 
     def begin(self, count: int = 0) -> None:
-        """Take the folder, and forget all rows but the first ``count``.
+        """Lock the folder, and remove all rows except the first ``count``.
 
-        The others are of steps that will be taken again. Nothing is written before this.
+        The other rows belong to steps that will be taken again. Nothing is written before this
+        call.
         """
         self.take()
         if self.writes:
             files.remove_parts(self.path)
             self.write("config.json", self.config)
             kept = self._whole_lines()[:count]
-            self._seal(kept)  # first: what it holds for must be there at all times
+            self._seal(kept)  # first, because the rows that it covers must exist at all times
             self._put(kept)
 
     def _put(self, kept: list[bytes]) -> None:
@@ -129,12 +132,12 @@ class Folder:
         self._replace("metrics.sha256", _seal_of(b"".join(kept)))
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write a JSON file, at once or not at all."""
+        """Write a JSON file, completely or not at all."""
         if self.writes:
             self._replace(name, lines(finite(value)).encode())
 
     def read(self, name: str) -> Any:
-        """A JSON file of the folder."""
+        """Read a JSON file of the folder."""
         return json.loads((self.path / name).read_text())
 
     def write_figure(self, data: Mapping[str, Any]) -> None:
@@ -145,22 +148,22 @@ class Folder:
                 plots.draw(self.read("figure.json"), part)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint, at once or not at all; it remembers how many rows there are."""
+        """Replace the checkpoint, completely or not at all; it records the number of rows."""
         if self.writes:
             rows = len(self._whole_lines())
             files.save({**state, "rows": rows}, self.path / "checkpoint.pt")
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """The checkpoint, on the CPU; None where there is none.
+        """The checkpoint, on the CPU; None if there is none.
 
         Raises:
-            ValueError: it cannot be read, or a bit of it differs from what was written.
+            ValueError: it cannot be read, or differs from what was written.
         """
         path = self.path / "checkpoint.pt"
         return files.load(path) if path.exists() else None
 
     def drop_checkpoint(self) -> None:
-        """Remove the checkpoint of a run that is finished."""
+        """Remove the checkpoint of a finished run."""
         if self.writes:
             (self.path / "checkpoint.pt").unlink(missing_ok=True)
             files.sync(self.path)
@@ -186,7 +189,7 @@ def _check_same(path: Path, mine: dict[str, Any]) -> None:
 
 
 def _seal_of(whole: bytes) -> bytes:
-    """How many bytes of the metrics are whole, and their digest."""
+    """The number of bytes in the complete rows, and their digest."""
     return f"{len(whole)} {hashlib.sha256(whole).hexdigest()}\n".encode()
 
 
@@ -198,7 +201,7 @@ def _unreadable(path: Path, why: str) -> ValueError:
 
 
 def finite(value: Any) -> Any:
-    """The value with None for what JSON has no number for."""
+    """The value with None in place of numbers that JSON cannot hold."""
     if isinstance(value, Mapping):
         return {key: finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -207,6 +210,6 @@ def finite(value: Any) -> Any:
 
 
 def lines(value: Mapping[str, Any]) -> str:
-    """JSON with a line for each key at the top."""
+    """JSON text with one line for each top-level key."""
     items = (f"{json.dumps(key)}: {json.dumps(v, ensure_ascii=False)}" for key, v in value.items())
     return "{\n" + ",\n".join(items) + "\n}\n"

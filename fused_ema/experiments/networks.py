@@ -13,7 +13,7 @@ DIGITS = "resnet-digits"
 
 
 def backbone(recipe: Recipe, channels: int, classes: int) -> Any:
-    """A network with ``classes`` outputs, or one that gives features where that is 0."""
+    """A network with ``classes`` outputs; if that is 0, one that returns features."""
     import timm
 
     if recipe.model == DIGITS:
@@ -26,7 +26,7 @@ def backbone(recipe: Recipe, channels: int, classes: int) -> Any:
 
 
 def check_model(recipe: Recipe) -> None:
-    """Raise ValueError where timm has no such model."""
+    """Raise ValueError if timm has no such model."""
     import timm
 
     if recipe.model != DIGITS and not timm.is_model(recipe.model):
@@ -53,7 +53,7 @@ def resnet_for_digits(channels: int, classes: int) -> nn.Module:
 
 
 def shrink_stem(model: Any, name: str) -> None:
-    """Let a ResNet of timm see small images whole: a 3x3 convolution, no pooling."""
+    """Adapt a ResNet of timm to small images: a 3x3 convolution first, and no pooling."""
     if not isinstance(getattr(model, "conv1", None), nn.Conv2d):
         raise ValueError(f"small_images=yes with model={name!r}; allowed: a ResNet of timm")
     first = model.conv1
@@ -62,7 +62,7 @@ def shrink_stem(model: Any, name: str) -> None:
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Projector and predictor of BYOL (arXiv 2006.07733, section 3.3)."""
+    """A projector or predictor of BYOL (arXiv 2006.07733, section 3.3)."""
     return nn.Sequential(
         nn.Linear(inputs, hidden),
         nn.BatchNorm1d(hidden),
@@ -72,10 +72,10 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 def set_batch_norm(model: nn.Module, samples: float) -> None:
-    """Let BatchNorm's running statistics forget with the samples seen, as at the base batch.
+    """Scale the decay of BatchNorm's running statistics with the samples of a forward pass.
 
-    torch's 0.1 is for a base batch. A forward pass of ``samples`` base batches over all processes
-    takes ``1 - 0.9**samples`` of the new statistics: every running average scales alike.
+    Torch's 0.1 is for a base batch. A forward pass of ``samples`` base batches over all processes
+    takes ``1 - 0.9**samples`` of the new statistics, as every running average scales.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -1,10 +1,10 @@
-"""Noisy parabola: the EMA of SGD on ``a*theta**2/2``, exactly and through the real optimizer.
+"""Noisy parabola: the EMA of SGD on ``a*theta**2/2``, exactly and with the real optimizer.
 
 Section 3.1 of the paper. The base takes ``theta <- theta - lr*g`` with ``g = a*theta + noise``;
 at ``kappa`` times the batch the learning rate is ``kappa*lr`` and the noise's variance is divided
-by ``kappa``. New step ``j`` stands where base step ``kappa*j`` does. The first two moments of
-weights and average close, so no randomness is in the errors; single runs of FusedScaledSGD on many
-independent parabolas show that the moments are those of the optimizer.
+by ``kappa``. Step ``j`` then corresponds to base step ``kappa*j``. The equations of the first two
+moments of weights and average are closed, so the errors contain no randomness. Runs of
+FusedScaledSGD on many independent parabolas show that the optimizer has these moments.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ORDERS: tuple[EmaOrder, ...] = ("before", "after")
 
 @dataclass(frozen=True)
 class Config:
-    """Options of the noisy parabola; the presets differ in the number of simulated ones only."""
+    """Options of the noisy parabola; presets differ only in the number of simulated parabolas."""
 
     kappas: tuple[int, ...] = option(
         (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), "batch sizes in base batches"
@@ -82,9 +82,9 @@ def moments(
     Args:
         config: the parabola.
         kappa: batch size / base batch size; the learning rate is ``kappa*lr``.
-        weight: ``1 - rho_hat``, what the average takes of the weights in a step.
-        order: whether it takes the weights ``"before"`` or ``"after"`` the step.
-        noise_kappa: what the noise's variance is divided by; None: ``kappa``.
+        weight: the EMA rate, ``1 - rho_hat``.
+        order: whether the average takes the weights ``"before"`` or ``"after"`` the step.
+        noise_kappa: divisor of the noise's variance; None: ``kappa``.
     """
     a, e, w, r = config.a, kappa * config.lr, weight, 1.0 - weight
     q, noise = 1.0 - e * a, e * e / (noise_kappa or kappa)
@@ -127,14 +127,14 @@ def simulate(config: Config, kappa: int, order: EmaOrder) -> tuple[Tensor, Tenso
 
 
 def error(config: Config, base: list[Moments], kappa: int, weight: float, order: EmaOrder) -> float:
-    """Largest difference of the expected gradient at the average to the base run's."""
+    """Largest difference between the expected gradients at the average and at the base run's."""
     scaled = moments(config, kappa, weight, order)
     pairs = zip(base[::kappa], scaled, strict=True)
     return max(abs(config.a * (theirs.ema - ours.ema)) for theirs, ours in pairs)
 
 
 def best_weight(config: Config, base: list[Moments], kappa: int) -> float:
-    """The ``1 - rho_hat`` of the least error, by a scalar minimiser within a factor of 2."""
+    """The EMA rate ``1 - rho_hat`` of least error, by a scalar minimiser within a factor of 2."""
     from scipy.optimize import minimize_scalar
 
     rule = ema_weight(config.rho, kappa)
@@ -148,7 +148,7 @@ def best_weight(config: Config, base: list[Moments], kappa: int) -> float:
 
 
 def deviation(config: Config, kappa: int, order: EmaOrder) -> dict[str, float]:
-    """How far the simulated average is from its moments, in standard errors."""
+    """Distance of the simulated average from its moments, in standard errors."""
     *_, expected = moments(config, kappa, ema_weight(config.rho, kappa), order)
     _, ema = simulate(config, kappa, order)
     centred = (ema - expected.ema) ** 2
@@ -160,7 +160,7 @@ def deviation(config: Config, kappa: int, order: EmaOrder) -> dict[str, float]:
 
 
 def measure(config: Config, base: dict[EmaOrder, list[Moments]], kappa: int) -> dict[str, Any]:
-    """Everything about one ``kappa``: a row of the metrics."""
+    """A row of the metrics: all measurements at one ``kappa``."""
     before, rule = base["before"], ema_weight(config.rho, kappa)
     best = best_weight(config, before, kappa)
     scaled = list(moments(config, kappa, rule, "before"))
@@ -182,7 +182,7 @@ def measure(config: Config, base: dict[EmaOrder, list[Moments]], kappa: int) -> 
 
 
 def trajectories(config: Config, base: list[Moments], kappa: int) -> dict[str, Any]:
-    """The expected average over base steps: base run, with the rule and with rho left alone."""
+    """The expected average over base steps: of the base run, with the rule, with rho left alone."""
     curves = {
         "base": base[::kappa],
         "rule": list(moments(config, kappa, ema_weight(config.rho, kappa), "before")),
@@ -211,7 +211,7 @@ def run(config: Config, folder: Folder, group: Group) -> None:
     base = {order: list(moments(config, 1, weight, order)) for order in ORDERS}
     folder.take()
     rows = folder.rows()
-    group.any(False)  # all have read, before the first one writes
+    group.any(False)  # all processes have read before the first one writes
     folder.begin(len(rows))
     for kappa in folder.progress(config.kappas[len(rows) :], "noisy_parabola"):
         rows.append(measure(config, base, kappa))

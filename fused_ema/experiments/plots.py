@@ -1,6 +1,6 @@
 """Figures of the experiments, drawn from saved JSON alone.
 
-``python -m fused_ema.experiments.plots FIGURE.json OUT.png`` draws one again.
+``python -m fused_ema.experiments.plots FIGURE.json OUT.png`` draws one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart by colour-blind readers
+# Okabe and Ito's palette, which colour-blind readers can distinguish
 BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
 PINK, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#E69F00", "#999999"
 DASHED = (0, (4, 2))
@@ -24,7 +24,7 @@ DASHED = (0, (4, 2))
 
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Figure]:
-    """An empty figure in the style of all of them."""
+    """An empty figure in the common style."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -37,12 +37,12 @@ def new_figure(width: float, height: float) -> Iterator[Figure]:
 
 
 def numbers(values: Sequence[float | None]) -> list[float]:
-    """Saved values; None, which stands for what JSON has no number for, is a gap."""
+    """Saved values as floats; None, for a number that JSON cannot hold, becomes a gap."""
     return [float("nan") if value is None else float(value) for value in values]
 
 
 def draw_noisy_parabola(data: Mapping[str, Any], out: Path) -> None:
-    """Expected average over base steps, and the largest error over kappa."""
+    """Draw the expected average over base steps, and the largest error over kappa."""
     with new_figure(12, 4.8) as figure:
         left, right = figure.subplots(1, 2)
         draw_trajectories(left, data["trajectories"])
@@ -51,7 +51,7 @@ def draw_noisy_parabola(data: Mapping[str, Any], out: Path) -> None:
 
 
 def draw_trajectories(axes: Axes, curves: Mapping[str, Any]) -> None:
-    """The base run's average, and those at kappa with and without the rule."""
+    """Draw the base run's average, and the averages at kappa with and without the rule."""
     kappa, steps = curves["kappa"], curves["base_steps"]
     axes.plot(steps, curves["base"], color=BLACK, lw=3.5, label="base, κ = 1")
     axes.plot(steps, curves["rule"], color=YELLOW, lw=1.7, label=f"κ = {kappa}, EMA rule $ρ^κ$")
@@ -63,7 +63,7 @@ def draw_trajectories(axes: Axes, curves: Mapping[str, Any]) -> None:
 
 
 def draw_errors(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Errors of every choice of the decay; kappa = 1 has none but rounding."""
+    """Draw the errors of every choice of the decay; kappa = 1 only has rounding errors."""
     rows = [row for row in rows if row["kappa"] > 1]
     kappas = [row["kappa"] for row in rows]
     for name, label, style in (
@@ -83,7 +83,7 @@ def draw_errors(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def mean_and_range(values: Sequence[Sequence[float | None]]) -> tuple[Any, Any, Any]:
-    """Mean, least and greatest over the seeds at every point; a gap where a run diverged."""
+    """Mean, least and greatest over the seeds at every point, with a gap if a run diverged."""
     import numpy as np
 
     found = np.array([numbers(seed) for seed in values])
@@ -93,7 +93,7 @@ def mean_and_range(values: Sequence[Sequence[float | None]]) -> tuple[Any, Any, 
 def draw_curve(
     axes: Axes, curve: Mapping[str, Any], style: Mapping[str, Any], scale: float = 1
 ) -> None:
-    """Mean over the seeds as a line, their range as a band, over thousands of samples."""
+    """Draw mean (line) and range (band) over the seeds against thousands of samples."""
     mean, low, high = (scale * part for part in mean_and_range(curve["seeds"]))
     samples = [s / 1000 for s in curve["samples"]]
     axes.fill_between(samples, low, high, color=style["color"], alpha=0.15, lw=0)
@@ -101,7 +101,7 @@ def draw_curve(
 
 
 def draw_polyak(data: Mapping[str, Any], out: Path) -> None:
-    """Test loss of the average over samples seen: a row an optimizer, rule and rho left alone."""
+    """Draw the average's test loss, with and without the rule, in a row for each optimizer."""
     optimizers = list(dict.fromkeys(curve["optimizer"] for curve in data["curves"]))
     with new_figure(11, 3.6 * len(optimizers) + 0.6) as figure:
         grid = figure.subplots(len(optimizers), 2, sharey="row", squeeze=False)
@@ -123,7 +123,7 @@ def draw_polyak(data: Mapping[str, Any], out: Path) -> None:
 
 
 def draw_losses(axes: Axes, curves: Sequence[Mapping[str, Any]]) -> None:
-    """One line a kappa, from blue (small) to orange (large), black at 1."""
+    """Draw one line a kappa, from blue (small) to orange (large), black at 1."""
     for curve, colour in zip(curves, colours(curve["kappa"] for curve in curves), strict=True):
         base = curve["kappa"] == 1
         style = {"color": colour, "lw": 3 if base else 1.5, "label": f"κ = {curve['kappa']:g}"}
@@ -134,7 +134,7 @@ def draw_losses(axes: Axes, curves: Sequence[Mapping[str, Any]]) -> None:
 
 
 def set_log_scale(axes: Axes) -> None:
-    """A logarithmic scale of losses, with plain numbers beside it."""
+    """Set a logarithmic scale of losses, with plain numbers as labels."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set_yscale("log")
@@ -144,7 +144,7 @@ def set_log_scale(axes: Axes) -> None:
 
 
 def colours(kappas: Iterable[float]) -> list[str]:
-    """A colour of each kappa: blues below 1, black at 1, yellow to red above."""
+    """A colour for each kappa: blues below 1, black at 1, yellow to red above."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -159,7 +159,7 @@ def colours(kappas: Iterable[float]) -> list[str]:
 
 
 def draw_byol(data: Mapping[str, Any], out: Path) -> None:
-    """k-NN and linear-probe accuracy of the online network's features over samples seen."""
+    """Draw k-NN and linear-probe accuracy of the online network's features over samples seen."""
     with new_figure(12, 4.6) as figure:
         both = figure.subplots(1, 2)
         for axes, name in zip(both, ("knn", "probe"), strict=True):
@@ -189,7 +189,7 @@ def draw_byol(data: Mapping[str, Any], out: Path) -> None:
 
 
 def draw_progressive(data: Mapping[str, Any], out: Path) -> None:
-    """One panel a task and largest kappa: fixed, switched, doubled, and kappa = 1."""
+    """Draw a panel for each task and largest kappa: fixed, switched, doubled, and kappa = 1."""
     panels: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for curve in data["curves"]:
         panels.setdefault((curve["task"], max(curve["kappas"].values())), []).append(curve)
@@ -233,7 +233,7 @@ DRAW: dict[str, Callable[[Mapping[str, Any], Path], None]] = {
 
 
 def draw(data: Mapping[str, Any], out: Path) -> None:
-    """Write the figure of an experiment's ``figure.json``; the file's ending gives the format."""
+    """Write the figure of an experiment's ``figure.json``; the file's suffix gives the format."""
     DRAW[data["experiment"]](data, out)
 
 

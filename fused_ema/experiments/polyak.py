@@ -1,7 +1,7 @@
-"""Polyak averaging: a supervised ResNet whose average is evaluated, over batch sizes.
+"""Polyak averaging: evaluates the average of a supervised ResNet at several batch sizes.
 
-The average does not enter the training, so that one run keeps two: ``rho**kappa``, the rule, and
-``rho`` left alone. All batch sizes see the same samples in the same order.
+The average does not affect the training, so one run keeps two of them: with ``rho**kappa``, the
+rule, and with ``rho`` left alone. All batch sizes see the same samples in the same order.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ CIFAR10 = Config(
     warmup_epochs=3.0,
     optimizers=("SGD",),
 )
-# Polyak averaging of the paper, reconstructed.
+# The paper's Polyak averaging, reconstructed.
 PAPER = Config(
     data="folder",
     model="resnetv2_50",
@@ -88,7 +88,7 @@ PRESETS = {"quick": QUICK, "cifar10": CIFAR10, "paper": PAPER}
 
 
 def train(config: Config, run: Run, session: Session) -> None:
-    """Algorithm 1, SGD with progressive scaling; a fixed kappa is one stage."""
+    """Train by Algorithm 1, SGD with progressive scaling; a fixed kappa is one stage."""
     torch.manual_seed(run.seed)
     place, data = session.place, session.data
     model = backbone(config, data.channels, data.classes).to(place.device)
@@ -118,10 +118,10 @@ def train(config: Config, run: Run, session: Session) -> None:
 
 
 def averages(config: Config, run: Run) -> dict[str, Decay]:
-    """Base decays of the averages: the rule's and, at a fixed kappa, that of rho left alone.
+    """Base decays of the averages: the rule's and, at a fixed kappa, the one for rho left alone.
 
-    Both follow one training, where ``kappa_scales`` would take two: the second's base decay is such
-    that ``kappa`` makes ``rho`` of it.
+    Both follow one training, while ``kappa_scales`` would need two. The second base decay becomes
+    ``rho`` when it is raised to ``kappa``.
     """
     if len(run.kappas) > 1:
         return {"rule": config.rho}
@@ -152,7 +152,7 @@ def fixed(optimizer: str, kappa: float, seed: int) -> Run:
 
 
 def run(config: Config, folder: Folder, group: Group) -> None:
-    """Train every optimizer at every kappa with every seed; summarise."""
+    """Train every optimizer at every kappa with every seed, and summarise."""
     kinds = [(optimizer, kappa) for optimizer in config.optimizers for kappa in config.kappas]
     runs = [fixed(*kind, seed) for kind in kinds for seed in range(config.seeds)]
     session = Session(config, folder, group, runs, views=1)
@@ -163,7 +163,7 @@ def run(config: Config, folder: Folder, group: Group) -> None:
 
 
 def summarise(config: Config, folder: Folder) -> None:
-    """Final scores and gaps to kappa = 1 of averages and weights, and the figure's curves."""
+    """Write final scores, gaps of averages and weights to kappa = 1, and the figure's curves."""
     rows = folder.rows()
     summary, figure = [], []
     for optimizer in config.optimizers:

@@ -1,7 +1,7 @@
-"""Progressive scaling, Algorithm 1: the batch grows during training, on polyak and on byol.
+"""Progressive scaling, Algorithm 1: the batch grows during training, for polyak and byol.
 
-Three ways to a large batch of ``kappa`` base batches: from the start, from a chosen epoch on, and
-by doublings. Held against the training that stays at the base batch size; all see the same samples.
+It compares three ways to a batch of ``kappa`` base batches (from the start, from a chosen epoch on,
+and by doublings) with a training that stays at the base batch size. All see the same samples.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ PRESETS = {
 
 
 def plans(config: Config) -> dict[str, dict[int, float]]:
-    """Ways to scale: ``kappa`` from each epoch on, by name."""
+    """The ways to scale, by name: ``kappa`` from each epoch on."""
     found = {"kappa 1": {0: 1.0}}
     for kappa in config.kappas:
         found[f"kappa {kappa:g}"] = {0: kappa}
@@ -97,13 +97,13 @@ def plans(config: Config) -> dict[str, dict[int, float]]:
 
 
 def doubling(kappa: float, every: int) -> dict[int, float]:
-    """From 1 to ``kappa`` in factors of 2, the last one smaller where ``kappa`` is no power."""
+    """From 1 to ``kappa`` in factors of 2; the last is smaller unless ``kappa`` is a power of 2."""
     steps = math.ceil(math.log2(kappa))
     return {every * step: min(2.0**step, kappa) for step in range(steps + 1)}
 
 
 def recipe(config: Config, task: str) -> Recipe:
-    """The preset of the task with this experiment's options in place of its own."""
+    """The preset of the task with this experiment's options."""
     chosen: Recipe = TASKS[task].PRESETS[config.recipe]
     shared = {field.name: getattr(config, field.name) for field in fields(Resources)}
     if config.train_size is None:
@@ -114,7 +114,7 @@ def recipe(config: Config, task: str) -> Recipe:
 
 
 def run(config: Config, folder: Folder, group: Group) -> None:
-    """Train both tasks by every plan with every seed; summarise."""
+    """Train both tasks by every plan with every seed, and summarise."""
     sessions = {task: session(config, task, folder, group) for task in config.tasks}
     for task, its in sessions.items():
         for one in its.unfinished():
@@ -134,7 +134,7 @@ def session(config: Config, task: str, folder: Folder, group: Group) -> Session:
 
 
 def summarise(config: Config, folder: Folder) -> None:
-    """Final scores and gaps to kappa = 1, and the curves of the figure."""
+    """Write final scores, gaps to kappa = 1, and the figure's curves."""
     rows = folder.rows()
     summary, figure = [], []
     for task in config.tasks:

@@ -1,4 +1,4 @@
-"""Options that the trainings share: where they run, on what data, and the recipe at kappa = 1."""
+"""Options that the trainings share: device, data, and the recipe at kappa = 1."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEDULES = ("constant", "cosine", "steps")
 
 @dataclass(frozen=True)
 class Resources:
-    """Data, machine and what is kept."""
+    """Options of data, machine and files."""
 
     data: str = option(
         "digits", "digits: scikit-learn's; folder: --data-root", choices=("digits", "folder")
@@ -50,7 +50,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Recipe(Resources):
-    """A training at the base batch size, and the batch sizes it is scaled to."""
+    """A training at the base batch size, and the batch sizes to which it is scaled."""
 
     model: str = option("resnet-digits", "resnet-digits, or a model of timm")
     small_images: bool = option(False, "a 3x3 stem without pooling in place of ImageNet's")
@@ -85,7 +85,7 @@ class Recipe(Resources):
         """The batch size at ``kappa``.
 
         Raises:
-            ValueError: it is no whole number.
+            ValueError: it is not a whole number.
         """
         batch = kappa * self.base_batch
         if batch != round(batch) or batch < 1:
@@ -96,9 +96,9 @@ class Recipe(Resources):
         return round(batch)
 
     def lr_factor(self, epoch: float) -> float:
-        """What the base learning rate is multiplied by after so many epochs.
+        """Factor of the base learning rate after ``epoch`` epochs.
 
-        ``"cosine"`` falls to 0 at the end, ``"steps"`` by 10 at 30/90, 60/90 and 80/90.
+        ``"cosine"`` falls to 0 at the end; ``"steps"`` divides by 10 at 30/90, 60/90 and 80/90.
         """
         if epoch < self.warmup_epochs:
             return epoch / self.warmup_epochs

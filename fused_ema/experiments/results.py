@@ -1,4 +1,4 @@
-"""What the rows of the metrics say: curves over seeds, final scores, gaps between curves."""
+"""Summarises the rows of the metrics: curves over seeds, final scores, gaps between curves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def curves(rows: Sequence[Mapping[str, Any]], kind: str, name: str) -> dict[str,
 
 
 def last(curve: Mapping[str, Any]) -> dict[str, float | None]:
-    """Mean and range over the seeds at the end; None where a run diverged."""
+    """Mean and range over the seeds at the end; None if a run diverged."""
     return spread([values[-1] for values in curve["seeds"]])
 
 
@@ -28,7 +28,7 @@ def first(curve: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def gaps(curve: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Largest distance to the base run of the same seed, over all samples and their last half."""
+    """Largest distances to the base run of the same seed, over all samples and the last half."""
     result: dict[str, Any] = {}
     for name, share in (("all", 0.0), ("late", 0.5)):
         first = round(share * (len(base["samples"]) - 1))
@@ -41,7 +41,7 @@ def gaps(curve: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def largest(mine: Sequence[float | None], theirs: Sequence[float | None]) -> float | None:
-    """Largest distance of two curves; None where one of them has a gap."""
+    """Largest distance between two curves; None if one of them has a gap."""
     distances = []
     for a, b in zip(mine, theirs, strict=True):
         if a is None or b is None:
@@ -51,7 +51,7 @@ def largest(mine: Sequence[float | None], theirs: Sequence[float | None]) -> flo
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean, least and greatest; None where a value is missing."""
+    """Mean, least and greatest; None if a value is missing."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return {"mean": None, "min": None, "max": None}

@@ -1,4 +1,4 @@
-"""What a training loop asks for around its steps: epochs, batches, evaluation, checkpoints."""
+"""Everything in a training loop around the steps: epochs, batches, evaluation, checkpoints."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Run:
     """One training of an experiment.
 
     Attributes:
-        kind: what it is, without its seed; runs of a kind are averaged.
-        seed: of weights, order of the samples and augmentation.
+        kind: its name without the seed; results are averaged over the runs of a kind.
+        seed: seed of weights, order of the samples and augmentation.
         kappas: ``kappa`` from each epoch on.
         optimizer: ``"SGD"`` or ``"AdamW"``.
         rule: whether the average that the loss uses follows the EMA rule.
@@ -44,22 +44,22 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The kind with its seed."""
+        """The kind and the seed."""
         return f"{self.kind}, seed {self.seed}"
 
 
 class Session:
-    """The trainings of an experiment, one after the other, in a folder.
+    """The trainings of an experiment, one after another, in one folder.
 
     Args:
-        recipe: what the trainings have in common.
-        folder: where rows and checkpoints go.
+        recipe: the options that the trainings share.
+        folder: the folder of rows and checkpoints.
         group: the processes that share every batch.
         runs: all trainings, in order.
-        views: augmented views of an image that a training sees.
+        views: number of augmented views of an image in training.
 
     Raises:
-        ValueError: the data or a batch size do not fit; before anything is trained.
+        ValueError: the data or a batch size do not fit; raised before any training.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Session:
         self.stopping = False
 
     def _take_up(self) -> set[str]:
-        """Names of the finished runs; rows of steps that are taken again are forgotten."""
+        """Return the names of the finished runs, and remove rows of steps that are taken again."""
         self.folder.take()
         self.checkpoint = self.folder.checkpoint()
         rows = self.folder.rows()
@@ -86,12 +86,12 @@ class Session:
         else:
             ends = [i for i, row in enumerate(rows) if row.get("finished")]
             rows = rows[: ends[-1] + 1] if ends else []
-        self.group.any(False)  # all have read, before the first one writes
+        self.group.any(False)  # all processes have read before the first one writes
         self.folder.begin(len(rows))
         return {row["run"] for row in rows if row.get("finished")}
 
     def unfinished(self) -> Iterator[Run]:
-        """The runs that are left; while they are, Ctrl-C waits for the step at hand to end."""
+        """The runs that remain; meanwhile Ctrl-C waits for the end of the current step."""
         from tqdm import tqdm
 
         finished = self._take_up() & {run.name for run in self.runs}
@@ -125,7 +125,7 @@ class Session:
         scaling: ProgressiveScaling,
         evaluate: Evaluate,
     ) -> Training:
-        """A training at its start, or where its checkpoint is."""
+        """A training at its start, or at its checkpoint."""
         training = Training(self, run, model, optimizer, scaling, evaluate)
         if self.checkpoint is not None and self.checkpoint["run"] == run.name:
             try:
@@ -141,7 +141,7 @@ class Session:
 
 @contextmanager
 def stop_signals(stop: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let ``stop`` see Ctrl-C and the signal that ends a job, inside."""
+    """A context in which ``stop`` handles Ctrl-C and the signal that ends a job."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, stop) for number in numbers]
     try:
@@ -152,15 +152,15 @@ def stop_signals(stop: Callable[[int, FrameType | None], None]) -> Iterator[None
 
 
 class Training:
-    """One run: its position, and what is saved with it.
+    """One run: its position, and the objects that are saved with it.
 
     Args:
-        session: the experiment's.
-        run: which one.
+        session: the experiment's session.
+        run: the run.
         model: the network that is trained, not wrapped.
-        optimizer: its optimizer; its learning rates are the base ones.
+        optimizer: its optimizer, with base learning rates.
         scaling: the batch size of each epoch.
-        evaluate: what the metrics' rows hold.
+        evaluate: gives the content of the metrics' rows.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Training:
         return self.epoch * self.session.epoch_size + self.position
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are left; evaluates, saves and stops between them."""
+        """The epochs that remain; evaluates, saves and stops between them."""
         session, recipe = self.session, self.session.recipe
         if self.samples == 0:
             self.log()
@@ -200,7 +200,7 @@ class Training:
         session.folder.drop_checkpoint()
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of the epoch that are left; sets each one's learning rate."""
+        """The batches that remain in the epoch; sets the learning rate of each."""
         session, recipe = self.session, self.session.recipe
         size, place = round(self.scaling.batch_size), session.place
         micro, parts = session.group.share(size, recipe.per_device_batch)
@@ -222,7 +222,7 @@ class Training:
                 self.stop_if_asked()
 
     def _firsts(self, start: int, micro: int, parts: int) -> list[int]:
-        """Where this process's micro-batches of a batch begin."""
+        """The first samples of this process's micro-batches in a batch."""
         mine = start + self.session.group.rank * micro * parts
         return [mine + part * micro for part in range(parts)]
 
@@ -238,7 +238,7 @@ class Training:
         self.session.folder.log({"run": self.run.name, **position, **self.evaluate()})
 
     def _share_buffers(self) -> None:
-        """BatchNorm's statistics are each process's own in a step; the first one's are kept."""
+        """Copy BatchNorm's statistics, which differ between processes, from the first process."""
         held = (entry.get("ema_buffers", {}) for entry in self.optimizer.state.values())
         self.session.group.as_the_first(self.model.buffers())
         self.session.group.as_the_first(
@@ -246,7 +246,7 @@ class Training:
         )
 
     def stop_if_asked(self) -> None:
-        """Save and stop, in all processes, where one was asked to."""
+        """Save and stop in all processes if one was asked to."""
         if self.session.group.any(self.session.stopping):
             self.save()
             raise KeyboardInterrupt(
@@ -255,7 +255,7 @@ class Training:
             )
 
     def save(self) -> None:
-        """Write the checkpoint: all that the rest of the run depends on."""
+        """Write the checkpoint, with everything on which the rest of the run depends."""
         generators = [torch.get_rng_state()]
         if self.session.place.device.type == "cuda":
             generators.append(torch.cuda.get_rng_state(self.session.place.device))
@@ -272,10 +272,10 @@ class Training:
         )
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`save` was called.
+        """Continue where :meth:`save` was called.
 
         Raises:
-            ValueError: it is of another number of processes, or does not fit.
+            ValueError: the state is from another number of processes, or does not fit.
         """
         if len(state["generators"]) != self.session.group.world:
             raise ValueError(
@@ -297,8 +297,8 @@ class Batch:
 
     Args:
         found: the epoch's micro-batches.
-        parts: how many of them a batch has.
-        place: where they go.
+        parts: number of micro-batches in a batch.
+        place: the device and precision for them.
     """
 
     def __init__(self, found: Iterator[MicroBatch], parts: int, place: Place) -> None:
@@ -308,7 +308,7 @@ class Batch:
         return self.parts
 
     def over(self, model: nn.Module) -> Iterator[MicroBatch]:
-        """The micro-batches; processes exchange gradients of ``model`` at the last one only."""
+        """The micro-batches; processes exchange gradients of ``model`` only at the last one."""
         for part in range(self.parts):
             views, classes = next(self.found)
             with without_reduction(model, last=part == self.parts - 1):
