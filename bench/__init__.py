@@ -1,6 +1,6 @@
-"""Benchmarks: providers of a step with an EMA, timed in turns on the same data."""
+"""Benchmarks that time providers of a step with an EMA, in turns on the same data."""
 
 import os
 
-# Read when torch is imported: its profiler would tell of every start.
+# torch reads it at import; without it, its profiler logs every start.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -1,7 +1,7 @@
-"""Micro-benchmarks as pytest runs them: ``pytest bench``, with ``--benchmark-compare`` at hand.
+"""Micro-benchmarks for pytest: ``pytest bench``, which supports ``--benchmark-compare``.
 
-One provider at a time, to compare commits; ``python -m bench.run`` compares providers, in turns. A
-wrong result fails, a slow one never does.
+They time one provider at a time, to compare commits; ``python -m bench.run`` compares providers, in
+turns. A wrong result fails; a slow one never does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .spec import BF16, CHAIN, EMA, OPTIMIZERS, STEP, THREE, Scenario
 
 CPU = Cpu()
 
-# As many rounds as fit, but enough for a median.
+# Time for the rounds of one benchmark.
 SECONDS = 1.0
 LEAST_ROUNDS, MOST_ROUNDS = 5, 500
 
@@ -71,7 +71,7 @@ def test_step(benchmark: Any, scenario: Scenario, case: Case, provider: Provider
 
 
 def rounds_of(running: Running) -> int:
-    """From the second step: the first one also makes the state."""
+    """The number of rounds, from the time of the second step: the first also creates the state."""
     for factor in FACTORS[:2]:
         start = perf_counter()
         running.prepare(factor)

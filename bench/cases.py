@@ -1,7 +1,7 @@
-"""What is stepped: parameter shapes of known models, and the extremes.
+"""The cases: parameter shapes of known models, and extremes.
 
-Models' shapes are timm's, kept in ``shapes.json``, so that a machine to measure on needs neither
-timm nor weights. Only their sizes and their number matter to an optimizer.
+The models' shapes are timm's, stored in ``shapes.json``, so that a machine for measurements needs
+neither timm nor weights. Only the sizes and the number of tensors matter to an optimizer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 LAYER_DECAY = 0.95
 
-# timm's names; ``python -m bench.cases`` writes the file anew.
+# Models by timm's names; ``python -m bench.cases`` writes the file again.
 MODELS = {
     "resnet18": "resnet18",
     "resnetv2_50": "resnetv2_50",
@@ -30,11 +30,11 @@ SHAPES = Path(__file__).with_name("shapes.json")
 class Case:
     """Parameters to step, by shape.
 
-    num_groups: param groups that the tensors are dealt out to, in order, each with a learning rate
-        of its own.
+    num_groups: number of param groups among which the tensors are divided, in order, each with its
+    own learning rate.
     hot: gradients stay and steps follow each other, so that the processor's caches hold whatever
-        fits. Otherwise every step gets new gradients, as in training.
-    host_only: next to nothing for a device to do: the time is the host's.
+    fits. Otherwise every step gets new gradients, as in training.
+    host_only: the device has almost nothing to do, so that the time is the host's.
     """
 
     name: str
@@ -55,18 +55,18 @@ class Case:
 
     @property
     def lr_factors(self) -> tuple[float, ...]:
-        """One a group, falling towards the input: layer-wise learning rates."""
+        """The factor of each group's learning rate, which falls towards the input."""
         return tuple(LAYER_DECAY**depth for depth in reversed(range(self.num_groups)))
 
     @property
     def group_ends(self) -> tuple[int, ...]:
-        """How many tensors there are up to the end of each group."""
+        """The number of tensors up to the end of each group."""
         return tuple(len(self.shapes) * (k + 1) // self.num_groups for k in range(self.num_groups))
 
 
 def timm_shapes(model: str) -> list[Shape]:
     import torch
-    from timm import create_model  # here, because nothing else needs them
+    from timm import create_model  # imported here, because nothing else needs timm
 
     with torch.device("meta"):
         return [tuple(param.shape) for param in create_model(model).parameters()]
@@ -94,12 +94,12 @@ CASES = {
 
 
 def shrunk(case: Case, by: int) -> Case:
-    """With every tensor cut to a part of its rows, to try a benchmark out."""
+    """The case with every tensor cut to a part of its rows, to try a benchmark out."""
     rows = ((max(1, shape[0] // by), *shape[1:]) if shape else shape for shape in case.shapes)
     return replace(case, shapes=tuple(rows))
 
 
-# Tensors of no or hardly any elements: all that remains of a step is what the host does.
+# Numbers of tensors with hardly any elements, whose step is the host's work alone.
 HOST_COUNTS = (1, 62, 152, 400, 1000)
 
 

@@ -1,4 +1,4 @@
-"""Compares a provider's first steps with the reference: a wrong result gets no time."""
+"""Compares a provider's first steps with the reference; a wrong result gets no time."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from .provider import NotOfferedError, Provider
 from .providers import MANY_TENSORS, REFERENCE
 from .spec import LR, Spec
 
-# One factor a step; all positive, so that no average cancels and loses digits.
+# The gradients' factor at each step; all are positive, so that averages do not cancel.
 FACTORS = (1.0, 0.6, 1.3)
 
-# Roundings that a provider may make differently in one step, each a share of the weight or of the
-# distance that it moves. An error of 0.1 % in any one hyper-parameter is larger.
+# Number of roundings by which a provider may differ in one step, each a share of the weight or of
+# the distance that it moves. An error of 0.1 % in any one hyper-parameter is larger.
 ROUNDINGS = 16
 
-# Of a mean over random roundings, beyond which there is more than chance to it.
+# Standard deviations of a mean over random roundings; a larger error is not due to chance.
 SIGMAS = 7.0
 
 
 class OperatorCount(TorchDispatchMode):
     """Counts the torch operators called inside; two are the profiler's marks of any optimizer.
 
-    Our optimizers would step by torch's operators to be seen by it: it hides from them.
+    It hides from our optimizers, which would otherwise step with torch's operators to be visible to
+    it.
     """
 
     def __init__(self) -> None:
@@ -58,12 +59,12 @@ class OperatorCount(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Counts:
-    """What does not depend on the machine's mood, but for the first.
+    """Counts of a step that do not depend on noise, except the first.
 
-    first_step: seconds; it also makes the state and compiles what is compiled at first use.
-    num_operators: of torch, in a step.
-    launches: None if there is no telling.
-    peak_bytes: that a step holds at once beyond what was held before it.
+    first_step: seconds of the first step, which also creates the state and compiles.
+    num_operators: torch operators in a step.
+    launches: None if it is not known.
+    peak_bytes: the most bytes that a step holds in addition to those held before it.
     """
 
     first_step: float
@@ -74,10 +75,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a step costs in counts, and why its provider gets no time.
+    """The counts of a step, or why its provider gets no time.
 
-    left_out: it does not offer the case.
-    error: it fails on it.
+    left_out: why the provider does not offer the case.
+    error: how it fails on the case.
     """
 
     counts: Counts | None = None
@@ -94,7 +95,7 @@ class Verdict:
 
 
 def take_steps(running: Running, device: Device) -> Counts:
-    """One with each factor."""
+    """Take one step with each factor, and count."""
     first, second, last = FACTORS
     running.prepare(first)
     start = perf_counter()
@@ -115,7 +116,7 @@ def take_steps(running: Running, device: Device) -> Counts:
 
 
 class Checker:
-    """Holds the result of the reference on one case, with averages in float32."""
+    """The reference's result on one case, with averages in float32, to compare with."""
 
     def __init__(self, spec: Spec, data: Data, device: Device) -> None:
         self.spec = spec
@@ -129,14 +130,14 @@ class Checker:
         self._weights, self._emas = detached(reference.weights()), reference.emas()
 
     def check(self, provider: Provider) -> Verdict:
-        gc.collect()  # optimizers are cycles: the one before may still hold its tensors
+        gc.collect()  # optimizers may be cycles: the one before may still hold its tensors
         try:
             running = Running(provider, self.spec, self.data)
             counts = take_steps(running, self.device)
             failure = None if provider.bound else next(self._failures(running), None)
         except NotOfferedError as reason:
             return Verdict(left_out=str(reason))
-        except Exception as error:  # whatever it is, it is reported in the provider's row
+        except Exception as error:  # the provider's row reports any error
             return Verdict(error=f"{type(error).__name__}: {error}".splitlines()[0])
         return Verdict(counts, error=failure)
 
@@ -156,7 +157,7 @@ class Checker:
             slack = self.spec.scenario.norm_error
             begun = starts * (len(found) // len(starts))
             triples = list(zip(detached(found), wanted, begun, strict=True))
-            # one by one, many take seconds
+            # many tensors would take seconds one by one
             together = map(joined, zip(*triples, strict=True))
             if len(triples) > MANY_TENSORS and excess(*together, slack) <= 1.0:
                 continue
@@ -167,7 +168,7 @@ class Checker:
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """One vector of all elements."""
+    """All elements of the tensors in one vector."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
@@ -177,9 +178,9 @@ def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def excess(found: Tensor, wanted: Tensor, start: Tensor, slack: float = 0.0) -> float:
-    """The largest error, in units of what rounding may do, and ``slack`` to the way moved.
+    """The largest error, in units of the allowed rounding plus ``slack`` times the distance moved.
 
-    Decay and gradient may cancel in that way: a share of the decay's counts, too.
+    Decay and gradient may cancel in that distance, so a share of the decay counts too.
     """
     if found.shape != wanted.shape or wanted.numel() == 0:
         return 0.0 if found.shape == wanted.shape else float("inf")
@@ -194,13 +195,13 @@ def excess(found: Tensor, wanted: Tensor, start: Tensor, slack: float = 0.0) -> 
 
 
 def stochastic_excess(found: Tensor, wanted: Tensor, start: Tensor) -> float:
-    """Likewise for 16 bits: each step may err by one of their units, but on average by nothing.
+    """The same for 16 bits: a step may be off by one of their units, but not on average.
 
-    An average that moves too little or too far errs along its way, in all elements alike: the sum
-    of what they err along it stays within :data:`SIGMAS` standard deviations of zero.
+    An average that moves too little or too far is off along its way in all elements alike. So the
+    sum of the errors along the way must stay within :data:`SIGMAS` standard deviations of zero.
     """
     error = found.float() - wanted
-    # of values between where the average was and where it is
+    # for values between the average's start and end
     unit = len(FACTORS) * torch.finfo(found.dtype).eps
     tolerance = (
         torch.maximum(wanted.abs(), start.abs()).mul_(unit).add_((wanted - start).abs(), alpha=unit)

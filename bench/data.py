@@ -18,7 +18,7 @@ from .spec import LR, Group, Groups, Parameters, Spec
 
 @dataclass(frozen=True)
 class Data:
-    """Where every provider starts, and the gradients that it gets, up to a factor a step."""
+    """The start of every provider, and the gradients that it gets, up to a factor for each step."""
 
     case: Case
     weights: Tensor
@@ -32,13 +32,13 @@ class Data:
         return cls(case, weights, grads)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """``flat`` cut into the case's tensors."""
+        """Views of ``flat`` as the case's tensors."""
         sizes = [prod(shape) for shape in self.case.shapes]
         parts = zip(flat.split(sizes), self.case.shapes, strict=True)
         return [part.view(shape) for part, shape in parts]
 
     def groups(self, params: Parameters) -> Groups:
-        """The tensors' parameters in the case's groups."""
+        """The parameters in the case's groups."""
         ends = self.case.group_ends
         cuts = zip((0, *ends), ends, self.case.lr_factors, strict=False)
         return [Group(params[start:end], lr_factor) for start, end, lr_factor in cuts]
@@ -66,14 +66,14 @@ class Running:
             self.prepare = self.rewrite
 
     def backward(self, factor: float) -> None:
-        """New gradients in new memory, as after zero_grad(set_to_none=True) and a backward pass."""
+        """Make gradients in new memory, as zero_grad(set_to_none=True) and a backward pass do."""
         self.zero_grad()
         grads = torch._foreach_mul(self._grads, factor * self._loss_scale)
         for param, grad in zip(self.params, grads, strict=True):
             param.grad = grad
 
     def rewrite(self, factor: float) -> None:
-        """New gradients in the same memory, which is where a graph reads them."""
+        """Write new gradients into the same memory, from which a graph reads them."""
         if self.params[0].grad is None:
             self.backward(factor)
         grads = [param.grad for param in self.params if param.grad is not None]
@@ -81,7 +81,7 @@ class Running:
 
     @torch.no_grad()
     def move(self, factor: float) -> None:
-        """Other weights, for averages to follow."""
+        """Change the weights, for averages to follow."""
         torch._foreach_add_(self.params, self._grads, alpha=-LR * factor)
 
     def zero_grad(self) -> None:

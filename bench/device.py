@@ -1,4 +1,4 @@
-"""Where steps run: how long one takes there, what it launches, and what the device is."""
+"""The devices: they time a step, count its launches, and say what they are."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MILLI = 1e-3
 
 @dataclass(frozen=True)
 class Seconds:
-    """What a step takes.
+    """The times of a step.
 
-    elapsed: from its call on an idle device until the device is through with it.
-    host: until the call returns; None where the call does all the work.
-    device: the device's part alone; None likewise.
+    elapsed: from the call on an idle device until the device has finished the step.
+    host: until the call returns; None if the call does all the work.
+    device: the device's part alone; None if the call does all the work.
     """
 
     elapsed: float
@@ -45,7 +45,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Launches:
-    """What a step makes the device do: kernels, and copies or fills of memory."""
+    """The launches of a step: kernels, and copies or fills of memory."""
 
     kernels: int
     copies: int
@@ -54,10 +54,10 @@ class Launches:
 class Device(Protocol):
     """A kind of device.
 
-    torch_device: torch's name of it.
+    torch_device: torch's name of the device.
     memory: bytes that providers timed in turns may hold together.
-    host_elements: elements of the tensors that the host's cost is measured with: no more than it
-        takes to have something to launch.
+    host_elements: elements of each tensor in measurements of the host's cost, only enough to have
+    something to launch.
     """
 
     torch_device: torch.device
@@ -65,22 +65,22 @@ class Device(Protocol):
     host_elements: int
 
     def time(self, prepare: Step, step: Step, count: int) -> Seconds:
-        """Medians of ``count`` steps; ``prepare`` comes before each and does not count."""
+        """Medians of ``count`` steps; ``prepare`` runs before each and is not timed."""
 
     def launches(self, step: Step) -> Launches | None:
-        """Make a step; tells what it launched, None if there is no telling."""
+        """Take a step; return its launches, or None if they are not known."""
 
     def peak_memory(self, step: Step) -> int:
-        """Make a step; the most bytes that it holds at once beyond what was held before it."""
+        """Take a step; return the most bytes that it holds in addition to those held before it."""
 
     def synchronize(self) -> None:
-        """Wait until the device is through with all that was queued."""
+        """Wait until the device has finished all queued work."""
 
     def describe(self) -> dict[str, object]: ...
 
 
 class Cpu:
-    """The processor: a step is done when its call returns."""
+    """The processor; a step is done when its call returns."""
 
     torch_device = torch.device("cpu")
     memory = 10e9
@@ -108,25 +108,25 @@ class Cpu:
         return max(0, *held, 0)
 
     def synchronize(self) -> None:
-        """A call's work is done when it returns."""
+        """Do nothing: a call's work is done when it returns."""
 
     def describe(self) -> dict[str, object]:
         return {"device": "cpu", "driver": None}
 
 
 class Cuda:
-    """An NVIDIA GPU: the host only queues what a step launches.
+    """An NVIDIA GPU; the host only queues the launches of a step.
 
-    A step is timed in two ways, by events of the device around it. On an idle device it takes at
-    least as long as the host does. Behind a kernel that only waits, the host has queued the whole
-    step (what fits: about 1000 launches) before the device gets to it, and gaps do not count.
+    Events around a step time it in two ways. On an idle device it takes at least as long as the
+    host's part. Behind a kernel that only waits, the host has queued the whole step (as far as it
+    fits: about 1000 launches) before the device reaches it, and gaps do not count.
     """
 
     torch_device = torch.device("cuda")
     host_elements = 1
 
     # The waiting kernel takes this many times the host's time for a step, at a clock rate that no
-    # GPU exceeds by much: slower ones wait longer.
+    # GPU exceeds by much; slower GPUs wait longer.
     MARGIN = 1.5
     CLOCK_RATE = 2e9
 
@@ -164,7 +164,8 @@ class Cuda:
         return self._begin.elapsed_time(self._end) * MILLI
 
     def launches(self, step: Step) -> Launches | None:
-        # One kernel more, so that a profiler that sees nothing is not taken for a step of none.
+        # One more kernel, so that a profiler that sees nothing can be told from a step without
+        # launches.
         known = torch.zeros(1, device=self.torch_device)
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as recorded:

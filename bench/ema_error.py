@@ -1,8 +1,9 @@
-"""How far 16-bit averages are from exact ones; prints tables in Markdown.
+"""Measures the error of 16-bit averages; prints tables in Markdown.
 
-``python -m bench.ema_error``: on weights that travel to an independent target, and in training a
-small network on scikit-learn's digits; then how the error of long averages adds up on weights that
-are never at rest. Takes about two and a half minutes. ``--long``: the last of these alone.
+``python -m bench.ema_error`` measures it on weights that travel to an independent target, and in
+the training of a small network on scikit-learn's digits. Then it measures how the error of long
+averages adds up on weights that never rest. It takes about two and a half minutes. ``--long`` runs
+only the last part.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Run = Iterator[tuple[Sequence[Tensor], list[list[Tensor]]]]
 
 
 def travelling(form: str) -> Run:
-    """SGD whose gradients lead from random weights to others, evenly."""
+    """SGD whose gradients lead evenly from random weights to other ones."""
     generator = torch.Generator().manual_seed(0)
     start, target = (torch.randn(20_000, generator=generator) for _ in "ab")
     p = nn.Parameter(start.clone())
@@ -73,7 +74,7 @@ def unresting(form: str) -> Run:
 
 
 def averages(opt: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[list[Tensor]]:
-    """What the optimizer's averages stand for, by decay."""
+    """The values of the optimizer's averages, by decay."""
     keys = ema_keys(len(opt.param_groups[0]["ema_decay"]))
     return [[formats.average(opt.state[p][key], p.detach()) for p in params] for key in keys]
 
@@ -85,14 +86,13 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 def errors(
     run: Callable[[str], Run], kind: str, rhos: Sequence[float] = RHOS
 ) -> list[tuple[float, float]]:
-    """Of each decay: the error relative to the weights, and to the average's distance from them."""
+    """For each decay, the error relative to the weights, and to the average's distance to them."""
     exact: list[Tensor] = []
     nearest: list[Tensor] = []
     for params, held in run("full" if kind == "nearest" else kind):
         weights = flat(params)
         if not exact:
-            # both problems' averages start at the weights before the first step; so do these, but
-            # for that step, which is the same for all
+            # the optimizer's averages start before the first step; these start from theirs after it
             exact = [flat(average) for average in held]
             nearest = [average.float().bfloat16() for average in exact]
             continue
@@ -113,7 +113,7 @@ def percent(value: float) -> str:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # that long averages are what is measured
+    warnings.simplefilter("ignore")  # the warning is about long averages, which are measured here
     tables = (
         ("travelling weights", travelling, RHOS),
         ("digits, AdamW", training, RHOS),

@@ -1,4 +1,4 @@
-"""Draws a machine's results."""
+"""Draws the results of a machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DPI = 100
 
 
 def draw(results: Results, folder: Path) -> Iterator[Path]:
-    """Writes what there are rows for; yields each file."""
+    """Write the figures that have rows; yield each file."""
     for name, plot in (("limit", limit), ("host", host), ("training", training)):
         figure = plot(results)
         if figure is not None:
@@ -43,7 +43,7 @@ def axes(size: tuple[float, float], heading: str, results: Results) -> tuple[Fig
 
 
 def limit(results: Results) -> Figure | None:
-    """One dot a provider and case, the time as a multiple of the byte limit."""
+    """Draw a dot for each provider and case: the time as a multiple of the byte limit."""
     rows = [
         row
         for row in timed(results.of(STEP.name))
@@ -88,7 +88,7 @@ def plain_ticks(axis: Any) -> None:
 
 
 def host(results: Results) -> Figure | None:
-    """Lines through the medians, with the range from p10 to p90."""
+    """Draw lines through the medians, with the range from p10 to p90."""
     rows = timed(results.host)
     if not rows:
         return None
@@ -119,7 +119,7 @@ def micro(rows: list[Row], name: str) -> list[float]:
 
 
 def training(results: Results) -> Figure | None:
-    """Bars of the share that optimizer and average take."""
+    """Draw bars of the share that optimizer and average take."""
     rows = timed(results.training)
     if not rows:
         return None

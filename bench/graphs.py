@@ -10,11 +10,11 @@ from .provider import NotOfferedError
 
 
 class Graphed:
-    """Steps once as it stands, which makes the state, then captures the step and replays it.
+    """Takes one normal step, which creates the state, then captures the step and replays it.
 
     Args:
-        step: launches what a step is made of, and reads the same memory each time.
-        device: where.
+        step: launches the step, and reads the same memory each time.
+        device: the device of the step.
 
     Raises:
         NotOfferedError: the device has no graphs.
@@ -34,13 +34,13 @@ class Graphed:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self._step()
-            self._graph.replay()  # a capture carries nothing out
+            self._graph.replay()  # a capture does not run the step
         else:
             self._first()
         self._stepped = True
 
     def _first(self) -> None:
-        """On a stream of its own, as torch asks for before a capture."""
+        """Take the first step on its own stream, as torch requires before a capture."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

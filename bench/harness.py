@@ -1,4 +1,4 @@
-"""Times providers in turns: A B C, C A B, ... so that a machine's moods hit them all alike."""
+"""Times providers in turns (A B C, C A B, ...), so that a machine's noise affects them alike."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from .providers import PREFERRED
 from .spec import Spec
 from .streams import READ
 
-# Gradients are the drawn ones times a factor: no two steps get the same.
+# Factors of the drawn gradients, so that no two steps get the same.
 FACTORS = (0.5, 1.5)
 
-# Arrays of a parameter's size that exist at once besides the providers' own: the drawn weights and
-# gradients, the new gradients, and a step's temporaries.
+# Arrays of a parameter's size besides the providers' own: the drawn weights and gradients, the new
+# gradients, and a step's temporaries.
 SHARED_ARRAYS = 2 + 1 + 4
 
-# However little time there is: enough for a median.
+# Enough rounds for a median, however little time there is.
 LEAST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure.
+    """The length of the measurements.
 
-    rounds: turns of every provider, at most.
-    seconds: for all of them, after which no more than :data:`LEAST_ROUNDS` are made.
-    round_seconds: time that a turn takes, by repeating short steps.
-    warmup_seconds: time that every provider steps before it counts.
-    names: of the providers to time, None for all; bounds are always timed.
+    rounds: the largest number of turns of every provider.
+    seconds: time for all of them, after which there are no more than :data:`LEAST_ROUNDS`.
+    round_seconds: time of a turn, which repeats short steps.
+    warmup_seconds: time for which every provider steps before it is timed.
+    names: the providers to time, None for all; bounds are always timed.
     """
 
     rounds: int = 30
@@ -57,9 +57,9 @@ class Settings:
 
 @dataclass
 class Result:
-    """A provider's seconds per step, one of each round, or the verdict why there are none.
+    """A provider's seconds per step, one for each round, or the verdict why there are none.
 
-    baseline: the provider that its times are held against, if there is one.
+    baseline: the provider with which its times are compared, if there is one.
     against_baseline: its time over the baseline's, round by round.
     against_bound: its bandwidth over the bound's, round by round.
     """
@@ -87,17 +87,17 @@ class Result:
 
     @property
     def host(self) -> float | None:
-        """The host's time, where it is not all of it."""
+        """The host's time, if it is not the whole time."""
         return median_of([s.host for s in self.seconds if s.host is not None])
 
     @property
     def device(self) -> float | None:
-        """The device's time, likewise."""
+        """The device's time, if there is a device."""
         return median_of([s.device for s in self.seconds if s.device is not None])
 
     @property
     def bandwidth(self) -> float:
-        """Counted bytes a second."""
+        """Counted bytes per second."""
         return self.num_bytes / median(s.busy for s in self.seconds)
 
     @property
@@ -130,7 +130,7 @@ def median_of(values: Sequence[float]) -> float | None:
 def measure(
     case: Case, spec: Spec, providers: Sequence[Provider], device: Device, settings: Settings
 ) -> list[Result]:
-    """Check every provider, then time the right ones; one result each, in the given order."""
+    """Check every provider, then time the correct ones; one result each, in the given order."""
     start = monotonic()
     providers = settings.wanted(providers)
     data = Data.draw(case, spec.scenario.dtype, device, settings.seed)
@@ -138,7 +138,7 @@ def measure(
     results = {
         provider: Result(case, spec, provider, checker.check(provider)) for provider in providers
     }
-    del checker  # its tensors make room for the providers
+    del checker  # frees its tensors for the providers
     right = [provider for provider, result in results.items() if result.verdict.is_right]
     baseline = next((provider for provider in PREFERRED if provider in right), None)
     for result in results.values():
@@ -158,7 +158,7 @@ def memory_groups(
     spec: Spec,
     memory: float,
 ) -> Iterator[list[Provider]]:
-    """Splits providers so that a group fits; the shared ones are in every group."""
+    """Split providers into groups that fit in memory; the shared ones are in every group."""
     array = case.numel * torch.float32.itemsize
     others = [provider for provider in providers if provider not in shared]
     held = (max(spec.num_arrays, READ) - 1) * array
@@ -177,7 +177,7 @@ def time_group(
     settings: Settings,
     deadline: float,
 ) -> None:
-    """Adds the times and ratios of every round to the results."""
+    """Add the times and ratios of every round to the results."""
     order = random.Random(settings.seed)
     with no_collection():
         turns = [
@@ -210,7 +210,7 @@ def add_round(
 
 
 class Turn:
-    """A running provider, and how many steps make one of its turns."""
+    """A running provider, and the number of steps in one of its turns."""
 
     def __init__(self, running: Running, case: Case, device: Device, settings: Settings) -> None:
         self.provider = running.provider
@@ -249,12 +249,12 @@ class Turn:
 
 
 def nothing() -> None:
-    """The gradients stay."""
+    """Do nothing: the gradients stay."""
 
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Keeps the garbage collector from running in one provider's time for all of them."""
+    """Keep the garbage collector from collecting for all providers in the time of one."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""What a step costs the host: tensors of hardly any elements, time fitted as ``a + b*n``."""
+"""The host's cost of a step: tensors with hardly any elements, time fitted as ``a + b*n``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .spec import Spec
 
 @dataclass(frozen=True)
 class Fit:
-    """Seconds a step: ``per_step + per_tensor * n``."""
+    """Seconds of a step: ``per_step + per_tensor * n``."""
 
     spec: Spec
     provider: str
@@ -35,7 +35,7 @@ def measure_host(spec: Spec, device: Device, settings: Settings) -> list[Result]
 
 
 def fits(results: Sequence[Result]) -> list[Fit]:
-    """A line through the medians of every provider that has all its times."""
+    """A line through the medians for every provider that has all its times."""
     series: dict[tuple[str, bool], list[Result]] = {}
     for result in results:
         series.setdefault((result.provider.name, result.case.hot), []).append(result)
@@ -47,9 +47,9 @@ def fits(results: Sequence[Result]) -> list[Fit]:
 
 
 def line(results: Sequence[Result]) -> tuple[float, float]:
-    """Intercept and slope that make the squared *relative* errors least.
+    """Intercept and slope with the least squared *relative* errors.
 
-    Noise grows with the time: absolute errors would let the longest one alone decide.
+    Noise grows with the time, so with absolute errors the longest time alone would decide.
     """
     points = [(len(result.case.shapes), result.median) for result in results]
     weights = [1.0 / time**2 for _, time in points]

@@ -1,4 +1,4 @@
-"""What it is measured on, asked of the system: torch is not imported."""
+"""The machine's properties, read from the system without importing torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Names the commit where a copy of the files comes without git's folder.
+# Variable that names the commit if a copy of the files has no git folder.
 COMMIT = "BENCH_COMMIT"
 
 
 def slug(name: str) -> str:
-    """A name as part of a file's."""
+    """A name in a form for file names."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def of_gpu(field: str) -> str | None:
-    """What ``nvidia-smi`` knows of the first GPU, as in ``name``; None without one."""
+    """A field of the first GPU from ``nvidia-smi``, such as ``name``; None without a GPU."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -38,7 +38,7 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """Short hash, marked where tracked files differ from it; ``unknown`` outside a clone."""
+    """The short hash, marked if tracked files differ from it; ``unknown`` outside a clone."""
     try:
         head = git("rev-parse", "--short", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no")

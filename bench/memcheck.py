@@ -1,9 +1,9 @@
-"""Steps every backend a few times on awkward tensors, for a sanitizer to watch.
+"""Takes a few steps with every backend on awkward tensors, for a sanitizer to watch.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m bench.memcheck --device cuda
 
-The variable gives every tensor memory of its own: in torch's cache an access past the end of one
-hits another, which no sanitizer sees. Whether results are right is for the tests to say.
+The variable gives every tensor its own memory. In torch's cache, an access past the end of one
+tensor hits another, which no sanitizer sees. The tests check whether results are right.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import nn
 import fused_ema
 
 BACKENDS = ("native", "triton", "foreach", "reference")
-KERNELS = ("native", "triton")  # of our own; the others launch torch's
+KERNELS = ("native", "triton")  # backends with their own kernels; the others launch torch's
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STEPS = 4
 
-# Of no element, of less than a vector, and of more than a chunk with a tail.
+# Shapes without elements, with less than a vector, and with more than a chunk and a tail.
 SHAPES = ((), (0,), (1,), (7,), (33,), (300, 41), (4, 3, 7, 5), (70_001,))
-OFFSETS = (0, 1)  # elements from an aligned address
+OFFSETS = (0, 1)  # in elements from an aligned address
 
 RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("FusedScaledSGD", {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "ema_order": "before"}),
@@ -62,14 +62,14 @@ def take_steps(
 
 
 def runs(backends: Sequence[str], device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """Backend, rule, its flags and dtype."""
+    """The combinations of backend, rule, flags and dtype."""
     for backend in backends:
         own = backend in KERNELS
         places = (False, True) if own and device.type != "cpu" else (False,)
         for (rule, flags), capturable in product(RULES, places):
             for dtype in DTYPES if own else DTYPES[:1]:
                 if dtype == torch.float64 and "ema_format" in flags:
-                    continue  # averages of 16 bits are of float32 arithmetic
+                    continue  # 16-bit averages need float32 arithmetic
                 yield backend, rule, {**flags, "capturable": capturable}, dtype
 
 

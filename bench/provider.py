@@ -1,4 +1,4 @@
-"""What every provider offers: a step made from parameters, and where its results are."""
+"""The interface of a provider: it makes a step from parameters, and gives access to its results."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .spec import Groups, Spec
 
 @dataclass(frozen=True)
 class Stepper:
-    """What a provider makes of parameters.
+    """A provider's step on some parameters, and its results.
 
-    weights: float32, as the rule leaves them: the parameters, or their masters.
+    weights: the weights that the rule steps, in float32: the parameters, or their masters.
     emas: the averages, by decay and then by parameter.
     """
 
@@ -25,10 +25,10 @@ class Stepper:
 
 @dataclass(frozen=True)
 class Bound:
-    """What moves bytes without arithmetic: it has no result to check.
+    """Moves bytes without a result to check.
 
-    arrays: reads and writes of a float32 array that it makes.
-    numel: of its arrays, None for as many elements as the case has.
+    arrays: number of reads and writes of a float32 array in a step.
+    numel: number of elements of an array; None for that of the case.
     """
 
     arrays: int
@@ -36,12 +36,12 @@ class Bound:
 
 
 class NotOfferedError(Exception):
-    """A provider leaves a case out by design, or is not installed; the message says why."""
+    """The provider does not offer a case, or is not installed; the message says why."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to step, made for one optimizer's hyper-parameters."""
+    """A way to take a step, made for one optimizer's hyper-parameters."""
 
     name: str
     make: Callable[[Groups, Spec], Stepper]

@@ -1,4 +1,4 @@
-"""Ways to make one step with an EMA: ours, other libraries', and the bandwidth bound."""
+"""The ways to take a step with an EMA: ours, those of other libraries, and the bandwidth bound."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .spec import (
 )
 from .theirs import averaging_alone, running_scaler, torch_optimizer
 
-# Above these a processor takes a second for the slowest providers' steps.
+# Above these numbers, the slowest providers take a second for a step on a processor.
 MANY, MANY_TENSORS = 20_000_000, 1000
 
 
@@ -41,7 +41,7 @@ def ours(backend: str) -> Provider:
 
 
 def refuse_what_it_cannot(backend: str, like: Tensor, spec: Spec) -> None:
-    """Ask by stepping one element like the others."""
+    """Raise NotOfferedError if the backend cannot step one element like the others."""
     probe = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
     probe.grad = torch.zeros_like(probe)
     try:
@@ -64,8 +64,8 @@ def made_by(backend: str, groups: Groups, spec: Spec) -> Stepper:
     if not scenario.rule:
         opt = torch.optim.SGD(params, lr=0.0)
         averages = FusedEMA(opt, **flags)
-        opt.step()  # averages start where the weights are, which do not move: the rate is 0
-        # their step alone: the optimizer's, whose hook calls it, is not timed
+        opt.step()  # creates averages at the weights, which do not move: the learning rate is 0
+        # only the averages' step is timed, not the optimizer's, whose hook calls it
         return stepper(averages, averages.step)
     opt = spec.make_ours(
         groups,
@@ -77,7 +77,7 @@ def made_by(backend: str, groups: Groups, spec: Spec) -> Stepper:
 
 
 def scaled_step(opt: torch.optim.Optimizer, spec: Spec) -> Callable[[], object]:
-    """The whole chain: clipping is the optimizer's own, the check its norm's pass."""
+    """The whole chain, with the optimizer's own clipping, whose norm also serves the check."""
     device = opt.param_groups[0]["params"][0].device
     scaler = running_scaler(fused_ema.GradScaler, device, spec)
 
@@ -99,7 +99,7 @@ def stepper(opt: torch.optim.Optimizer, step: Callable[[], object]) -> Stepper:
 
 
 def stream() -> Provider:
-    """A plain loop over five arrays; its parameters come as one flat tensor."""
+    """A plain loop over five arrays; the parameters are one flat tensor."""
 
     def make(groups: Groups, _: Spec) -> Stepper:
         step5 = streams.load()
@@ -129,13 +129,13 @@ def copy() -> Provider:
 
 
 def small_chunks() -> Provider:
-    """A program for every 128 elements, as in apex's FusedAdamSWA."""
+    """One program for every 128 elements, as in apex's FusedAdamSWA."""
 
     def make(groups: Groups, spec: Spec) -> Stepper:
         if spec.name != "adamw" or spec.scenario is not STEP or len(groups) > 1:
             raise NotOfferedError("it is AdamW and one average, with one param group")
         theirs.library("triton")
-        from .small_chunks import SmallChunks  # here, because nothing else needs Triton
+        from .small_chunks import SmallChunks  # imported here, because nothing else needs Triton
 
         (group,), (decay,) = groups, spec.scenario.decays
         scaled = spec.scaled(LR * group.lr_factor)
@@ -146,7 +146,7 @@ def small_chunks() -> Provider:
 
 
 NATIVE, TRITON, FOREACH, REFERENCE = map(ours, ("native", "triton", "foreach", "reference"))
-# As the default chooses between them: ratios are against the first that is right.
+# In the order of the default's choice; ratios refer to the first that is correct.
 PREFERRED = (NATIVE, TRITON, FOREACH, REFERENCE)
 
 FOR_LOOP, ALL_AT_ONCE, FUSED = (
@@ -156,11 +156,11 @@ FOR_LOOP, ALL_AT_ONCE, FUSED = (
 )
 PEER = theirs.theirs(*FUSED, theirs.LERP)
 FOREACH_LERP = theirs.theirs(*ALL_AT_ONCE, theirs.LERP)
-# What torch runs on a CPU where nothing else is asked for.
+# What torch runs by default on a CPU.
 PLAIN = theirs.theirs(*FOR_LOOP, theirs.MULTI)
 TIMM = theirs.theirs(*FUSED, theirs.TIMM)
 EMA_PYTORCH = theirs.theirs(*FUSED, theirs.EMA_PYTORCH)
-# The most telling first; only so many of them in other scenarios than step + EMA.
+# The most important first; scenarios other than step + EMA time only these.
 LIKELY = (PEER, PLAIN, TIMM, FOREACH_LERP, EMA_PYTORCH)
 FEW = 3
 STEPS = (
@@ -187,18 +187,18 @@ AVERAGES = tuple(
         theirs.EMA_PYTORCH,
     )
 )
-# By the type of the device; the leading ones are timed everywhere.
+# Backends that are timed everywhere, by the type of the device.
 LEADING = {"cpu": (NATIVE,), "cuda": (NATIVE, TRITON)}
 OURS = {"cpu": (NATIVE, FOREACH, REFERENCE), "cuda": (NATIVE, TRITON, FOREACH)}
 BOUNDS = {"cpu": stream(), "cuda": copy()}
 HOST_PROVIDERS = {"cpu": (NATIVE, FOREACH_LERP, PEER), "cuda": (NATIVE, TRITON, PEER)}
-# What whole steps of training are timed with.
+# The providers for training steps of larger models.
 FEW_TRAINERS = (NATIVE, PEER, PLAIN)
 TRAINERS = (*FEW_TRAINERS, FOREACH_LERP, TIMM)
 
 
 def providers(scenario: Scenario, case: Case, device: str) -> tuple[Provider, ...]:
-    """Whom to time: only the likely ones where all would take minutes."""
+    """The providers to time: only the likely ones if all would take minutes."""
     leading, bound = LEADING[device], BOUNDS[device]
     apex_like = (small_chunks(),) if device == "cuda" and scenario is STEP else ()
     if scenario.graphed:
@@ -211,6 +211,6 @@ def providers(scenario: Scenario, case: Case, device: str) -> tuple[Provider, ..
 
 
 def known() -> dict[str, Provider]:
-    """Every provider by its name, but for the bounds."""
+    """Every provider except the bounds, by its name."""
     own = (provider for group in OURS.values() for provider in group)
     return {p.name: p for p in (*own, *STEPS, *AVERAGES, small_chunks())}

@@ -1,4 +1,4 @@
-"""Results as CSV rows that say what they were measured with, and nothing about whose machine."""
+"""Results as CSV rows with the hardware and versions, but nothing about the machine's owner."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Row = dict[str, object]
 
 
 def machine(device: Device) -> Row:
-    """What every row of a run shares."""
+    """The fields that all rows of a run share."""
     return {
         "commit": commit(),
         "cpu": cpu_model(),
@@ -47,7 +47,7 @@ def machine(device: Device) -> Row:
 
 
 def file_name(shared: Row) -> str:
-    """After the device: of a CPU the model and the number of cores."""
+    """The file name for a device; for a CPU, its model and number of cores."""
     name = str(shared["device"])
     if name == "cpu":
         name = f"cpu-{shared['cpu']}-{shared['cores']}-cores"
@@ -149,7 +149,7 @@ def digits(value: float | None, unit: float = 1.0) -> str | None:
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """Whole or not at all, whenever the process ends."""
+    """Write the file completely or not at all, whenever the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}")
     with unfinished.open("w", newline="") as file:
@@ -160,7 +160,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """What :func:`write` wrote; nothing where there is no file."""
+    """The rows that :func:`write` has written; none if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -168,7 +168,7 @@ def read(path: Path) -> list[Row]:
 
 
 def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """Old rows, but a table that was measured anew is the new one, in the place of the old."""
+    """The old rows, in which new tables replace those of the same case and scenario."""
     tables: dict[tuple[object, ...], list[Row]] = {}
     for rows in (old, new):
         own: dict[tuple[object, ...], list[Row]] = {}

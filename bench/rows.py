@@ -1,4 +1,4 @@
-"""What a CSV of results holds, read back."""
+"""Reads the rows of a CSV of results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BOUND = "(bound)"
 
 @dataclass(frozen=True)
 class Row:
-    """A row; numbers that it lacks are None."""
+    """A row; missing numbers are None."""
 
     fields: dict[str, str]
 
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def over_limit(self) -> float | None:
-        """Times as long as moving the counted bytes takes."""
+        """The time as a multiple of the time to move the counted bytes."""
         share = self.number("share_of_bound")
         return 1.0 / share if share else None
 
@@ -64,7 +64,7 @@ class Results:
         return self.rows[0]
 
     def of(self, scenario: str, case: str | None = None) -> list[Row]:
-        """Steps in a scenario, without those that measure the host alone."""
+        """The rows of a scenario, without those that measure the host alone."""
         return [
             row
             for row in self.rows

@@ -1,6 +1,6 @@
 """Times every provider in every scenario and case; see README.md beside this file.
 
-``python -m bench.run --seconds 600 --out bench/results/NAME.csv`` is the whole of it.
+``python -m bench.run --seconds 600 --out bench/results/NAME.csv`` runs everything.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .train import SMALLEST, TRAINED, measure_training
 
 HOST, TRAINING = "host", record.TRAINING
 
-# A processor takes too long for more.
+# Larger cases take too long on a processor.
 CPU_CASES = [name for name in CASES if name != "vit_l16"]
-# In other scenarios than step + EMA.
+# The cases of scenarios other than step + EMA.
 SCENARIO_CASES = ["resnet18", "vit_b16"]
 MANY_LAUNCHES = [*SCENARIO_CASES, "tiny_10000x64"]
 
@@ -42,7 +42,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Measured:
-    """A table's rows for the CSV, its text, and whether a provider failed."""
+    """A table's rows for the CSV, its text, and whether a provider has failed."""
 
     rows: list[Row]
     text: str
@@ -82,7 +82,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def items(args: argparse.Namespace) -> list[Item]:
-    """The tables asked for, of the first scenario, then in turns, if the time does not last."""
+    """The requested tables: the first scenario's, then the others' in turns if time runs out."""
     kinds = []
     for optimizer in args.optimizers:
         for scenario in args.scenarios or SCENARIOS:
@@ -103,7 +103,7 @@ def default_cases(device: str, scenario: Scenario) -> list[str]:
 
 
 def item(case: str, spec: Spec, shrink: int = 1) -> list[Item]:
-    """Nothing where the case makes no sense in the scenario."""
+    """The table of a case; none if the case makes no sense in the scenario."""
     name = f"{case}, {spec.scenario.name} with {spec.name}"
     if case not in (HOST, TRAINING):
         chosen = shrunk(CASES[case], shrink)
@@ -140,13 +140,13 @@ def measured_training(
 
 
 def shorter(settings: Settings, seconds: float) -> Settings:
-    """For a table that may take so long."""
+    """The settings for a table that may take ``seconds``."""
     warmup = min(Settings.warmup_seconds, seconds / 100)
     return replace(settings, seconds=seconds, warmup_seconds=warmup)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table per item; 1 if a provider failed or an item found no time, else 0."""
+    """Print a table for each item; return 1 if a provider failed or an item had no time, else 0."""
     start = monotonic()
     args = arguments(argv)
     try:
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = record.merged(rows, [shared | row for row in done.rows])
         failed |= done.failed
         print(f"\n{done.text}\n", flush=True)
-        if out:  # after every item, in case a later one is the last
+        if out:  # after every item, in case a later one fails
             record.write(out, rows)
     if late:
         print(f"no time left for {'; '.join(late)}")

@@ -1,8 +1,8 @@
 """AdamW and an average in programs of 128 elements: the shape of the kernel in apex's FusedAdamSWA.
 
-A program is one warp that finds the addresses of its elements in a row of its own. The host's part
-is lighter than apex's, which writes and uploads the address of every chunk's gradient: here the
-device spreads those of the tensors over the chunks.
+A program is one warp that finds the addresses of its elements in a row of its own. The host does
+less than in apex, which writes and uploads the address of every chunk's gradient: here the device
+copies the tensors' addresses to the chunks.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def step_chunk(
 
 
 class SmallChunks:
-    """Steps float32 parameters that all have a gradient, by the rule of torch's AdamW."""
+    """Steps float32 parameters that all have gradients, by the rule of torch's AdamW."""
 
     def __init__(
         self, params: Sequence[nn.Parameter], betas: tuple[float, float], **scalars: float

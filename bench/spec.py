@@ -1,7 +1,7 @@
-"""What one step does: an optimizer with its hyper-parameters, and the scenario around its rule.
+"""The work of one step: an optimizer with hyper-parameters, and the scenario around its rule.
 
 Every provider gets the same hyper-parameters: ours as base values and ``KAPPA``, others as the
-values that those scale to.
+scaled values.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import nn
 
 from fused_ema import FusedScaledAdamW, FusedScaledSGD, scaling
 
-# Large enough that leaving any one of them out shows in the check after a few steps; the time of
-# a step does not depend on them.
+# Large enough that the check notices after a few steps if any one is left out; a step's time does
+# not depend on them.
 KAPPA = 2.0
 EMA_DECAYS = (0.9, 0.8, 0.95)
 LR, BETAS, EPS, MOMENTUM, WEIGHT_DECAY = 1e-2, (0.9, 0.99), 1e-2, 0.9, 0.1
@@ -45,16 +45,16 @@ def flat(groups: Groups) -> Parameters:
 class Scenario:
     """The work of one step.
 
-    title: what it is, in a table's heading.
-    num_averages: how many decays are averaged with.
+    title: its name in a table's heading.
+    num_averages: number of averages.
     rule: whether the optimizer steps; if not, averages follow weights that move by themselves.
     clip: gradients are clipped by their norm.
-    scaled: they come multiplied by ``LOSS_SCALE``, and are unscaled and checked.
+    scaled: gradients come multiplied by ``LOSS_SCALE``, and are unscaled and checked.
     master: parameters are bfloat16, with float32 masters.
-    ema_format: of our averages.
-    graphed: from its second time on, the step is a replay of a CUDA graph.
-    norm_error: relative, of the gradients' norm that clips. torch adds squares up in float32: on a
-        processor it is off by 0.1 % for 20 million elements.
+    ema_format: the format of our averages.
+    graphed: from the second time on, the step is a replay of a CUDA graph.
+    norm_error: allowed relative error of the norm that clips. torch sums squares in float32, which
+    is off by 0.1 % for 20 million elements on a processor.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Scenario:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of parameters and gradients."""
+        """The dtype of parameters and gradients."""
         return torch.bfloat16 if self.master else torch.float32
 
     @property
@@ -112,7 +112,7 @@ SCENARIOS = {
 
 
 def max_norm(params: Sequence[torch.Tensor]) -> float:
-    """Below the norm of the drawn gradients, so that they are clipped."""
+    """A limit below the norm of the drawn gradients, so that they are clipped."""
     return 0.5 * sqrt(sum(param.numel() for param in params))
 
 
@@ -120,9 +120,9 @@ def max_norm(params: Sequence[torch.Tensor]) -> float:
 class Spec:
     """One optimizer, ours and torch's, in a scenario.
 
-    base: arguments of ours, at the base batch size.
+    base: arguments of our optimizer, at the base batch size.
     scaled: arguments of torch's at ``KAPPA`` times that, for a base learning rate.
-    num_states: state tensors that a step reads and writes.
+    num_states: number of state tensors that a step reads and writes.
     """
 
     name: str
@@ -135,10 +135,10 @@ class Spec:
 
     @property
     def bytes_per_param(self) -> int:
-        """What a step must move: each array read once and all but the gradients written once.
+        """Bytes that a step must move: each array read once, and all but the gradients written once.
 
-        Clipping needs the norm first, so that gradients are read twice. Parameters that are copies
-        of their masters are only written.
+        Clipping needs the norm first, so it reads gradients twice. Parameters that are copies of
+        their masters are only written.
         """
         full, own = torch.float32.itemsize, self.scenario.dtype.itemsize
         averages = self.scenario.num_averages * own
@@ -150,7 +150,7 @@ class Spec:
 
     @property
     def num_arrays(self) -> int:
-        """Arrays of float32 that a provider may hold, with the gradients."""
+        """Number of float32 arrays that a provider may hold, including the gradients."""
         masters = 2 if self.scenario.master else 0
         return 2 + self.num_states + self.scenario.num_averages + masters
 

@@ -1,4 +1,4 @@
-"""Compiles and loads the plain loop of ``streams.cpp``: the bandwidth that a step could reach."""
+"""Compiles and loads the plain loop of ``streams.cpp``, whose bandwidth a step could reach."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-# First, so that torch's OpenMP runtime is the one in the process: the loop finds it by its soname.
+# First, so that the process uses torch's OpenMP runtime, which the loop finds by its soname.
 import torch
 from torch import Tensor
 
@@ -23,10 +23,10 @@ DTYPE = torch.float32
 
 @cache
 def library() -> ctypes.CDLL:
-    """Built anew by every process, for the processor that it runs on.
+    """The loop's library, which every process builds for its processor.
 
     Raises:
-        RuntimeError: no compiler, or it failed; the message holds what it said.
+        RuntimeError: there is no compiler, or it failed; the message holds its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "streams.so"

@@ -1,4 +1,4 @@
-"""Results as aligned text."""
+"""Formats results as aligned text."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ HOST: Columns = {
 
 
 def step_table(results: Sequence[Result]) -> str:
-    """One case; the ratio is the time over that of our default backend, above 1 where we win."""
+    """One case; the ratio is the time over our default backend's, above 1 if ours is faster."""
     first = results[0]
     heading = (
         f"{first.case.title}; {first.spec.name}, {first.spec.scenario.title}, "
@@ -83,7 +83,7 @@ def step_table(results: Sequence[Result]) -> str:
 
 
 def host_table(results: Sequence[Result], fits: Sequence[Fit]) -> str:
-    """Steps over tensors with next to nothing in them, and the fitted lines."""
+    """Steps over tensors with hardly any elements, and the fitted lines."""
     first = results[0]
     lines = [
         f"{fit.provider}, {gradients(fit.hot)} gradients: "
@@ -96,7 +96,7 @@ def host_table(results: Sequence[Result], fits: Sequence[Fit]) -> str:
 
 
 def training_table(results: Sequence[Training]) -> str:
-    """Whole steps of training; the ratio is of those."""
+    """Whole training steps, and their ratios."""
     heading = ("model, images", "provider", "median ms", "p10", "p90", "of it step", "time / ours")
     lines = [
         (
@@ -116,7 +116,7 @@ def training_table(results: Sequence[Training]) -> str:
 
 
 def rows(columns: Columns, results: Sequence[Result]) -> list[str]:
-    """What has a time; columns that nobody fills are left out."""
+    """The results with a time, without empty columns."""
     timed = [result for result in results if result.seconds]
     cells = {name: [cell(result) for result in timed] for name, cell in columns.items()}
     filled = [(name, *column) for name, column in cells.items() if any(column)]
@@ -128,7 +128,7 @@ def without_time(provider: Provider, case: str, verdict: Verdict) -> str:
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
-    """Who beat us, and who got no time and why."""
+    """The providers that were faster, and those that got no time and why."""
     beaten_by = [
         f"{result.provider.name} on {result.case.name} ({times:.2f}x)"
         for result in results
@@ -144,7 +144,7 @@ def remarks(results: Sequence[Result]) -> list[str]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows in columns, the first one to the left and the others to the right."""
+    """Rows in columns, the first aligned to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Steps and averages of other libraries: any of their optimizers, then any of their averages."""
+"""Steps and averages of other libraries: any of the optimizers, then any of the averages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .spec import LR, STEP, Group, Groups, Parameters, Spec, flat, max_norm
 Part = Callable[[], object]
 MakeOptimizer = Callable[[Groups, Spec], torch.optim.Optimizer]
 
-# torch.compile takes half a second for each, more from here on.
+# torch.compile takes half a second for each tensor up to this number, and more above.
 MOST_COMPILED = 100
 
 
@@ -32,9 +32,9 @@ def library(name: str) -> Any:
 
 
 class Weights:
-    """Parameters, and the float32 weights that the optimizer steps: themselves, or masters.
+    """Parameters, and the float32 weights that the optimizer steps: the same, or masters.
 
-    groups: of the weights.
+    groups: param groups of the weights.
     """
 
     def __init__(self, groups: Groups, spec: Spec) -> None:
@@ -59,7 +59,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Average:
-    """A running average: what moves it, and its tensors."""
+    """A running average: the call that moves it, and its tensors."""
 
     update: Part
     tensors: Callable[[], Sequence[Tensor]]
@@ -67,7 +67,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Averaging:
-    """A way to average, and the name that it goes by."""
+    """A way to average, with its name."""
 
     name: str
     make: Callable[[Weights, float], Average]
@@ -85,12 +85,12 @@ def lerp(weights: Weights, decay: float) -> Average:
 
 
 def averaged_model(how: Callable[[float], Mapping[str, Any]]) -> Callable[..., Average]:
-    """``AveragedModel``, whose own default is an equally weighted average, no EMA."""
+    """``AveragedModel``, whose own default is an equally weighted average, not an EMA."""
 
     def make(weights: Weights, decay: float) -> Average:
         module = nn.ParameterList(weights.exact)
         averaged = AveragedModel(module, **how(decay))
-        # the first call only copies: from here on it averages, from the same start as the others
+        # the first call only copies, so that later calls average from the same start as the others
         averaged.update_parameters(module)
         return Average(
             partial(averaged.update_parameters, module), lambda: list(averaged.parameters())
@@ -100,7 +100,7 @@ def averaged_model(how: Callable[[float], Mapping[str, Any]]) -> Callable[..., A
 
 
 def model_ema_v3(weights: Weights, decay: float) -> Average:
-    """In the parameters' dtype: it rounds to bfloat16 stochastically."""
+    """timm's average, in the parameters' dtype, with stochastic rounding to bfloat16."""
     module = nn.ParameterList(weights.exact)
     make, dtype = library("timm.utils").ModelEmaV3, weights.params[0].dtype
     # older ones have no such argument, and need none where weights are float32
@@ -112,7 +112,7 @@ def ema_pytorch(weights: Weights, decay: float) -> Average:
     averaged = library("ema_pytorch").EMA(
         nn.ParameterList(weights.exact),
         beta=decay,
-        min_value=decay,  # with its largest value: constant
+        min_value=decay,  # equal to its largest value, so that the decay is constant
         update_after_step=-1,
         update_every=1,
         include_online_model=False,
@@ -135,7 +135,7 @@ EMA_PYTORCH = Averaging("ema-pytorch", ema_pytorch)
 
 def torch_optimizer(**flags: bool) -> MakeOptimizer:
     def make(groups: Groups, spec: Spec) -> torch.optim.Optimizer:
-        # torch's SGD has no count of steps, and can be captured as it is
+        # torch's SGD has no step count, and can be captured as it is
         counts = spec.scenario.graphed and spec.name != "sgd"
         return spec.make_torch(groups, **flags, **({"capturable": True} if counts else {}))
 
@@ -143,12 +143,12 @@ def torch_optimizer(**flags: bool) -> MakeOptimizer:
 
 
 def foreign_adamw(module: str, name: str, **flags: object) -> MakeOptimizer:
-    """An AdamW with torch's arguments, in another library."""
+    """Another library's AdamW with torch's arguments."""
 
     def make(groups: Groups, spec: Spec) -> torch.optim.Optimizer:
         if spec.name != "adamw":
             raise NotOfferedError("only its AdamW is compared")
-        shared = dict(spec.scaled(LR))  # betas are the same in all groups, and may be no field
+        shared = dict(spec.scaled(LR))  # all groups have the same betas, which may not be a field
         own = [
             {"params": group.params, "lr": scaled["lr"], "weight_decay": scaled["weight_decay"]}
             for group in groups
@@ -164,7 +164,7 @@ optimi = foreign_adamw("optimi", "AdamW")
 
 
 def flashoptim(groups: Groups, spec: Spec) -> torch.optim.Optimizer:
-    """Without its 8-bit states and 24-bit masters: the same arithmetic as the others."""
+    """flashoptim's AdamW without 8-bit states and 24-bit masters, with the others' arithmetic."""
     if flat(groups)[0].device.type != "cuda":
         raise NotOfferedError("its fused step needs a CUDA GPU")
     make = foreign_adamw("flashoptim", "FlashAdamW", quantize=False, master_weight_bits=None)
@@ -172,7 +172,7 @@ def flashoptim(groups: Groups, spec: Spec) -> torch.optim.Optimizer:
 
 
 def stepping(weights: Weights, spec: Spec, make: MakeOptimizer) -> list[Part]:
-    """What a training loop calls to step the weights in the scenario, averages apart."""
+    """The calls by which a training loop steps the weights in the scenario, without averages."""
     opt = make(weights.groups, spec)
     if spec.scenario.master:
         return [weights.gather, opt.step, weights.scatter]
@@ -187,7 +187,7 @@ def stepping(weights: Weights, spec: Spec, make: MakeOptimizer) -> list[Part]:
 
 
 def running_scaler(kind: type[torch.amp.GradScaler], device: torch.device, spec: Spec) -> Any:
-    """A scaler whose scale stays, as after ``scale(loss)``."""
+    """A scaler with a constant scale, in the state after ``scale(loss)``."""
     scaler = kind(device.type, init_scale=spec.scenario.loss_scale, growth_interval=1 << 30)
     scaler.scale(torch.zeros((), device=device))
     return scaler
@@ -208,7 +208,7 @@ def sequence(weights: Weights, parts: Sequence[Part], averages: Sequence[Average
 
 
 def theirs(name: str, make: MakeOptimizer, averaging: Averaging) -> Provider:
-    """An optimizer's step, then the averages'."""
+    """A provider of an optimizer's step and then the averages' step."""
 
     def build(groups: Groups, spec: Spec) -> Stepper:
         weights = Weights(groups, spec)
@@ -228,7 +228,7 @@ def averaging_alone(averaging: Averaging) -> Provider:
 
 @cache
 def fresh_cache() -> TemporaryDirectory[str]:
-    """Where this process keeps what it compiles: an earlier one's would hide the time it takes."""
+    """A new compile cache for this process, because an old one would hide the compile time."""
     folder = TemporaryDirectory(prefix="bench-compiled-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
     return folder
@@ -245,7 +245,7 @@ def compiled() -> Provider:
         weights = Weights(groups, spec)
         averages = [lerp(weights, decay) for decay in spec.scenario.decays]
         fresh_cache()
-        torch.compiler.reset()  # beyond a few compilations torch would run the rest uncompiled
+        torch.compiler.reset()  # after a few compilations torch would run the rest uncompiled
         stepper = sequence(
             weights, stepping(weights, spec, torch_optimizer(foreach=True)), averages
         )

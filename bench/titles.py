@@ -1,4 +1,4 @@
-"""What the report and the figures call things."""
+"""Names of cases and processors in the report and the figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TITLES = {
     "one_100m": "one tensor of 100 M",
     "groups50": "ViT-B/16, 50 groups",
 }
-# Whose bytes hardly count.
+# The case whose bytes hardly matter.
 SMALL = "tiny_10000x64"
 
 

@@ -1,6 +1,6 @@
 """Whole training steps: forward and backward passes of timm's models, then a provider's step.
 
-What the step takes of the whole is the most that any optimizer could save.
+The share of the step is the most that any optimizer could save.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .providers import FEW_TRAINERS, NATIVE, TRAINERS
 from .spec import Group, Spec
 from .theirs import library
 
-# Images a step, by the type of the device. Larger batches leave the optimizer a smaller share.
+# Images in a step, by the type of the device. The optimizer's share shrinks with larger batches.
 BATCHES = {
     "cpu": {"resnet18": 8, "resnetv2_50": 4, "vit_b16": 2},
     "cuda": {"resnet18": 128, "resnetv2_50": 128, "vit_b16": 128},
@@ -33,17 +33,17 @@ BATCHES = {
 IMAGE = (3, 224, 224)
 CLASSES = 1000
 TRAINED = tuple(BATCHES["cpu"])
-# With which there is time for more than a few providers.
+# The model with which there is time for more than a few providers.
 SMALLEST = "resnet18"
 
 
 @dataclass
 class Training:
-    """A provider's seconds, one of each round, or the verdict why there are none.
+    """A provider's seconds, one for each round, or the verdict why there are none.
 
-    passes: forward and backward.
-    steps: optimizer and average.
-    against_ours: the whole over the first provider's, round by round.
+    passes: times of forward and backward passes.
+    steps: times of optimizer and average.
+    against_ours: the whole time over the first provider's, round by round.
     """
 
     model: str
@@ -69,12 +69,12 @@ class Training:
 
     @property
     def share(self) -> float:
-        """Of the whole that the step takes."""
+        """The step's share of the whole time."""
         return median(s / t for s, t in zip(self.steps, self.totals, strict=True))
 
 
 class Trainer:
-    """A model in training by a provider, on one random batch."""
+    """A model that a provider trains on one random batch."""
 
     def __init__(self, model: nn.Module, provider: Provider, spec: Spec, device: Device) -> None:
         self._model = deepcopy(model).to(device.torch_device).train()
@@ -82,7 +82,7 @@ class Trainer:
         self._step = provider.make([Group(list(self._model.parameters()))], spec).step
 
     def seconds(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-        """Of forward and backward passes, and of the step."""
+        """The times of forward and backward passes, and of the step."""
         self._device.synchronize()
         start = perf_counter()
         self._model.zero_grad(set_to_none=True)
@@ -107,7 +107,7 @@ def measure_training(
 def train(
     name: str, spec: Spec, device: Device, settings: Settings, deadline: float
 ) -> list[Training]:
-    """Check every provider on the model's shapes, then time the right ones in turns."""
+    """Check every provider on the model's shapes, then time the correct ones in turns."""
     kind = device.torch_device
     batch = BATCHES[kind.type][name]
     trainers = TRAINERS if name == SMALLEST else FEW_TRAINERS

@@ -1,7 +1,8 @@
-"""Times variants of the step kernel that ``bench.variants`` has compiled: AdamW and one average.
+"""Times the variants of the step kernel from ``bench.variants``, for AdamW and one average.
 
-Every variant must give the bits of the first. Times are medians, in turns with a copy between two
-tensors that no cache holds; ``of_copy`` is the bandwidth over that copy's, by bytes counted.
+Every variant must give the bits of the first. Times are medians, taken in turns with a copy between
+two tensors that no cache holds; ``of_copy`` is the bandwidth, by counted bytes, over that of the
+copy.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .table import GIGA
 from .variant import BYTES_PER_PARAM, Bucket, Variant
 from .variants import INDEX
 
-# The most telling first.
+# The most important first.
 ORDER = ("vit_b16", "resnet18", "vit_l16", "tiny_10000x64", "one_100m")
 TURNS, LAUNCHES, WARM_UP = 3, 15, 3
 COPY = "copy"
@@ -37,7 +38,7 @@ Launch = Callable[[], object]
 
 
 class CpuClock:
-    """Where a launch has ended when it returns."""
+    """Times launches on a CPU, where a launch has ended when it returns."""
 
     def seconds(self, launch: Launch, count: int) -> float:
         return median(self._once(launch) for _ in range(count))
@@ -49,7 +50,7 @@ class CpuClock:
 
 
 class CudaClock:
-    """Events around each launch, all of which wait until the host has queued them."""
+    """Times launches by events around each; all wait until the host has queued them."""
 
     WAIT_CYCLES = 2_000_000  # a millisecond
 
@@ -72,7 +73,7 @@ Clock = CpuClock | CudaClock
 
 @dataclass
 class Measured:
-    """A variant on one case: bandwidths over the copy's and seconds, by turn."""
+    """A variant on one case: its bandwidth over the copy's, and its seconds, by turn."""
 
     same_bits: bool
     seconds: list[float]
@@ -80,7 +81,7 @@ class Measured:
 
 
 def same_bits(variants: Sequence[Variant], bucket: Bucket) -> Iterator[bool]:
-    """Whether each variant's step has the bits of the first one's, from the same start."""
+    """Whether each variant's step, from the same start, has the bits of the first one's."""
     start = [array.clone() for array in bucket.arrays]
     expected: list[torch.Tensor] = []
     for variant in variants:
@@ -95,7 +96,7 @@ def same_bits(variants: Sequence[Variant], bucket: Bucket) -> Iterator[bool]:
 def measure(
     variants: Sequence[Variant], bucket: Bucket, clock: Clock, copied: int
 ) -> dict[str, Measured]:
-    """In turns, in an order shuffled with a fixed seed."""
+    """Time the variants in turns, in an order shuffled with a fixed seed."""
     right = list(same_bits(variants, bucket))
     found = {v.name: Measured(same, [], []) for v, same in zip(variants, right, strict=True)}
     found[COPY] = Measured(True, [], [])
@@ -124,7 +125,7 @@ def rows(
     index: Mapping[str, Mapping[str, object]],
     copied: int,
 ) -> list[dict[str, object]]:
-    """The fastest first."""
+    """The rows of the table, the fastest first."""
     made = []
     for name, own in found.items():
         seconds = median(own.seconds)
@@ -154,7 +155,7 @@ def text(case: Case, found: Sequence[Mapping[str, object]]) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """1 where a variant gave other bits, or a case found no time."""
+    """Return 1 if a variant gave other bits, or a case had no time."""
     start = monotonic()
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
     parser.add_argument("variants", type=Path, help="a folder that bench.variants made")
@@ -165,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     index = json.loads((args.variants / INDEX).read_text())
     if args.device.type == "cuda":
-        torch.cuda.init()  # with it comes CUDA's runtime, which the libraries share
+        torch.cuda.init()  # loads CUDA's runtime, which the libraries share
     variants = [Variant(args.variants / f"{name}.so") for name in index]
     clock = CpuClock() if args.device.type == "cpu" else CudaClock()
     copied = COPIED // args.shrink

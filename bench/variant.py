@@ -1,4 +1,4 @@
-"""A compiled variant of the step kernel (``variant.cu``), and tensors to step by it."""
+"""A compiled variant of the step kernel (``variant.cu``), and tensors for it to step."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SCALARS = {
 }
 EMA_WEIGHT = 1e-3
 ARRAYS = ("param", "grad", "exp_avg", "exp_avg_sq", "ema")
-# Of float32: all are read, and all but the gradients written.
+# In float32; all arrays are read, and all but the gradients are written.
 BYTES_PER_PARAM = torch.float32.itemsize * (2 * len(ARRAYS) - 1)
-# Floats of the widest access, to which every tensor is aligned, as by torch's allocators.
+# Floats in the widest access, to which every tensor is aligned, as with torch's allocators.
 ALIGNMENT = 4
 
 
 class Variant:
-    """Loaded from what :mod:`bench.variants` made."""
+    """A variant, loaded from a library of :mod:`bench.variants`."""
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -55,15 +55,15 @@ class Variant:
         self._library = library
 
     def grads_at(self, num_slots: int) -> int:
-        """Words before the gradients'."""
+        """The number of words before those of the gradients."""
         return int(self._library.variant_grads_at(num_slots))
 
     def fits(self, words: Tensor) -> bool:
-        """Whether they can travel as the kernel's parameter."""
+        """Whether the words fit into the kernel's parameters."""
         return bool(self._library.variant_fits(words.numel()))
 
     def step(self, bucket: Bucket) -> None:
-        """Launch on the current stream.
+        """Launch the kernel on the current stream.
 
         Raises:
             RuntimeError: CUDA refuses.
@@ -87,10 +87,10 @@ def scalar_names(library: ctypes.CDLL) -> Iterator[str]:
 
 
 class Bucket:
-    """A case's tensors, cut from one array of each kind, and the metadata that a launch reads.
+    """A case's tensors, as views of one array of each kind, and the metadata that a launch reads.
 
-    arrays: those of :data:`ARRAYS`.
-    numel: of the tensors, without what aligns them.
+    arrays: the arrays named in :data:`ARRAYS`.
+    numel: number of elements in the tensors, without the gaps that align them.
     slots, words, chunks: as in ``csrc/cuda/launch.h`` and ``csrc/layout.h``.
     """
 
@@ -131,7 +131,7 @@ class Bucket:
         return self._chunks[elements]
 
     def words(self, scalars: Sequence[float], grads_at: int) -> tuple[Tensor, Tensor]:
-        """On the host and on the device: a row of scalars, which is all slots', and gradients."""
+        """The words, on host and device: one row of scalars for all slots, and the gradients."""
         key = (*scalars, grads_at)
         if key not in self._words:
             words = torch.zeros(grads_at + len(self._sizes), dtype=torch.int64)

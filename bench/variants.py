@@ -1,8 +1,8 @@
-"""Compiles the step kernel with other constants than those of ``csrc/cuda/tuning.h``.
+"""Compiles the step kernel with constants that differ from those of ``csrc/cuda/tuning.h``.
 
-What it makes is for ``bench.tune``, on a machine that may lack the time to compile: it takes nvcc,
-no GPU, and some minutes. A folder for each kind holds a library a variant, and ``variants.json``
-tells of them.
+``bench.tune`` uses the results, on a machine that may lack the time to compile. Compiling needs
+nvcc and some minutes, but no GPU. A folder for each kind holds a library for each variant, and
+``variants.json``, which lists them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SOURCE = ROOT / "bench" / "variant.cu"
 TUNING = ROOT / "csrc" / "cuda" / "tuning.h"
 INDEX = "variants.json"
 
-# As setup.py compiles it. Libraries that share a process keep their statics to themselves.
+# As in setup.py. Libraries in one process keep their static variables separate.
 NVCC_FLAGS = (
     *("-O3", "--fmad=false", "-std=c++17", "--expt-relaxed-constexpr", "-shared"),
     *("-cudart", "shared", "-Xcompiler=-fPIC,-fno-gnu-unique", "-Xlinker=-z,defs"),
     *("-Xptxas", "-v"),
 )
-# In place of nvcc: the kernel as C++ for the CPU, to try the measuring out.
+# In place of nvcc: compiles the kernel as C++ for the CPU, to try out the measurement.
 SHIM_FLAGS = (
     *("-O1", "-std=c++17", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-fno-gnu-unique"),
     *(
@@ -57,13 +57,13 @@ def block(threads: int, min_blocks: int) -> Macros:
 
 
 def hints(load: str = "", store: str = "") -> Macros:
-    """Cache hints of 16-byte accesses, as PTX writes them."""
+    """Cache hints of 16-byte accesses, in the syntax of PTX."""
     named = {"FUSED_EMA_LOAD_HINT": load, "FUSED_EMA_STORE_HINT": store}
     return {name: f'"{hint}"' for name, hint in named.items() if hint}
 
 
 BASE = "base"
-# A block a chunk.
+# One block for each chunk.
 ONCE: Macros = {"FUSED_EMA_PERSISTENT": "0"}
 CHUNKS = {f"chunk_{k}k": chunk(k) for k in (4, 8, 32, 64, 128)}
 BLOCKS = {
@@ -89,9 +89,9 @@ COMBINED = {
     for size, own_size in {"4k": chunk(4), "16k": {}, "64k": chunk(64)}.items()
     for shape, own_shape in {"256x4": {}, "256x5": BLOCKS["256x5"], "512x2": block(512, 2)}.items()
     for pair, own_pair in PAIRS.items()
-    if (size, shape) != ("4k", "512x2")  # more threads than it has accesses
+    if (size, shape) != ("4k", "512x2")  # a chunk would have fewer accesses than threads
 }
-# By folder: one constant changed, and some of them crossed.
+# By folder: variants with one constant changed, and combinations.
 KINDS: Mapping[str, Mapping[str, Macros]] = {
     "singles": {
         BASE: {},
@@ -105,7 +105,7 @@ KINDS: Mapping[str, Mapping[str, Macros]] = {
     },
     "combos": {BASE: {}, **COMBINED},
 }
-# Of each kind, for a CPU.
+# Number of variants of each kind that are compiled for a CPU.
 TRIED = 3
 
 
@@ -118,10 +118,10 @@ class Compiler:
     reports: bool
 
     def build(self, macros: Macros, out: Path) -> dict[str, object]:
-        """What the index says of the variant.
+        """Compile a variant; return its entry in the index.
 
         Raises:
-            RuntimeError: it does not compile; the message holds what the compiler said.
+            RuntimeError: it does not compile; the message holds the compiler's output.
         """
         defined = [f"-D{name}={value}" for name, value in macros.items()]
         own = [*self.flags, "-I", str(ROOT / "csrc"), *defined, "-o", str(out), str(SOURCE)]
@@ -147,7 +147,7 @@ def shim() -> Compiler:
 
 
 def unknown_macros() -> list[str]:
-    """Those that ``tuning.h`` does not read: their variants would be the base."""
+    """Macros that ``tuning.h`` does not read; their variants would equal the base."""
     known = set(re.findall(r"#ifndef (\w+)", TUNING.read_text()))
     used = {name for kind in KINDS.values() for macros in kind.values() for name in macros}
     return sorted(used - known)

@@ -1,1 +1,1 @@
-"""What is run on a GPU machine that is at hand for minutes: see ``bench/gpu.sh``."""
+"""Runs the checks for a GPU machine that is available for minutes: see ``bench/gpu.sh``."""

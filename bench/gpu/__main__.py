@@ -1,4 +1,4 @@
-"""Tests, measures and tunes on a GPU machine that is at hand for minutes: two calls of it."""
+"""Tests, measures and tunes, in two calls, on a GPU machine that is available for minutes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from . import install
 from .calls import TOTAL, Place, parts
 from .parts import Session
 
-# Kept on the machine from the first call to the second, whose file goes on from it.
+# The machine keeps the first call's file here, and the second call continues it.
 KEPT = machine.ROOT / "build" / "gpu-results"
 VARIANTS = machine.ROOT / "build" / "variants"
-# No time counts there: threads that wait for each other would only be in the way.
+# The CPU's times do not matter, and threads that wait for each other would only slow it down.
 ON_CPU = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
 
 

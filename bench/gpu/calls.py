@@ -1,4 +1,4 @@
-"""What each of the two calls runs, the most telling first: when time runs out, the rest goes."""
+"""The parts of the two calls, the most important first; when time runs out, the rest is skipped."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pathlib import Path
 from . import install
 from .parts import Part
 
-# Seconds: a machine's command may take 560, and 235.
+# Seconds of each call; the machine's commands may take 560 and 235.
 TOTAL = {"first": 545.0, "second": 222.0}
 
-# Who is compared in every case; the others together take the time of several.
+# The providers that every case compares; the others together take the time of several cases.
 FEW = (
     *("fused_ema native", "fused_ema triton", "torch fused + lerp", "torch foreach + lerp"),
     *("Triton, chunks of 128", "lerp"),
 )
 MODELS = ("resnet18", "vit_b16")
 HEADLINE = (*MODELS, "tiny_10000x64", "groups50", "vit_l16")
-# A CPU tries the parts out, with tensors cut to this part of theirs; kernels of a GPU take longer.
+# Arguments that cut tensors for a trial on a CPU; the GPU's kernels take longer there.
 SHRUNK, MORE_SHRUNK = ("--shrink", "200"), ("--shrink", "5000")
 
-# The kernels' names, as the profiler matches them.
+# Patterns by which the profiler matches the kernels' names.
 STEP, TRITON_STEP, NORM = "^step$", "^step_kernel$", "^squares$"
 
 TESTED = r" in \d+\.\d+s|^(FAILED|ERROR) "
@@ -40,13 +40,14 @@ COUNTED = r"DRAM Throughput|Memory Throughput|Duration|Registers Per|Achieved Oc
 
 @dataclass(frozen=True)
 class Place:
-    """Where a call runs.
+    """The environment of a call.
 
-    environment: whose Python finds all packages, see :mod:`bench.gpu.install`.
-    arch: the GPU's compute capability, empty where it is not known.
+    environment: the virtual environment whose Python finds all packages, see
+    :mod:`bench.gpu.install`.
+    arch: the GPU's compute capability, empty if it is not known.
     results: the CSV file of :mod:`bench.run`.
     variants: the folder that :mod:`bench.variants` has filled.
-    patience: what limits are multiplied by.
+    patience: factor of all limits.
     """
 
     call: str
@@ -79,7 +80,7 @@ class Place:
 
 
 def parts(place: Place) -> Iterator[tuple[Part, ...]]:
-    """Of the call; those that run side by side together."""
+    """The parts of the call, as tuples of those that run side by side."""
     yield (versions(place),)
     yield from first(place) if place.call == "first" else second(place)
 
@@ -89,7 +90,7 @@ def first(place: Place) -> Iterator[tuple[Part, ...]]:
         yield (variants(place),)
     yield build(place), tune(place, "singles", 150, 70)
     yield (pytest(place, "gpu-tests", 80, 6, "tests/test_gpu.py"),)
-    # Triton is interpreted on a CPU, which takes minutes
+    # on a CPU Triton is interpreted, which takes minutes
     backends = "native" if place.on_cpu else "native,triton"
     yield (pytest(place, "parity", 110, 14, "tests/test_parity.py", "--backends", backends),)
     yield (timed(place, "headline", 110, cases=HEADLINE),)
@@ -118,7 +119,7 @@ def versions(place: Place) -> Part:
 
 
 def build(place: Place) -> Part:
-    limit = 200 if place.on_cpu else 150  # which may have but two cores
+    limit = 200 if place.on_cpu else 150  # a CPU may have only two cores
     part = place.part("build", limit, "setup.log", "bench.gpu.install", place.arch)
     skip = (
         "nothing has changed since it passed"
@@ -150,7 +151,7 @@ def tune(place: Place, kind: str, limit: float, seconds: float) -> Part:
 def pytest(place: Place, name: str, limit: float, most: int, *arguments: str) -> Part:
     workers = min(most, os.cpu_count() or 1) if find_spec("xdist") else 0
     several = ("-n", str(workers)) if workers else ()
-    hung = ("-vv", "-o", "faulthandler_timeout=45")  # to tell which test, and where
+    hung = ("-vv", "-o", "faulthandler_timeout=45")  # shows which test hangs, and where
     flags = ("--tb=short", "--maxfail=12", "-p", "no:cacheprovider", "--device", place.device)
     part = place.part(name, limit, "tests.log", "pytest", *arguments, *flags, *hung, *several)
     return replace(part, show=TESTED)
@@ -165,7 +166,7 @@ def timed(
     providers: Sequence[str] = FEW,
     into: Path | None = None,
 ) -> Part:
-    """Tables; the last one may begin at the last moment. No providers stand for all."""
+    """A part that times tables; the last may begin at the last moment. No providers means all."""
     out = str(into or place.results)
     seconds = str((limit - 15) * place.patience)
     arguments = ["--device", place.device, "--seconds", seconds, "--out", out, "--add"]
@@ -176,7 +177,7 @@ def timed(
 
 
 def profile(place: Place, name: str, kernel: str, *target: str) -> Part:
-    """All counters of one launch, at the clock rate as it is."""
+    """A part that reads all counters of one launch, at the present clock rate."""
     part = steps(place, name, 45, "ncu.txt", *target)
     flags = ("--clock-control", "none", "-k", f"regex:{kernel}", "--launch-skip", "2")
     flags += ("--launch-count", "1", "--set", "full", "--page", "details")
@@ -201,7 +202,7 @@ def racecheck(place: Place) -> Part:
 
 
 def sanitized(place: Place, part: Part) -> Part:
-    """torch asks CUDA for things that may be absent: not every error that it returns is one."""
+    """Run a part under a sanitizer that ignores API errors: torch expects some of them."""
     tool = find("compute-sanitizer", "/usr/local/cuda*/bin/compute-sanitizer")
     flags = ("--tool", part.name, "--report-api-errors", "no", "--error-exitcode", "9")
     own = replace(part, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
@@ -209,7 +210,7 @@ def sanitized(place: Place, part: Part) -> Part:
 
 
 def watched(place: Place, part: Part, tool: str | None, *flags: str) -> Part:
-    """Run by a tool, which a CPU does without."""
+    """Run a part under a tool, except on a CPU."""
     if place.on_cpu:
         return part
     if tool is None:

@@ -1,4 +1,4 @@
-"""Builds fused_ema as its users do where there is no network, into an environment of its own."""
+"""Builds fused_ema as users without a network do, in an environment of its own."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from bench.machine import ROOT
 
-# In the environment: tells of what was built last.
+# File in the environment that identifies the last build.
 BUILT = "built"
-# What the extension is made of.
+# Sources of the extension.
 SOURCES = ("setup.py", "pyproject.toml", "csrc")
 FLAGS = (
     *("--verbose", "--disable-pip-version-check", "--no-index"),
@@ -23,10 +23,11 @@ FLAGS = (
 
 
 def environment() -> Path:
-    """One that sees this Python's packages, and into which pip may write in any case.
+    """A virtual environment that sees this Python's packages, and into which pip can always write.
 
-    By itself it sees those of the system's Python, but not those of a virtual environment. It has
-    no pip of its own: not every Python brings one to install, and the outer one will do.
+    By itself it would see the packages of the system's Python, but not those of a virtual
+    environment. It has no pip of its own, because not every Python can install one, and the outer
+    pip works.
     """
     outer = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
     folder = ROOT / "build" / f"gpu-venv-{sys.implementation.cache_tag}-{outer}"
@@ -46,7 +47,7 @@ def python(environment: Path) -> Path:
 
 
 def variables(environment: Path) -> dict[str, str]:
-    """What a process needs to find the package, and the build its ninja; nothing is held back."""
+    """Variables with which a process finds the package, and the build its ninja; unbuffered."""
     folders = (environment / "bin", sysconfig.get_path("scripts"), os.environ.get("PATH", ""))
     return {
         **os.environ,
@@ -62,7 +63,7 @@ def is_built(environment: Path, arch: str) -> bool:
 
 
 def fingerprint(arch: str) -> str:
-    """Of all that the extension depends on."""
+    """A hash of everything on which the extension depends."""
     found = hashlib.sha256(f"{sys.version} {version('torch')} {arch}".encode())
     for name in SOURCES:
         top = ROOT / name
@@ -73,7 +74,7 @@ def fingerprint(arch: str) -> str:
 
 
 def main(arch: str) -> None:
-    """Run by the environment's Python."""
+    """Install the package; the environment's Python runs this."""
     environment = Path(sys.prefix)
     command = [sys.executable, "-m", "pip", "install", *FLAGS, "--editable", str(ROOT)]
     subprocess.run(command, cwd=ROOT, check=True)

@@ -1,4 +1,4 @@
-"""Runs commands within a time: each has its own limit, and none keeps another from running."""
+"""Runs commands within a time limit each, so that none prevents another from running."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from time import monotonic, sleep
 
 from bench.machine import ROOT
 
-# Seconds: from being interrupted to being killed, and for less than which no part begins.
+# Seconds from interrupting a part to killing it; no part begins with less time left.
 KILL_AFTER = 8.0
 LEAST = 8.0
 POLL = 0.05
 
-# Of a failed part's output, and of what is worth showing.
+# Lines shown of a failed part's output and of matching lines, and their width.
 TAIL_LINES, SHOWN_LINES, WIDTH = 10, 40, 170
-# A longer file might be left on the machine: the middle of it goes.
+# A larger file might not be copied from the machine, so its middle is cut out.
 MOST_BYTES = 12 << 20
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command that tells something by itself.
+    """A command whose result is useful without the others.
 
     limit: seconds until it is interrupted, as by Ctrl-C.
-    log: the file that its output goes to, behind what is there.
-    environment: variables beside those of all parts.
-    show: what the lines of its output have that the summary repeats.
+    log: the file to which its output is appended.
+    environment: its variables in addition to those of all parts.
+    show: pattern of the output lines that the summary repeats.
     skip: why it cannot run here, if it cannot.
-    needed: without it no other can tell anything.
+    needed: whether all other parts depend on it.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Part:
 
 
 class Running:
-    """A part at work, in a process group of its own."""
+    """A running part, in its own process group."""
 
     def __init__(self, part: Part, limit: float, log: Path, environment: Mapping[str, str]) -> None:
         self.part = part
@@ -76,17 +76,17 @@ class Running:
         return monotonic() - self._start
 
     def ended(self) -> bool:
-        """Whether it has; what goes on for too long is told to end, then made to."""
+        """Whether the part has ended; one that takes too long is interrupted, then killed."""
         if self._process.poll() is not None:
             return True
         if self.seconds > self._until and len(self.signals) < len(SIGNALS):
             self._tell(SIGNALS[len(self.signals)])
             self.signals.append(SIGNALS[len(self.signals)])
-            self._until = self.seconds + KILL_AFTER  # from now, also where this process was late
+            self._until = self.seconds + KILL_AFTER  # from now, even if this process is late
         return False
 
     def finish(self) -> int:
-        """Leave nothing of it running; its exit status."""
+        """Kill what is left of the part, and return its exit status."""
         self._tell(signal.SIGKILL)
         return self._process.wait()
 
@@ -104,19 +104,19 @@ SIGNALS = (signal.SIGINT, signal.SIGKILL)
 
 
 def alone() -> None:
-    """Before the command: a group to signal, and Ctrl-C as a terminal leaves it."""
+    """Prepare the command's process: its own group, and the default handling of Ctrl-C."""
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Session:
-    """Runs parts one after another until the time is spent, and writes what became of them.
+    """Runs parts one after another until the time is over, and writes a summary.
 
     Args:
         out: the folder of logs and summary.
-        summary: the file's name.
-        seconds: for all parts together, killing the last one included.
-        environment: of all parts.
+        summary: the summary's file name.
+        seconds: time for all parts together, including killing the last one.
+        environment: variables of all parts.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Session:
             file.write(f"{line}\n")
 
     def run(self, *parts: Part) -> bool:
-        """Run them side by side, each into a log of its own; whether those needed passed."""
+        """Run the parts side by side, each with its own log; return whether needed ones passed."""
         running: list[Running] = []
         passed = True
         try:
@@ -160,14 +160,14 @@ class Session:
                     running.remove(one)
                     passed &= self._note(one) or not one.part.needed
                 sleep(POLL)
-        finally:  # something is left where this process is told to end
+        finally:  # parts may still run if this process is told to end
             for one in running:
                 one.finish()
                 self.failed.append(one.part.name)
         return passed
 
     def end(self) -> int:
-        """Say how all of it went; the exit status."""
+        """Write the summary, and return the exit status."""
         for path in filter(Path.is_file, self._out.iterdir()):
             trim(path)
         if self.failed:
@@ -196,7 +196,7 @@ class Session:
 
 
 def trim(path: Path) -> None:
-    """Cut the middle out of a file that is too long."""
+    """Cut the middle out of a file that is too large."""
     size = path.stat().st_size
     if size <= MOST_BYTES:
         return

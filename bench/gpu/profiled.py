@@ -1,4 +1,4 @@
-"""Takes a few steps of AdamW and an average, for a profiler or a sanitizer to watch one of them."""
+"""Takes a few steps of AdamW with an average, for a profiler or a sanitizer to watch one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prints what there is to test and to measure with; fails where torch cannot use the device."""
+"""Prints the versions of everything in use; fails if torch cannot use the device."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Group:
         return micro, mine // micro
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; the hosts exchange it, so that no device waits."""
+        """Whether the flag is set in any process; the hosts exchange it, and no device waits."""
         if self.world == 1:
             return flag
         flags = torch.tensor(int(flag))
