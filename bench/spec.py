@@ -135,7 +135,7 @@ class Spec:
 
     @property
     def bytes_per_param(self) -> int:
-        """Bytes that a step must move: each array read once, and all but the gradients written once.
+        """The bytes a step must move: each array read once, and all but the gradients written once.
 
         Clipping needs the norm first, so it reads gradients twice. Parameters that are copies of
         their masters are only written.

@@ -27,9 +27,9 @@ ON_CPU = [scenario for scenario in SCENARIOS.values() if not scenario.graphed]
 FEW, MANY = (Case(f"{n} tensors", ((16,),) * n, num_groups=2) for n in (6, 60))
 HEADER = Path("/usr/include/valgrind/callgrind.h")
 
-# Of the host's part of a step with new gradients, as callgrind counts them: for every step, and
-# for every tensor in it: about 350 of those see before the kernels run that nothing has been
-# replaced since it was read. Lower them when the path gets shorter.
+# Instructions of the host's part of a step with new gradients, as callgrind counts them, for every
+# step and for every tensor in it. About 350 per tensor check, before the kernels run, that nothing
+# has been replaced since it was read. Lower the limits when the path gets shorter.
 MOST_INSTRUCTIONS_PER_STEP = 230_000
 MOST_INSTRUCTIONS_PER_TENSOR = 1160
 
@@ -67,7 +67,7 @@ def test_peak_memory_sees_what_a_step_frees_again():
 
 
 def calls(num_tensors: int, lr_factor: float = 1.0) -> tuple[Counter[str], int]:
-    """Of one step of two groups into the extension, and of Python functions."""
+    """Counts of one step's calls, for two groups, into the extension and to Python functions."""
     params = [nn.Parameter(torch.ones(8)) for _ in range(num_tensors)]
     groups = [{"params": params[::2]}, {"params": params[1::2]}]
     opt = FusedScaledAdamW(groups, lr=0.1, ema_decay=0.9, kappa=2.0, backend="native")

@@ -65,7 +65,7 @@ def above_what_remains(param, state, teacher=None, **options) -> int:
         return allocated.peak - allocated.live()
 
 
-# Of a few tensors of a block, in float32.
+# Bytes of a few float32 tensors of one block.
 ALLOWED = 8 * BLOCK * 4
 
 

@@ -112,7 +112,7 @@ def powers(group: dict[str, Any], k: int, num_scalars: int) -> float:
 
 
 def check(rule: rules.Rule, opt: Any, plain: list[dict[str, Any]], backend: str) -> None:
-    """Of two steps at every clock, against groups that hold the same as plain numbers."""
+    """Check two steps at every clock against groups that hold the same values as plain numbers."""
     for clock in CLOCKS:
         for group in opt.param_groups:
             group["base_steps"] = clock
@@ -138,7 +138,7 @@ def check(rule: rules.Rule, opt: Any, plain: list[dict[str, Any]], backend: str)
 
 @pytest.mark.parametrize("name", RULES)
 def test_rows_are_the_hosts(name, device_backend):
-    """Of all flags, kappas and schedules, in one launch."""
+    """The rows of all flags, kappas and schedules, which one launch folds, are the host's."""
     rule = RULES[name]
     given = groups(rule)
     plain = [dict(group) for group in given]
@@ -226,7 +226,7 @@ def test_the_last_of_several_buckets_counts_base_steps(device_backend):
         torch.testing.assert_close(opt.state[p]["ema"], twin.state[q]["ema"])
 
 
-# Of a captured step; Triton's addresses are copied to the device by one of them.
+# Launches of a captured step; one of them copies Triton's addresses to the device.
 MOST_LAUNCHES = 3
 
 

@@ -169,7 +169,7 @@ EXTREME = (1e-45, 1e-38, 1e-30, 1e-22, 1e-19, 1e15, 1.7e19, 2e19, 1e20, 5e20)
 
 
 def extreme_gradients(step: int) -> torch.Tensor:
-    """Of each size: alone and then ordinary ones, in turns of sign, and always."""
+    """Gradients of each size: once and then ordinary ones, with alternating sign, and always."""
     sizes = torch.tensor(EXTREME, dtype=torch.float64)
     once = sizes if step == 0 else torch.full_like(sizes, 0.5)
     return torch.cat([once, sizes * (-1) ** step, sizes]).float()

@@ -29,7 +29,7 @@ class Adapter(nn.Module):
 
 
 def average_of_ones(steps: int, lr: float = 0.5, decay: float = 0.75) -> float:
-    """Of plain descent with gradient 1 from weight 1."""
+    """The average of plain descent with gradient 1 from weight 1."""
     weight = average = 1.0
     for _ in range(steps):
         weight -= lr

@@ -83,7 +83,7 @@ def stepped(backend, dtypes=(torch.float32,), **options):
 
 
 def launches(opt, monkeypatch, step) -> Counter[str]:
-    """Of the step of an optimizer, in which torch's operators launch nothing."""
+    """The launches of an optimizer's step, in which torch's operators launch nothing."""
     counter = Launches(opt, monkeypatch)
     with counter:
         step()

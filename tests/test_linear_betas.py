@@ -84,7 +84,7 @@ def test_right_steps_do_not_warn():
 
 
 def test_the_documented_numbers():
-    """Of the default betas."""
+    """The documentation's numbers are those of the default betas."""
 
     def worst(first: float, then: float, counts) -> float:
         errors = []

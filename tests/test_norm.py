@@ -167,7 +167,7 @@ def test_sums_of_several_chunks_have_the_same_bits_at_every_pass(device_backend)
 
 
 def test_more_chunks_than_blocks(request):
-    """Of the CUDA kernel, which the tests' own build runs on the CPU."""
+    """The CUDA kernel, which the tests' own build runs on the CPU, sums all chunks."""
     if "shim" not in request.config.getoption("--backends"):
         pytest.skip("needs the build of make test-shim")
     params = parameters([1030 * 2048 + 3], torch.float64)

@@ -203,7 +203,7 @@ def test_scaled_steps_keep_what_the_small_steps_keep(schedule, rel, backend):
 
 
 def test_the_average_at_the_end_of_a_cosine():
-    """Of the start of the training as much is left at kappa = 32 as at kappa = 1."""
+    """The start of the training has the same share in the average at kappa = 32 and kappa = 1."""
     schedule = CosineDecay(0.99, 1024.0)
     small = averaged([1.0] + [0.0] * 992, [32.0] + [1.0] * 992, schedule)
     assert averaged([1.0] + [0.0] * 31, [32.0] * 32, schedule) == pytest.approx(small, rel=1e-4)

@@ -15,7 +15,7 @@ from triton_targets import FOLDS, SQUARES, TARGETS, VARIANTS, Row, Variant
 
 from fused_ema.kernels import step
 
-# Of a multiprocessor's threads.
+# Smallest share of a multiprocessor's threads that a kernel may keep busy.
 OCCUPANCY = 1 / 2
 # Kernels with divisions and roots.
 DIVIDING = {*ADAPTIVE_RULES, SQUARES}
@@ -46,9 +46,9 @@ def accesses(row: Row, found: list[int]) -> Counter[int]:
 
 
 def expected_accesses(variant: Variant, *tensors: tl.dtype) -> Counter[int]:
-    """Of tensors of these types, each read or written by a thread in one access."""
+    """The accesses by width to tensors of these types, if a thread takes each in one access."""
     if variant.dtype == "float64":
-        return Counter()  # of one element, as where threads take elements one by one
+        return Counter()  # accesses of one element, as if threads take elements one by one
     elements = step.ELEMENTS[variant.types[1]]
     return Counter(elements * tensor.primitive_bitwidth for tensor in tensors)
 

@@ -82,8 +82,9 @@ ADAM_UPDATE, SGD_UPDATE = 4, 2
 VARIANCE, RMSPROP_DENOMINATOR, RMSPROP_DIRECTION = 2, 3, 1
 WEIGHT_SUM, INNER_SUM, DECAY = 1, 1, 3
 FOLD = 4 * UNIT[torch.float64]
-# Of a scalar that a device has folded: several functions, each off by a few units in the last
-# place. As C++ on the host they are the host's. `ABSOLUTE`: of a power that is taken from one.
+# Error of a scalar that a device has folded: several functions, each off by a few units in the last
+# place. Compiled as C++ for the host, they are the host's functions. `ABSOLUTE` is the error of a
+# power that is subtracted from one.
 FOLDED = {"shim": 0, "triton": 16}
 ABSOLUTE = 4
 HIGHER_ORDER = 1 + 2.0**-10
@@ -119,9 +120,9 @@ def half_ulp(x: Array, dtype: torch.dtype) -> Array:
 
 
 def folding_bound(value: float, backend: str, powers: float = 0.0) -> float:
-    """Of a folded scalar against the host's; ``powers``: what those in it are multiplied by.
+    """Bound of a folded scalar's error; ``powers`` is the factor of the powers in it.
 
-    A schedule's decay is such a power, too: it is near one, and raised to kappa.
+    A schedule's decay counts as such a power too: it is near one, and raised to kappa.
     """
     if FOLDED[backend] == 0:
         return 0.0

@@ -72,7 +72,7 @@ class Variant:
 
     @property
     def types(self) -> tuple[tl.dtype, tl.dtype]:
-        """Of parameters and gradients, and of the arithmetic."""
+        """The type of parameters and gradients, and that of the arithmetic."""
         return step.TYPES[getattr(torch, self.dtype)]
 
     @property
@@ -245,7 +245,7 @@ def nvidia_vectors(access: str, ptx: str) -> list[int]:
 
 
 def nvidia_occupancy(registers: int, num_warps: int) -> float:
-    """Of 64 warps; registers are dealt out to warps in units of 256, and 65536 there are."""
+    """The share of 64 warps that fit: warps get registers in units of 256, out of 65536."""
     warps = 65536 // (-(-registers * 32 // 256) * 256)
     return min(warps // num_warps * num_warps, 64) / 64
 
@@ -275,7 +275,7 @@ def amd_vectors(access: str, isa: str) -> list[int]:
 
 
 def amd_occupancy(registers: int) -> float:
-    """Of 8 waves; registers are dealt out in units of 8, and 512 there are."""
+    """The share of 8 waves that fit: waves get registers in units of 8, out of 512."""
     return min(512 // (-(-registers // 8) * 8), 8) / 8
 
 

@@ -29,7 +29,7 @@ NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def draw_parameter(rng: random.Random, dtype: torch.dtype) -> Parameter:
-    """Of any small shape and any strides, anywhere in its storage; sometimes of several chunks."""
+    """A parameter of any small shape, strides and storage offset; sometimes of several chunks."""
     shape = [rng.choice((0, 1, 2, 3, 5, 9)) for _ in range(rng.randrange(4))]
     kind = rng.choice(("plain", "plain", "offset", "gaps", "permuted", "channels_last", "large"))
     if kind == "channels_last":
