@@ -139,7 +139,7 @@ def small_chunks() -> Provider:
 
         (group,), (decay,) = groups, spec.scenario.decays
         scaled = spec.scaled(LR * group.lr_factor)
-        opt = SmallChunks(group.params, **scaled, ema_weight=1.0 - decay)
+        opt = SmallChunks(group.params, **scaled, ema_rate=1.0 - decay)
         return Stepper(opt.step, lambda: group.params, lambda: opt.emas)
 
     return Provider("Triton, chunks of 128", make)

@@ -30,7 +30,7 @@ def step_chunk(
     weight_decay,
     correction1,
     correction2,
-    ema_weight,
+    ema_rate,
     CHUNK: tl.constexpr,
     ROW: tl.constexpr,
 ):
@@ -54,7 +54,7 @@ def step_chunk(
     second += (1.0 - beta2) * (grad * grad - second)
     change = first / correction1 / (tl.sqrt(second / correction2) + eps)
     param -= lr * (change + weight_decay * param)
-    ema += ema_weight * (param - ema)
+    ema += ema_rate * (param - ema)
     tl.store(p_param, param, mask)
     tl.store(p_first, first, mask)
     tl.store(p_second, second, mask)

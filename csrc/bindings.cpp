@@ -90,7 +90,8 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init<int, bool, bool, bool, bool, Objects, Objects, ObjectLists, ObjectLists,
                     std::vector<int>, std::vector<int64_t>>(),
            arg("num_scalars"), arg("frozen"), arg("takes_grads"), arg("capturable"), arg("master"),
-           arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"), arg("places"))
+           arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"),
+           arg("param_indices"))
       .def("prepare", &Slots::prepare)
       .def("begin", &Slots::begin)
       .def("begin_gradients", &Slots::begin_gradients)

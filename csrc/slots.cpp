@@ -169,7 +169,7 @@ void bump_version(const py::object& object) {
 Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bool master,
              std::vector<py::object> params, std::vector<py::object> steps,
              std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
-             std::vector<int> groups, const std::vector<int64_t>& places)
+             std::vector<int> groups, const std::vector<int64_t>& param_indices)
     : num_scalars_(num_scalars),
       frozen_(frozen),
       takes_grads_(takes_grads),
@@ -207,7 +207,7 @@ Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bo
   slots_.resize(size() * slot_layout().size());
   for (size_t i = 0; i < size(); ++i) {
     slot(i)[SlotLayout::numel] = shapes_[i].numel;
-    slot(i)[SlotLayout::param_index] = places.at(i);
+    slot(i)[SlotLayout::param_index] = param_indices.at(i);
   }
   grads_.resize(size());
   row_of_.resize((layout().grads() - layout().indices()) * WordLayout::indices_per_word);

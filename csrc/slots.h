@@ -30,11 +30,11 @@ class Slots {
   //   frozen: a gradient means that the bucket must be made anew
   //   takes_grads: gradients are looked at
   //   states: the first is the master where there is one
-  //   places: which of the optimizer's parameters each is, for its random bits
+  //   param_indices: which of the optimizer's parameters each is, for its random bits
   Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bool master,
         std::vector<py::object> params, std::vector<py::object> steps,
         std::vector<std::vector<py::object>> states, std::vector<std::vector<py::object>> emas,
-        std::vector<int> groups, const std::vector<int64_t>& places);
+        std::vector<int> groups, const std::vector<int64_t>& param_indices);
 
   // Reads gradients and pointers and folds the scalars; writes nothing. False: a tensor lies
   // differently now, or a frozen parameter has a gradient, and the bucket must be made anew.

@@ -24,7 +24,7 @@ class Slots:
         states: Sequence[Sequence[Tensor]],
         emas: Sequence[Sequence[Tensor]],
         groups: Sequence[int],
-        places: Sequence[int],
+        param_indices: Sequence[int],
     ) -> None: ...
     def prepare(self, fold: Fold) -> bool: ...
     def begin(self) -> None:

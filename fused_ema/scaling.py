@@ -20,7 +20,7 @@ MomentumScaling: TypeAlias = Literal["none", "exact"]
 WeightDecayScaling: TypeAlias = Literal["exact", "none"]
 
 
-def ema_weight(ema_decay: float, kappa: float = 1.0) -> float:
+def ema_rate(ema_decay: float, kappa: float = 1.0) -> float:
     """EMA rate of a step: ``1 - rho**kappa``, how far the average moves to the weight.
 
     It is computed as ``-expm1(kappa * log(rho))``, which is exact to the last bits where

@@ -86,6 +86,16 @@ def step_seed(seed, base_steps):
     return mix(mix(seed.to(tl.uint32) ^ bits.to(tl.uint32)) ^ (bits >> 32).to(tl.uint32))
 
 
+@device
+def arrive(p_arrivals, waiting, p_base_steps, after):
+    """Count base steps when all slots of a group have read them: the last to arrive does."""
+    m_waiting = waiting > 0
+    before_it = tl.atomic_add(p_arrivals, 1, m_waiting)
+    m_last = m_waiting & (before_it + 1 == waiting)
+    tl.store(p_base_steps, after, m_last)
+    tl.store(p_arrivals, 0, m_last)
+
+
 @triton.jit(
     do_not_specialize=[
         "p_words",
@@ -154,13 +164,7 @@ def fold_kernel(
         seed = step_seed(tl.load(p_group + 3, m_slot, other=0), before)
         tl.store(p_row + NUM_SCALARS + NUM_AVERAGES, seed.to(tl.float64), m_slot)
 
-    # base steps are counted when all slots of the group have read them: the last to come does
-    waiting = tl.load(p_group + 1, m_slot, other=0)
-    m_waiting = m_slot & (waiting > 0)
-    before_it = tl.atomic_add(p_arrivals + i_group, 1, m_waiting)
-    m_last = m_waiting & (before_it + 1 == waiting)
-    tl.store(p_before, before + kappa, m_last)
-    tl.store(p_arrivals + i_group, 0, m_last)
+    arrive(p_arrivals + i_group, tl.load(p_group + 1, m_slot, other=0), p_before, before + kappa)
 
 
 def compile_options(target: GPUTarget) -> dict[str, Any]:

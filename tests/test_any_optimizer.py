@@ -14,7 +14,7 @@ from graphs import Graph
 from torch import nn
 
 from fused_ema import CosineDecay, FusedEMA, FusedScaledSGD
-from fused_ema.scaling import ema_weight
+from fused_ema.scaling import ema_rate
 
 parameters = partial(twins.parameters, ((7,), (5, 3), (0,), (33, 2)), torch.float64)
 
@@ -62,7 +62,7 @@ def test_averages_follow(name, order, backend):
         seen += ema.kappa
         for averages, rho in zip(expected, decays, strict=True):
             for average, p, old in zip(averages, params, before, strict=True):
-                average.lerp_(p.detach() if order == "after" else old, ema_weight(rho, ema.kappa))
+                average.lerp_(p.detach() if order == "after" else old, ema_rate(rho, ema.kappa))
     assert ema.backends == (backend,)
     for key, averages in zip(("ema", "ema_1"), expected, strict=True):
         for p, average in zip(params, averages, strict=True):

@@ -200,9 +200,9 @@ def test_cosine_decay_checks_its_arguments():
 
 def test_weights_keep_their_precision_where_the_power_cancels():
     rho, kappa = 1.0 - 1e-12, 3.0
-    assert scaling.ema_weight(rho, kappa) == pytest.approx(3e-12, rel=1e-4)
-    assert scaling.ema_weight(1.0, 5.0) == 0.0
-    assert scaling.ema_weight(0.0, 5.0) == 1.0
+    assert scaling.ema_rate(rho, kappa) == pytest.approx(3e-12, rel=1e-4)
+    assert scaling.ema_rate(1.0, 5.0) == 0.0
+    assert scaling.ema_rate(0.0, 5.0) == 1.0
 
 
 def test_numbers_of_numpy_are_numbers():

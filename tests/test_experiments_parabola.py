@@ -16,7 +16,7 @@ from fused_ema.experiments import noisy_parabola
 from fused_ema.experiments.distributed import Group
 from fused_ema.experiments.folder import Folder
 from fused_ema.experiments.noisy_parabola import Config, moments, simulate
-from fused_ema.scaling import ema_weight
+from fused_ema.scaling import ema_rate
 
 # Noise and steps so large that every term of the moments counts.
 NOISY = Config(
@@ -31,7 +31,7 @@ SUMMARY = {
 @pytest.mark.parametrize("kappa", [1, 4])
 def test_moments_are_those_of_the_optimizer(kappa, order):
     """All five, within 5 standard errors of the simulation: 6e-7 to be outside by chance."""
-    *_, expected = moments(NOISY, kappa, ema_weight(NOISY.rho, kappa), order)
+    *_, expected = moments(NOISY, kappa, ema_rate(NOISY.rho, kappa), order)
     theta, ema = simulate(NOISY, kappa, order)
     samples = (theta, theta**2, ema, ema**2, theta * ema)
     for name, found, value in zip(expected._fields, samples, expected, strict=True):
@@ -42,7 +42,7 @@ def test_moments_are_those_of_the_optimizer(kappa, order):
 def test_the_simulation_tells_the_orders_and_the_noise_apart():
     """Its standard errors are far below what a wrong formula would change."""
     _, ema = simulate(NOISY, 4, "before")
-    weight = ema_weight(NOISY.rho, 4)
+    weight = ema_rate(NOISY.rho, 4)
     *_, right = moments(NOISY, 4, weight, "before")
     *_, other_order = moments(NOISY, 4, weight, "after")
     *_, other_noise = moments(NOISY, 4, weight, "before", noise_kappa=1.0)
@@ -55,7 +55,7 @@ def test_the_simulation_tells_the_orders_and_the_noise_apart():
 def test_expected_values_have_closed_forms(order):
     """``q**n`` for the weights; for the average the solution of its linear recursion."""
     kappa, steps = 4, NOISY.base_steps // 4
-    weight = ema_weight(NOISY.rho, kappa)
+    weight = ema_rate(NOISY.rho, kappa)
     r, q = 1 - weight, 1 - kappa * NOISY.lr * NOISY.a
     growth = q * q + kappa * NOISY.lr**2 * NOISY.b * NOISY.a**2
     floor = kappa * NOISY.lr**2 * NOISY.c / (1 - growth)
@@ -113,7 +113,7 @@ def test_the_rule_holds_where_rho_left_alone_does_not(found):
 
 def test_the_rule_is_not_the_unique_best_choice(found):
     out, summary, config = found
-    rule = [ema_weight(config.rho, kappa) for kappa in summary["kappa"]]
+    rule = [ema_rate(config.rho, kappa) for kappa in summary["kappa"]]
     best = [1 - rho for rho in summary["best_rho"]]
     assert best[0] == pytest.approx(rule[0], rel=1e-4)
     assert best[2] / rule[2] == pytest.approx(1.0225, abs=0.002)

@@ -233,7 +233,7 @@ def slots(params) -> _native.Slots:
         states=[[torch.zeros(3), torch.zeros(3)] for _ in params],
         emas=[[torch.zeros(3)] for _ in params],
         groups=[0 for _ in params],
-        places=list(range(len(params))),
+        param_indices=list(range(len(params))),
     )
 
 

@@ -183,7 +183,7 @@ def test_native_kernels_refuse_other_states():
         states=[[torch.zeros(3), torch.zeros(3)]],
         emas=[[]],
         groups=[0],
-        places=[0],
+        param_indices=[0],
     )
     with pytest.raises(
         ValueError, match=r"rule adam, variant amsgrad: received 2 states, allowed 3"

@@ -35,7 +35,7 @@ class Slot:
     states: list[Tensor]
     averages: list[Tensor]
     row: int
-    place: int
+    param_index: int
 
     def tensors(self) -> list[Tensor]:
         return [self.param, *self.states, *self.averages]
@@ -137,7 +137,7 @@ def step_natively(variant: Variant, slots: list[Slot]) -> None:
         states=[slot.states for slot in slots],
         emas=[slot.averages for slot in slots],
         groups=[slot.row for slot in slots],
-        places=[slot.place for slot in slots],
+        param_indices=[slot.param_index for slot in slots],
     )
     plan = _native.Plan(variant.rule, variant.variant, tensors, variant.ema_before)
     assert plan.prepare(Table(variant))
@@ -145,7 +145,7 @@ def step_natively(variant: Variant, slots: list[Slot]) -> None:
 
 
 def words_of(slot: Slot) -> list[int]:
-    return [slot.param.numel(), slot.place, *(tensor.data_ptr() for tensor in slot.tensors())]
+    return [slot.param.numel(), slot.param_index, *(tensor.data_ptr() for tensor in slot.tensors())]
 
 
 def chunks_of(slots: list[Slot]) -> list[tuple[int, int]]:
@@ -324,7 +324,7 @@ def test_offsets_have_64_bits(dtype, active):
     (slot,) = far
     grad = slot.param.grad.data_ptr() - skipped * dtype.itemsize if active else 0
     starts = [tensor.data_ptr() - skipped * tensor.element_size() for tensor in slot.tensors()]
-    words = (skipped + step.CHUNK, slot.place, *starts)
+    words = (skipped + step.CHUNK, slot.param_index, *starts)
     launch(variant, [slot.row], [grad], [words], [(0, index)])
     assert_same_bits(near, far)
 
@@ -335,14 +335,14 @@ def test_random_bits_take_offsets_of_64_bits():
     ((slot,), (near,)) = variant.slots([step.CHUNK]), variant.slots([step.CHUNK])
     index = 2**32 // step.CHUNK + 5
     place = torch.arange(step.CHUNK) + index * step.CHUNK
-    key = formats.mix(SEEDS[slot.row] ^ formats.mix(slot.place))
+    key = formats.mix(SEEDS[slot.row] ^ formats.mix(slot.param_index))
     hashed = formats.mix(key ^ (place & formats.MASK) >> 1 ^ formats.mix(place >> 32))
     bits = torch.where(place % 2 == 0, hashed & 0xFFFF, hashed >> 16)
     formats.follow(near.averages[0], near.param, EMA_WEIGHTS[near.row][0], bits)
     starts = [
         tensor.data_ptr() - index * step.CHUNK * tensor.element_size() for tensor in slot.tensors()
     ]
-    words = ((index + 1) * step.CHUNK, slot.place, *starts)
+    words = ((index + 1) * step.CHUNK, slot.param_index, *starts)
     launch(variant, [slot.row], [0], [words], [(0, index)])
     assert_same_bits([slot], [near])
 

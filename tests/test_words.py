@@ -61,7 +61,7 @@ class Both:
                 states=held,
                 emas=emas,
                 groups=[0, 0, 0, 1, 1, 1, 1],
-                places=list(range(10, 10 + count)),
+                param_indices=list(range(10, 10 + count)),
                 **fields,
             )
             for kind, steps in zip((_native.Slots, words.Slots), self.steps, strict=True)

@@ -237,7 +237,7 @@ def is_constant(ema_decay: EmaDecay) -> bool:
     return not any(callable(decay) for decay in decays(ema_decay))
 
 
-def ema_weights(ema_decay: EmaDecay, t: Any, kappa: Any) -> tuple[Any, ...]:
+def ema_rates(ema_decay: EmaDecay, t: Any, kappa: Any) -> tuple[Any, ...]:
     """EMA rates ``1 - rho**kappa`` of a step from ``t``, one an average; tensors if ``t`` is one.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..scaling import ema_weight
+from ..scaling import ema_rate
 from .recipe import Recipe
 
 DIGITS = "resnet-digits"
@@ -79,4 +79,4 @@ def set_batch_norm(model: nn.Module, samples: float) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = ema_weight(0.9, samples)
+            module.momentum = ema_rate(0.9, samples)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import FusedScaledSGD
 from ..ema.decay import EmaOrder
-from ..scaling import ema_weight
+from ..scaling import ema_rate
 from ..step.backends import BackendName
 from .config import option, positive
 from .distributed import Group
@@ -137,7 +137,7 @@ def best_weight(config: Config, base: list[Moments], kappa: int) -> float:
     """The EMA rate ``1 - rho_hat`` of least error, by a scalar minimiser within a factor of 2."""
     from scipy.optimize import minimize_scalar
 
-    rule = ema_weight(config.rho, kappa)
+    rule = ema_rate(config.rho, kappa)
     found = minimize_scalar(
         lambda factor: error(config, base, kappa, factor * rule, "before"),
         bounds=(0.5, min(2.0, 1.0 / rule)),
@@ -149,7 +149,7 @@ def best_weight(config: Config, base: list[Moments], kappa: int) -> float:
 
 def deviation(config: Config, kappa: int, order: EmaOrder) -> dict[str, float]:
     """Distance of the simulated average from its moments, in standard errors."""
-    *_, expected = moments(config, kappa, ema_weight(config.rho, kappa), order)
+    *_, expected = moments(config, kappa, ema_rate(config.rho, kappa), order)
     _, ema = simulate(config, kappa, order)
     centred = (ema - expected.ema) ** 2
     root = math.sqrt(config.parabolas)
@@ -161,7 +161,7 @@ def deviation(config: Config, kappa: int, order: EmaOrder) -> dict[str, float]:
 
 def measure(config: Config, base: dict[EmaOrder, list[Moments]], kappa: int) -> dict[str, Any]:
     """A row of the metrics: all measurements at one ``kappa``."""
-    before, rule = base["before"], ema_weight(config.rho, kappa)
+    before, rule = base["before"], ema_rate(config.rho, kappa)
     best = best_weight(config, before, kappa)
     scaled = list(moments(config, kappa, rule, "before"))
     undivided = list(moments(config, kappa, rule, "before", noise_kappa=1.0))
@@ -170,7 +170,7 @@ def measure(config: Config, base: dict[EmaOrder, list[Moments]], kappa: int) -> 
     row |= {
         f"error_rule_{order}": error(config, base[order], kappa, rule, order) for order in ORDERS
     }
-    row["error_none"] = error(config, before, kappa, ema_weight(config.rho), "before")
+    row["error_none"] = error(config, before, kappa, ema_rate(config.rho), "before")
     row["error_linear"] = error(config, before, kappa, min(kappa * (1 - config.rho), 1.0), "before")
     row["error_best"] = error(config, before, kappa, best, "before")
     row["best_rho"] = 1.0 - best
@@ -185,8 +185,8 @@ def trajectories(config: Config, base: list[Moments], kappa: int) -> dict[str, A
     """The expected average over base steps: of the base run, with the rule, with rho left alone."""
     curves = {
         "base": base[::kappa],
-        "rule": list(moments(config, kappa, ema_weight(config.rho, kappa), "before")),
-        "none": list(moments(config, kappa, ema_weight(config.rho), "before")),
+        "rule": list(moments(config, kappa, ema_rate(config.rho, kappa), "before")),
+        "none": list(moments(config, kappa, ema_rate(config.rho), "before")),
     }
     return {
         "kappa": kappa,
@@ -207,7 +207,7 @@ SUMMARY = (
 
 def run(config: Config, folder: Folder, group: Group) -> None:
     """Measure every ``kappa``; write the metrics, the summary and the figure."""
-    weight = ema_weight(config.rho)
+    weight = ema_rate(config.rho)
     base = {order: list(moments(config, 1, weight, order)) for order in ORDERS}
     folder.take()
     rows = folder.rows()

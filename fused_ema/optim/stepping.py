@@ -303,7 +303,7 @@ class Stepping(EmaAccess):
 
     def _buffer_weights(self) -> tuple[float, ...]:
         """The EMA rates of the group with the most averages, because buffers belong to no group."""
-        rates = [self._stepper.folder.weights(i) for i in range(len(self.param_groups))]
+        rates = [self._stepper.folder.ema_rates(i) for i in range(len(self.param_groups))]
         return max(rates, key=len)
 
     def _params(self) -> list[Tensor]:

@@ -24,12 +24,12 @@ BEFORE_ALL, AFTER_ALL = -1, sys.maxsize
 
 
 class Slot(NamedTuple):
-    """One parameter of a bucket: the tensor, its group and its place among all, its state."""
+    """One parameter of a bucket: the tensor, its group and its index among all, its state."""
 
     param: Tensor
     group: int
     state: dict[str, Any]
-    place: int
+    param_index: int
 
 
 class Key(NamedTuple):
@@ -143,12 +143,12 @@ def make_buckets(
     count = itertools.count()
     for index, (group, backend) in enumerate(zip(groups, requested, strict=True)):
         for param in group["params"]:
-            place = next(count)
+            param_index = next(count)
             if not is_there(param) or param.dtype not in COMPUTE_DTYPE:
                 continue
-            slot = Slot(param, index, state[param], place)
+            slot = Slot(param, index, state[param], param_index)
             key = _key(rule, group, slot, backend, averaged)
-            turn = turns[place]
+            turn = turns[param_index]
             parts = [key] if turn is None or rule is FROZEN else _apart(key, turn, slot)
             for part in parts:
                 members.setdefault(part, []).append(slot)
@@ -185,9 +185,9 @@ def _apart(key: Key, turn: int, slot: Slot) -> list[Key]:
     if key.master or (key.emas and key.ema_format == "delta"):
         kept = "master_weights=True" if key.master else "ema_format='delta'"
         raise ValueError(
-            f"params: parameter {slot.place}, of shape {tuple(slot.param.shape)}, shares memory "
-            f"with another one, which is not supported with {kept}; allowed: one and the same "
-            "Parameter in both places"
+            f"params: parameter {slot.param_index}, of shape {tuple(slot.param.shape)}, shares "
+            f"memory with another one, which is not supported with {kept}; allowed: one and the "
+            "same Parameter in both places"
         )
     last = BEFORE_ALL if key.ema_order == "before" else AFTER_ALL
     alone = key._replace(turn=last, variant=FROZEN.variant({}), state_format="full")

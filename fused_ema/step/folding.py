@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from ..ema.decay import EmaDecay, decays, ema_weights
+from ..ema.decay import EmaDecay, decays, ema_rates
 from ..ema.formats import is_too_slow, step_seed, warn_of_rounding
 from ..rules.bias import follow_kappa
 from ..rules.rule import Rule
@@ -17,7 +17,7 @@ from ..values import PLAIN, as_given
 from .backends.plan import Scalars
 
 # Fields besides the rule's own that decide in which bucket a group's parameters are.
-PLACING = (
+BUCKETING = (
     *("ema_order", "ema_format", "state_format", "master_weights", "ema_every"),
     *("foreach", "fused", "differentiable", "capturable"),
 )
@@ -31,11 +31,11 @@ class _Scaled(NamedTuple):
     """A param group's scalars before the step is folded in, and the fields they came from."""
 
     fields: tuple[Any, ...]
-    place: tuple[Any, ...]
+    bucketing: tuple[Any, ...]
     kappa: float
     advance: float
     hyper: Any
-    weights: tuple[float, ...] | None
+    ema_rates: tuple[float, ...] | None
 
 
 class Checked(NamedTuple):
@@ -85,7 +85,7 @@ class Folder:
         self._rule = rule
         self._averaged = True
         self._given = itemgetter(
-            *rule.hyper, "ema_decay", "kappa_scales", "max_grad_norm", *PLACING
+            *rule.hyper, "ema_decay", "kappa_scales", "max_grad_norm", *BUCKETING
         )
         self._numbers = itemgetter(*rule.numbers, "ema_decay", "max_grad_norm", "ema_every")
         self.groups: Sequence[Group] = ()
@@ -106,7 +106,7 @@ class Folder:
         Args:
             groups: the optimizer's param groups.
             check: what a param group holds; raises ValueError for a bad value.
-            averaged: whether averages move at this step; if not, there are no weights.
+            averaged: whether averages move at this step; if not, there are no EMA rates.
 
         Raises:
             ValueError: a field holds a bad value; nothing has been taken in.
@@ -130,7 +130,7 @@ class Folder:
             if group.get("beta_scaling") == "linear":
                 follow_kappa(group, new.advance)
         moved = any(
-            old is not new and (old is None or old.place != new.place)
+            old is not new and (old is None or old.bucketing != new.bucketing)
             for old, new in zip(known, scaled, strict=True)
         )
         self._scaled = scaled
@@ -149,12 +149,12 @@ class Folder:
         if not self._averaged:
             return
         for group, old, new in zip(self.groups, known, scaled, strict=True):
-            if old is not None and old.weights is new.weights:
+            if old is not None and old.ema_rates is new.ema_rates:
                 continue
             form = group["ema_format"]
-            if form not in self._warned and is_too_slow(form, new.weights):
+            if form not in self._warned and is_too_slow(form, new.ema_rates):
                 self._warned.add(form)
-                warn_of_rounding(form, new.weights or ())
+                warn_of_rounding(form, new.ema_rates or ())
 
     def _fields(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What is compared from step to step, without looking at a device."""
@@ -179,15 +179,15 @@ class Folder:
         group.update(as_given(group))  # flags, too
         values, hyper = check(group)
         ema_decay, kappa, scales = values["ema_decay"], values["kappa"], group["kappa_scales"]
-        place = others[-len(PLACING) :]
+        bucketing = others[-len(BUCKETING) :]
         known = math.nan if isinstance(kappa, Tensor) else kappa
         return _Scaled(
-            fields=_remembered((*values.values(), scales, group["max_grad_norm"], *place)),
-            place=(self._rule.variant(group), len(decays(ema_decay)), *place),
+            fields=_remembered((*values.values(), scales, group["max_grad_norm"], *bucketing)),
+            bucketing=(self._rule.variant(group), len(decays(ema_decay)), *bucketing),
             kappa=known,
             advance=1.0 if scales == "ema" else known,
             hyper=hyper,
-            weights=_constant_weights(ema_decay, ema_kappa(group, kappa)),
+            ema_rates=_constant_rates(ema_decay, ema_kappa(group, kappa)),
         )
 
     def _rescale(self, group: Group, numbers: tuple[Any, ...], old: _Scaled) -> _Scaled:
@@ -197,13 +197,13 @@ class Folder:
         same = kappa == old.kappa
         return _Scaled(
             fields=(*numbers, *old.fields[len(numbers) :]),
-            place=(self._rule.variant(group), *old.place[1:]),
+            bucketing=(self._rule.variant(group), *old.bucketing[1:]),
             kappa=kappa,
             advance=1.0 if group["kappa_scales"] == "ema" else kappa,
             hyper=self._rule.scaled(group),
-            weights=old.weights
+            ema_rates=old.ema_rates
             if same
-            else _constant_weights(group["ema_decay"], ema_kappa(group, kappa)),
+            else _constant_rates(group["ema_decay"], ema_kappa(group, kappa)),
         )
 
     def ask_schedules(self) -> None:
@@ -213,15 +213,15 @@ class Folder:
             ValueError: a schedule returns a number outside ``[0, 1]``.
         """
         for group in self._asked:
-            self.weights(group)
+            self.ema_rates(group)
 
     def __call__(self, group: int, step: float | None) -> Scalars:
-        """The rule's scalars after ``step`` base steps, empty for None, and the EMA weights."""
+        """The rule's scalars after ``step`` base steps, empty for None, and the EMA rates."""
         row = self._rows.get((group, step))
         if row is None:
             scaled = self._scaled[group]
             scalars = () if step is None else self._rule.fold(scaled.hyper, step)
-            row = self._rows[group, step] = (scalars, self.weights(group))
+            row = self._rows[group, step] = (scalars, self.ema_rates(group))
         return row
 
     def seed(self, group: int) -> int:
@@ -229,14 +229,14 @@ class Folder:
         fields = self.groups[group]
         return int(step_seed(index(fields["rounding_seed"]), fields["base_steps"]))
 
-    def weights(self, group: int) -> tuple[float, ...]:
-        """The EMA weights of a group at this step; a schedule is asked once."""
+    def ema_rates(self, group: int) -> tuple[float, ...]:
+        """The EMA rates of a group at this step; a schedule is asked once."""
         if not self._averaged:
             return ()
         scaled, fields = self._scaled[group], self.groups[group]
         waited = fields.get("ema_waited", 0.0)
-        if scaled.weights is not None and waited == 0.0:
-            return scaled.weights
+        if scaled.ema_rates is not None and waited == 0.0:
+            return scaled.ema_rates
         if group not in self._scheduled:
             ema_decay, kappa = (plain(fields[name], fields) for name in ("ema_decay", "kappa"))
             begin = fields["base_steps"]
@@ -244,7 +244,7 @@ class Folder:
                 begin, kappa = begin - waited, waited + kappa
             if fields["kappa_scales"] == "optimizer":  # each as one of the base batch
                 kappa = 1.0 + fields.get("ema_skips", 0)
-            self._scheduled[group] = ema_weights(ema_decay, begin, kappa)
+            self._scheduled[group] = ema_rates(ema_decay, begin, kappa)
         return self._scheduled[group]
 
 
@@ -253,12 +253,12 @@ def ema_kappa(group: Group, kappa: Any) -> Any:
     return 1.0 if group["kappa_scales"] == "optimizer" else kappa
 
 
-def _constant_weights(ema_decay: EmaDecay, kappa: Any) -> tuple[float, ...] | None:
-    """The averages' weights, None where they depend on the step or lie on a device."""
+def _constant_rates(ema_decay: EmaDecay, kappa: Any) -> tuple[float, ...] | None:
+    """The EMA rates, None where they depend on the step or lie on a device."""
     numbers = (kappa, *decays(ema_decay))
     if any(callable(number) or isinstance(number, Tensor) for number in numbers):
         return None
-    return ema_weights(ema_decay, 0.0, kappa)
+    return ema_rates(ema_decay, 0.0, kappa)
 
 
 def plain_fields(rule: Rule, group: Group) -> dict[str, Any]:

@@ -93,14 +93,14 @@ class OracleConfig(ABC):
         """Bounds of the weights' and the states' errors after that step, see tolerances.py."""
 
     def ema_weights(self, clock: float) -> tuple[float, ...]:
-        return tuple(ema_weight(decay, clock, self.kappa) for decay in self.ema_decay)
+        return tuple(ema_rate(decay, clock, self.kappa) for decay in self.ema_decay)
 
 
 def log_or_minus_infinity(x: float) -> float:
     return math.log(x) if x > 0 else -math.inf
 
 
-def ema_weight(decay: Decay, clock: float, kappa: float) -> float:
+def ema_rate(decay: Decay, clock: float, kappa: float) -> float:
     """1 - rho^kappa, with a scheduled rho read in the middle of the base steps from `clock`."""
     rho = decay(max(clock + (kappa - 1) / 2, 0)) if callable(decay) else decay
     return -math.expm1(kappa * log_or_minus_infinity(rho))

@@ -48,6 +48,6 @@ def slots(bucket: Bucket) -> native.Slots:
         states=[[local(slot.state[name]) for name in bucket.state_keys] for slot in members],
         emas=[[local(slot.state[name]) for name in bucket.key.emas] for slot in members],
         groups=[slot.group for slot in members],
-        places=[slot.place for slot in members],
+        param_indices=[slot.param_index for slot in members],
     )
     return slots

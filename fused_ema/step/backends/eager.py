@@ -36,7 +36,7 @@ class Row(NamedTuple):
     """Slots that take the same scalars; ``scalars`` is empty where no gradient came."""
 
     scalars: Any
-    weights: Sequence[float]
+    ema_rates: Sequence[float]
     advance: float
     seed: int
     slots: list[Slot]
@@ -81,10 +81,10 @@ class EagerPlan:
                 grads.append(grad)
         self.rows = []
         for (group, step), (slots, grads) in members.items():
-            scalars, weights = fold(group, step)
-            weights = weights if key.emas else ()
+            scalars, ema_rates = fold(group, step)
+            ema_rates = ema_rates if key.emas else ()
             seed = fold.seed(group) if key.rounds else 0
-            self.rows.append(Row(scalars, weights, fold.advances[group], seed, slots, grads))
+            self.rows.append(Row(scalars, ema_rates, fold.advances[group], seed, slots, grads))
         return True
 
     def release(self) -> None:
@@ -163,16 +163,18 @@ class EagerPlan:
     def _round_states(self, row: Row, values: list[list[Tensor]]) -> None:
         for k, (key, state) in enumerate(zip(self.bucket.states, values, strict=True)):
             for slot, value in zip(row.slots, state, strict=True):
-                place = real(slot.param)
-                bits = formats.element_bits(row.seed, slot.place, formats.FIRST_STATE + k, place)
+                like = real(slot.param)
+                bits = formats.element_bits(
+                    row.seed, slot.param_index, formats.FIRST_STATE + k, like
+                )
                 real(slot.state[key]).copy_(formats.round_bfloat16(value, bits))
 
     @torch.no_grad()
     def _move_averages(self, row: Row, wrap: Wrap) -> None:
-        for key, weight in zip(self.bucket.key.emas, row.weights, strict=True):
+        for key, rate in zip(self.bucket.key.emas, row.ema_rates, strict=True):
             ema = wrap([real(slot.state[key]) for slot in row.slots])
             param = wrap(self._weights(row))
-            ema_update(ema, param.to(self._dtype), weight)
+            ema_update(ema, param.to(self._dtype), rate)
 
     def _weights(self, row: Row) -> list[Tensor]:
         """What averages follow: the parameters, or their masters."""
@@ -181,19 +183,19 @@ class EagerPlan:
 
     @torch.no_grad()
     def _move_rounded(self, row: Row, wrap: Wrap) -> None:
-        for k, (key, weight) in enumerate(zip(self.bucket.key.emas, row.weights, strict=True)):
+        for k, (key, rate) in enumerate(zip(self.bucket.key.emas, row.ema_rates, strict=True)):
             for slot, param in zip(row.slots, self._weights(row), strict=True):
-                bits = formats.element_bits(row.seed, slot.place, k, real(slot.param))
-                formats.follow(real(slot.state[key]), param.float(), weight, bits)
+                bits = formats.element_bits(row.seed, slot.param_index, k, real(slot.param))
+                formats.follow(real(slot.state[key]), param.float(), rate, bits)
 
     @torch.no_grad()
     def _move_differences(self, row: Row, old: list[Tensor]) -> None:
         before = self.bucket.key.ema_order == "before"
-        for k, (key, weight) in enumerate(zip(self.bucket.key.emas, row.weights, strict=True)):
+        for k, (key, rate) in enumerate(zip(self.bucket.key.emas, row.ema_rates, strict=True)):
             for slot, param, was in zip(row.slots, self._weights(row), old, strict=True):
-                bits = formats.element_bits(row.seed, slot.place, k, real(slot.param))
+                bits = formats.element_bits(row.seed, slot.param_index, k, real(slot.param))
                 change = moved(was.float(), param.float())
-                formats.follow_delta(real(slot.state[key]), change, weight, bits, before)
+                formats.follow_delta(real(slot.state[key]), change, rate, bits, before)
 
 
 def as_list(operand: Tensor | TensorList) -> list[Tensor]:

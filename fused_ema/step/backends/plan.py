@@ -10,7 +10,7 @@ from torch import Tensor
 from ...extension import native
 from ..gradients import Ending
 
-# The rule's scalars (a NamedTuple, empty without a gradient) and the EMA weights.
+# The rule's scalars (a NamedTuple, empty without a gradient) and the EMA rates.
 Scalars: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 

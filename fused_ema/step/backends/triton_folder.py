@@ -35,7 +35,7 @@ class Folder:
         self._groups = GroupRecords(bucket)
         members = [list(slots) for _, slots in groupby(bucket.slots, lambda slot: slot.group)]
         group_of = torch.tensor(
-            [place for place, slots in enumerate(members) for _ in slots],
+            [index for index, slots in enumerate(members) for _ in slots],
             dtype=torch.int32,
             device=device,
         )

@@ -59,7 +59,7 @@ class Slots:
         states: Sequence[Sequence[Tensor]],
         emas: Sequence[Sequence[Tensor]],
         groups: Sequence[int],
-        places: Sequence[int],
+        param_indices: Sequence[int],
     ) -> None:
         if len(params) > layout.MOST_SLOTS:
             raise ValueError(
@@ -74,7 +74,7 @@ class Slots:
         self.slot_layout = layout.slot(master, self._num_states - master, self._num_emas)
         self._params, self._steps = list(params), list(steps)
         self._held = [[*s, *e] for s, e in zip(states, emas, strict=True)]
-        self._groups, self._places = list(groups), list(places)
+        self._groups, self._param_indices = list(groups), list(param_indices)
         self._shapes = [
             _Shape(keys(p), p.numel(), p.is_contiguous(), p.dim(), _order(p)) for p in params
         ]
@@ -130,9 +130,9 @@ class Slots:
             if grad is not None:
                 self._grads[i] = grad if self._fits(grad, param) else self._copied(grad, param)
             self._read_gradient(i)
-            place = self._find_row(row)
-            self._new_rows |= self._row_of[i] != place
-            self._row_of[i] = place
+            row_index = self._find_row(row)
+            self._new_rows |= self._row_of[i] != row_index
+            self._row_of[i] = row_index
         if not self._capturable:
             self._fold_rows(fold)
         return True
@@ -221,7 +221,7 @@ class Slots:
     @property
     def counters(self) -> list[int]:
         """The address of each slot's count, plus one where it has a gradient."""
-        active = (self._rows[place].active for place in self._row_of)
+        active = (self._rows[k].active for k in self._row_of)
         return [where + flag for where, flag in zip(self._counters, active, strict=True)]
 
     def pack(self, words: Tensor) -> None:
@@ -266,7 +266,7 @@ class Slots:
         for tensor, kind in zip(self._held[i], self._kinds, strict=True):
             if not self._as_planned(tensor, kind, shape):
                 return False
-        words = [shape.numel, self._places[i], *map(_address, (param, *self._held[i]))]
+        words = [shape.numel, self._param_indices[i], *map(_address, (param, *self._held[i]))]
         self._new_slots |= words != self._slot_words[i]
         self._slot_words[i] = words
         return True
@@ -296,23 +296,23 @@ class Slots:
 
     def _find_row(self, row: _Row) -> int:
         if not self._capturable:
-            for place in reversed(range(len(self._rows))):
-                if self._rows[place][:3] == row[:3]:
-                    return place
+            for k in reversed(range(len(self._rows))):
+                if self._rows[k][:3] == row[:3]:
+                    return k
         self._rows.append(row)
         return len(self._rows) - 1
 
     def _fold_rows(self, fold: Fold) -> None:
         table: list[float] = []
         for row in self._rows:
-            scalars, weights = fold(row.group, row.step if row.active else None)
+            scalars, ema_rates = fold(row.group, row.step if row.active else None)
             expected = self._num_scalars if row.active else 0
-            if len(scalars) != expected or (self._num_emas and len(weights) != self._num_emas):
+            if len(scalars) != expected or (self._num_emas and len(ema_rates) != self._num_emas):
                 raise RuntimeError(
                     f"a rule folds {len(scalars)} scalars, its kernel takes {self._num_scalars}"
                 )
             table += [*map(float, scalars), *[0.0] * (self._num_scalars - len(scalars))]
-            table += map(float, weights[: self._num_emas])
+            table += map(float, ema_rates[: self._num_emas])
             if self._rounds:
                 table.append(float(fold.seed(row.group)))
         self._new_slots |= len(table) != len(self._table)  # what follows the table has moved
