@@ -94,7 +94,7 @@ def round_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
 
 
 def round_float16(value: Tensor, bits: Tensor) -> Tensor:
-    """Round float32 to float16 in the same way, by the lower 13 bits, within finite numbers."""
+    """Round float32 to float16 likewise, by the lower 13 bits; clamp to its largest number."""
     pattern = value.view(torch.int32).to(torch.int64) & MASK
     magnitude = value.abs().clamp(max=LARGEST)
     low = bits & 0x1FFF
