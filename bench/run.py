@@ -68,15 +68,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=Settings.rounds, help=f"at most ({Settings.rounds})"
     )
-    parser.add_argument("--seconds", type=float, help="share so many out between the tables")
+    parser.add_argument("--seconds", type=float, help="time for all tables together")
     parser.add_argument(
         "--out", type=Path, help="CSV file to write, or a folder for one named after the machine"
     )
+    parser.add_argument("--add", action="store_true", help="keep the other tables of the file")
     parser.add_argument(
-        "--add", action="store_true", help="keep the file's other tables: replace those made anew"
-    )
-    parser.add_argument(
-        "--shrink", type=int, default=1, metavar="N", help="cut tensors to an Nth: to try it out"
+        "--shrink", type=int, default=1, metavar="N", help="cut tensors to an Nth, for a trial"
     )
     return parser.parse_args(argv)
 

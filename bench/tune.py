@@ -158,11 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Return 1 if a variant gave other bits, or a case had no time."""
     start = monotonic()
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
-    parser.add_argument("variants", type=Path, help="a folder that bench.variants made")
+    parser.add_argument("variants", type=Path, help="a folder from bench.variants")
     parser.add_argument("--out", type=Path, required=True, help="CSV file")
     parser.add_argument("--device", type=torch.device, default="cuda")
-    parser.add_argument("--seconds", type=float, default=60.0, help="begin no case after them (60)")
-    parser.add_argument("--shrink", type=int, default=1, help="cut tensors, to try it out")
+    parser.add_argument("--seconds", type=float, default=60.0, help="begin no case later (60)")
+    parser.add_argument("--shrink", type=int, default=1, help="cut tensors, for a trial")
     args = parser.parse_args(argv)
     index = json.loads((args.variants / INDEX).read_text())
     if args.device.type == "cuda":

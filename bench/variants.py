@@ -169,11 +169,11 @@ def build(kind: str, folder: Path, compiler: Compiler, jobs: int, most: int | No
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.variants", description=__doc__)
-    parser.add_argument("out", type=Path, help="a folder, as build/variants, for one of each kind")
+    parser.add_argument("out", type=Path, help="a folder for all kinds, such as build/variants")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--arch", default="90", help="compute capability (90)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--shim", action="store_true", help="a few, for the CPU, to try bench.tune")
+    parser.add_argument("--shim", action="store_true", help="a few for the CPU, to try bench.tune")
     args = parser.parse_args(argv)
     if missing := unknown_macros():
         sys.exit(f"{TUNING.relative_to(ROOT)} does not read {', '.join(missing)}")

@@ -25,13 +25,13 @@ ON_CPU = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
-    parser.add_argument("call", choices=TOTAL, help="9 minutes, then, if there are, 4 more")
+    parser.add_argument("call", choices=TOTAL, help="first takes 9 minutes, second 4 more")
     parser.add_argument("out", type=Path, metavar="OUTDIR", help="for at most 8 files")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(cuda)")
-    parser.add_argument("--parts", nargs="+", metavar="PART", help="these alone")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="only these")
     parser.add_argument("--without", nargs="+", metavar="PART", default=[], help="all but these")
     parser.add_argument(
-        "--patience", type=float, default=1.0, help="multiplies all limits, on a busy machine (1)"
+        "--patience", type=float, default=1.0, help="factor of all limits, for a busy machine (1)"
     )
     return parser.parse_args(argv)
 

@@ -94,8 +94,8 @@ class EmaAccess(Optimizer):
             raise ValueError("model holds none of the optimizer's averaged parameters")
         if not modules and any(map(is_sharded, by_param)):
             raise RuntimeError(
-                "ema_weights() with DTensor parameters: their modules may hold full copies of "
-                "them, and are not known; give the optimizer model=<the module>, or give it here"
+                "ema_weights() with DTensor parameters: their modules, which may hold full copies "
+                "of them, are not known; pass model=<the module> to the optimizer, or here"
             )
         _reshard(modules)  # first, so that modules and optimizer hold the same tensors
         if self._buffers is not None:

@@ -398,6 +398,6 @@ def _check_teacher(teacher: Mapping[str, _Place], source: Mapping[str, _Place], 
         if mode == "average" and value.dtype != wanted:
             raise ValueError(
                 f"ema_buffers='average': the teacher's {name!r} has dtype {value.dtype}; allowed: "
-                f"{wanted} (rounded to nearest in fewer bits an average stops moving), or "
+                f"{wanted} (an average rounded to nearest in fewer bits stops moving), or "
                 "ema_buffers='copy'"
             )

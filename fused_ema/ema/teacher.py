@@ -39,8 +39,8 @@ def check_teacher(teacher: Tensor, param: Tensor, name: str, form: str = "full")
     if form == "delta":
         raise ValueError(
             f"teacher: received a teacher with ema_format={form!r}; allowed: ema_format='full', or "
-            "'bf16' for a bfloat16 teacher (a difference to the weights is not what a module "
-            "computes with)"
+            "'bf16' for a bfloat16 teacher (a module cannot compute with a difference to the "
+            "weights)"
         )
     check_shape(teacher, param, name)
     dtype = formats.DTYPES.get(form, COMPUTE_DTYPE.get(param.dtype))
@@ -55,7 +55,7 @@ def check_teacher(teacher: Tensor, param: Tensor, name: str, form: str = "full")
     if teacher.dtype != dtype:
         raise ValueError(
             f"teacher: {name} has dtype {teacher.dtype}; allowed for a {param.dtype} parameter "
-            f"with ema_format={form!r}: {dtype} (rounded to nearest in fewer bits an average stops "
+            f"with ema_format={form!r}: {dtype} (an average rounded to nearest in fewer bits stops "
             "moving; a bfloat16 teacher takes ema_format='bf16')"
         )
 
@@ -193,8 +193,8 @@ def check_buffers_given(teacher: Teacher) -> None:
         warnings.warn(
             f"a param group's 'teacher' is a module with buffers (first: {name!r}), which are left "
             "as they are: only the optimizer's teacher=<module> with model=<the student module> "
-            "moves them; 'teacher': list(module.named_parameters()) leaves them without this "
-            "warning",
+            "moves them; pass list(module.named_parameters()) as 'teacher' to leave them without "
+            "this warning",
             stacklevel=4,
         )
 
@@ -221,8 +221,8 @@ def check_disjoint(teachers: Iterable[Tensor], params: Iterable[Tensor]) -> None
     for start, stop, is_teacher in spans:
         if start < end[True] or (is_teacher and start < end[False]):
             raise ValueError(
-                "teacher: a tensor of it shares memory with another one or with a parameter; each "
-                "average needs memory of its own"
+                "teacher: one of its tensors shares memory with another or with a parameter; each "
+                "average needs its own memory"
             )
         end[is_teacher] = max(end[is_teacher], stop)
 

@@ -58,9 +58,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m fused_ema.experiments",
         description='Experiments of "How to Scale Your EMA" with the fused optimizers. Results go '
         "to a folder: config.json, metrics.jsonl while running, checkpoint.pt, summary.json, "
-        "figure.json and figure.png. Ctrl-C stops after the step at hand; the same command goes "
-        "on from there. One run at a time uses a folder. Under torchrun all processes share the "
-        "batch.",
+        "figure.json and figure.png. Ctrl-C stops after the current step; the same command "
+        "continues from there. Only one run at a time can use a folder. Under torchrun all "
+        "processes share the batch.",
     )
     commands = top.add_subparsers(dest="name", required=True, metavar="NAME")
     for name in NAMES:
@@ -94,7 +94,7 @@ def add_shared(command: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help=f"folder for the results, 'all': one for each in it (default: {OUT}/PRESET/NAME)",
+        help=f"folder for the results, with one for each under 'all' (default: {OUT}/PRESET/NAME)",
     )
 
 

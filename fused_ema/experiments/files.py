@@ -146,7 +146,7 @@ def load(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path} cannot be read; delete it to start that run anew ({error})"
+            f"{path} cannot be read; delete it to start that run again ({error})"
         ) from error
     return state
 

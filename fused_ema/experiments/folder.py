@@ -184,7 +184,7 @@ def _check_same(path: Path, mine: dict[str, Any]) -> None:
         if mine.get(name) != theirs.get(name):
             raise ValueError(
                 f"--out {path}: it holds a run with {name}={theirs.get(name)!r}, not "
-                f"{mine.get(name)!r}; give another folder, or the same options to go on"
+                f"{mine.get(name)!r}; give another folder, or the same options to continue"
             )
 
 

@@ -42,7 +42,7 @@ class Config:
     a: float = option(1.0, "curvature of the parabola")
     b: float = option(0.5, "gradient noise: variance b*(a*theta)^2 + c at the base batch")
     c: float = option(0.0, "gradient noise: see b")
-    start: float = option(1.0, "where weights and average start (our choice)")
+    start: float = option(1.0, "start of weights and average (not from the paper)")
     parabolas: int = option(1024, "independent parabolas of the simulation")
     seed: int = option(0, "seed of the simulation's noise")
     backend: BackendName = option("auto", "backend of the optimizer", identity=False)

@@ -24,14 +24,14 @@ class Resources:
         None, "folder with train/CLASS/* and val/CLASS/* or test/CLASS/* images"
     )
     train_size: int | None = option(
-        None, "use so many training images, the first of a fixed shuffle; none: all"
+        None, "number of training images, the first of a fixed shuffle; none: all"
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", identity=False)
     precision: str = option(
-        "float32", "of the forward pass; weights are float32", choices=("float32", "bf16")
+        "float32", "precision of the forward pass; weights are float32", choices=("float32", "bf16")
     )
     per_device_batch: int = option(
-        1024, "most samples of a forward pass in a process; the rest of a batch is accumulated"
+        1024, "largest forward pass of a process, in samples; larger batches are accumulated"
     )
     workers: int = option(
         0, "processes that load images, for each training process", identity=False
@@ -55,22 +55,22 @@ class Recipe(Resources):
     model: str = option("resnet-digits", "resnet-digits, or a model of timm")
     small_images: bool = option(False, "a 3x3 stem without pooling in place of ImageNet's")
     image_size: int = option(8, "side of the square images that the network sees")
-    base_batch: int = option(32, "batch size that the recipe is for, over all processes")
-    kappas: tuple[float, ...] = option((1.0,), "batch sizes in base batches, fractions too")
+    base_batch: int = option(32, "batch size of the recipe, over all processes")
+    kappas: tuple[float, ...] = option((1.0,), "batch sizes in base batches; fractions are allowed")
     seeds: int = option(3, "runs of each kind, with seeds 0, 1, ...")
     epochs: int = option(20, "passes over the training images")
     lr: float = option(0.1, "base learning rate of SGD")
-    momentum: float = option(0.9, "of SGD, the same at every kappa")
-    weight_decay: float = option(1e-4, "of SGD, none on biases and norms")
+    momentum: float = option(0.9, "momentum of SGD, the same at every kappa")
+    weight_decay: float = option(1e-4, "weight decay of SGD; none on biases and norms")
     adamw_lr: float = option(1e-3, "base learning rate of AdamW")
-    adamw_weight_decay: float = option(0.05, "of AdamW, none on biases and norms")
+    adamw_weight_decay: float = option(0.05, "weight decay of AdamW; none on biases and norms")
     beta1: float = option(0.9, "base beta1 of AdamW")
     beta2: float = option(0.999, "base beta2 of AdamW")
-    schedule: str = option("cosine", "learning rate over the samples seen", choices=SCHEDULES)
+    schedule: str = option("cosine", "shape of the learning rate", choices=SCHEDULES)
     warmup_epochs: float = option(1.0, "epochs in which the learning rate rises from 0")
     rho: float = option(0.99, "base decay of the average")
     ema_buffers: EmaBuffersMode = option(
-        "average", "BatchNorm's statistics beside the average", choices=("average", "copy")
+        "average", "BatchNorm's statistics of the averaged model", choices=("average", "copy")
     )
 
     def __post_init__(self) -> None:

@@ -114,7 +114,7 @@ class Session:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:
-            raise KeyboardInterrupt("Stopped at once; the last checkpoint is what there is.")
+            raise KeyboardInterrupt("Stopped at once; the last checkpoint remains.")
         self.stopping = True
 
     def start(
@@ -133,7 +133,7 @@ class Session:
             except (KeyError, RuntimeError, ValueError) as error:
                 path = self.folder.path / "checkpoint.pt"
                 raise ValueError(
-                    f"{path} does not fit the run; delete it to start that run anew ({error})"
+                    f"{path} does not fit the run; delete it to start that run again ({error})"
                 ) from error
         self.checkpoint = None
         return training

@@ -167,8 +167,8 @@ def load(
         held, writes.places = ({}, []) if buffers is None else buffers.loaded(saved_buffers)
         if not held and not writes.places:
             warnings.warn(
-                "state_dict: it holds averaged buffers, and they are not loaded; to keep such pass "
-                "model= and ema_buffers='average' to the optimizer",
+                "state_dict: it holds averaged buffers, and they are not loaded; to load them, "
+                "pass model= and ema_buffers='average' to the optimizer",
                 stacklevel=5,
             )
         if held and (owner := home(groups)) is not None:
@@ -351,8 +351,8 @@ def _warn_about_asked(groups: Groups, asked: Groups) -> None:
             if field in wanted and _plain(wanted[field]) != _plain(group[field]):
                 warnings.warn(
                     f"{field}={wanted[field]!r} was given to the optimizer, and the state dict's "
-                    f"{group[field]!r} is loaded in its place; set it in param_groups after "
-                    "loading to have another",
+                    f"{group[field]!r} is loaded in its place; to use another value, set it in "
+                    "param_groups after loading",
                     stacklevel=6,
                 )
                 break
@@ -379,8 +379,8 @@ def _warn_about_teacher(
             if param in teachers and lacks:
                 warnings.warn(
                     "state_dict: there is no average for the teacher, which stays as it is; copy "
-                    "the weights into it, teacher.load_state_dict(model.state_dict()), or "
-                    "its average, fused_ema.load_ema(optimizer, model, ...)",
+                    "the weights into it by teacher.load_state_dict(model.state_dict()), or "
+                    "its average by fused_ema.load_ema(optimizer, model, ...)",
                     stacklevel=6,
                 )
                 return

@@ -57,8 +57,8 @@ def check_group(rule: Rule, group: Group, backend: str) -> Checked:
         check_range("max_grad_norm", max_grad_norm, 0.0, math.inf)
     if ema_every > 1 and group["ema_format"] == "delta":
         raise ValueError(
-            f"ema_every={ema_every} with ema_format='delta'; allowed: 1, for a difference moves "
-            "whenever its weights do"
+            f"ema_every={ema_every} with ema_format='delta'; allowed: 1, because a difference "
+            "moves whenever its weights do"
         )
     if ema_every > 1 and group["capturable"]:
         raise ValueError(f"ema_every={ema_every} with capturable=True; allowed: 1")

@@ -64,10 +64,10 @@ def _paired(
         other = by_name.get(names.get(param, ""))
         if other is None:
             raise RuntimeError(
-                f"params: parameters of group {index} have been replaced, and which one stands for "
+                f"params: parameters of group {index} have been replaced, and the new one for "
                 f"{names.get(param, 'an unnamed one')!r} of shape {tuple(param.shape)} is not "
-                "known; its average, master or teacher would be left behind. Make the optimizer "
-                "with model= or named_parameters(), or make it after they are replaced"
+                "known; its average, master or teacher would be lost. Make the optimizer with "
+                "model= or named_parameters(), or after the parameters are replaced"
             )
         if other.shape != param.shape:
             raise RuntimeError(

@@ -56,7 +56,7 @@ def ema_state_dict(
         twice = next((param for param in part if param in averaged), None)
         if twice is not None:
             name = named(model).get(twice)
-            what = repr(name) if name else f"of shape {tuple(twice.shape)}, which model has not"
+            what = repr(name) if name else f"of shape {tuple(twice.shape)}, not in model"
             raise ValueError(f"optimizers: two of them average the parameter {what}")
         averaged |= part
         for buffer, held in optimizer._held_buffers(index).items():
