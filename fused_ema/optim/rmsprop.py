@@ -22,15 +22,16 @@ class FusedScaledRMSprop(FusedScaledOptimizer):
 
     Args:
         {params, lr}
-        alpha: decay of the squared gradient's average, in ``[0, 1]``.
-        eps: added to the denominator, ``>= 0``.
+        alpha: decay of the average of squared gradients, in ``[0, 1]``.
+        eps: term added to the denominator, ``>= 0``.
         weight_decay: L2 penalty, ``>= 0``.
-        momentum: ``>= 0``.
-        centered: divide by the root of the gradient's variance, not of its mean square. Rounding
-            may leave less than nothing of a variance, where torch gives NaN: it counts as none.
+        momentum: decay of the momentum buffer, ``>= 0``.
+        centered: divide by the root of the gradient's variance instead of its mean square. If
+            rounding makes a variance negative, it counts as 0, where torch gives NaN.
         {capturable, foreach, maximize, differentiable, fused}
-        momentum_scaling: ``"none"`` keeps the momentum; ``"exact"`` uses ``mu**kappa``, and lets a
-            step count ``(1 - mu**kappa)/(1 - mu)`` times, as :class:`FusedScaledSGD` does.
+        momentum_scaling: ``"none"`` keeps the momentum; ``"exact"`` uses ``mu**kappa``, and adds an
+            update ``(1 - mu**kappa)/(1 - mu)`` times, as :class:`FusedScaledSGD` does with a
+            gradient.
         {options}
 
     Raises:
