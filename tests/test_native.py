@@ -16,6 +16,12 @@ from torch import nn
 from fused_ema import FusedScaledAdamW, FusedScaledSGD, _native
 
 TARGETS = _native.cpu_targets()
+BOOLS = ("false", "true")
+# The functors of csrc/rules.h that take roots.
+WITH_ROOTS = (
+    *(f"Adam<{amsgrad}>" for amsgrad in BOOLS),
+    *(f"Rmsprop<{momentum}, {centered}>" for momentum in BOOLS for centered in BOOLS),
+)
 
 
 def trajectory(optimizer: Optimizer, options: Options, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -87,7 +93,7 @@ def test_the_environment_chooses_the_target(monkeypatch):
         ("baseline", r"\ssqrtp[sd]\s"),
     ],
 )
-def test_every_adam_loop_is_vectorised_and_asks_for_memory(target, instruction):
+def test_every_loop_with_a_root_is_vectorised_and_asks_for_memory(target, instruction):
     if shutil.which("objdump") is None or target not in TARGETS:
         pytest.skip("needs objdump, and a processor with the target")
     if b"__asan_init" in Path(_native.__file__).read_bytes():
@@ -99,12 +105,12 @@ def test_every_adam_loop_is_vectorised_and_asks_for_memory(target, instruction):
         check=True,
     ).stdout
     functions = re.split(r"\n(?=[0-9a-f]+ <)", listing)
-    for amsgrad in ("false", "true"):
+    for rule in WITH_ROOTS:
         halves = ("fused_ema::BFloat16", "fused_ema::Half")
         plain = [f"fused_ema::Plain<{stored}>" for stored in ("float", "double", *halves)]
         for layout in (*plain, *(f"fused_ema::Master<{stored}>" for stored in halves)):
-            name = f"cpu::{target}::step_piece<fused_ema::Adam<{amsgrad}>, {layout} >"
-            loop = f"cpu::{target}::rule_loop<fused_ema::Adam<{amsgrad}>, {layout} >"
+            name = f"cpu::{target}::step_piece<fused_ema::{rule}, {layout} >"
+            loop = f"cpu::{target}::rule_loop<fused_ema::{rule}, {layout} >"
             bodies = [f for f in functions if name in f[:300] or loop in f[:300]]
             assert bodies, name
             loops = [body for body in bodies if re.search(instruction, body)]

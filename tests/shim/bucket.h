@@ -226,7 +226,7 @@ class Bucket {
   std::vector<int64_t> words(bool without_scalars) const {
     const WordLayout at = layout(without_scalars);
     std::vector<int64_t> words(at.slots());
-    std::memcpy(words.data(), table_.data(), at.indices() * sizeof(double));
+    if (at.indices() > 0) std::memcpy(words.data(), table_.data(), at.indices() * sizeof(double));
     for (size_t i = 0; i < sizes_.size(); ++i) {
       words[at.indices() + i / 4] |= static_cast<int64_t>(i % num_rows) << i % 4 * 16;
       words[at.grads() + i] = sizes_[i].has_grad ? slots_[i][1].address() : 0;

@@ -184,7 +184,7 @@ void require_error(const char* message, Step step) {
 
 int test_errors() {
   const Kind kind{sgd, StoredType::float32, 1, false};
-  Bucket bucket(kind, {{9}}, 1), large(kind, std::vector<Size>(2500, {9}), 1);
+  Bucket bucket(kind, {{9}}, 1), large(kind, std::vector<Size>(4000, {9}), 1);
   require_error("CUDA refuses to count multiprocessors: invalid device ordinal",
                 [&] { bucket.step({false, false, 1, 0, 7}); });
   require_error("CUDA refuses to launch the step kernel: invalid resource handle",
