@@ -258,8 +258,8 @@ def amd_row(name: str, variant: Variant, kernel: triton.compiler.CompiledKernel)
         variant=variant,
         registers=used["vgpr_count"],
         occupancy=amd_occupancy(used["vgpr_count"]),
-        spilled=used["private_segment_fixed_size"]
-        + 4 * (used["vgpr_spill_count"] + used["sgpr_spill_count"]),
+        # scalar registers go to lanes of vector registers, which are counted, and not to memory
+        spilled=used["private_segment_fixed_size"] + 4 * used["vgpr_spill_count"],
         shared=kernel.metadata.shared,
         loads=amd_vectors("load", isa),
         stores=amd_vectors("store", isa),
