@@ -61,6 +61,12 @@ class Hashes {
   uint32_t shared_;
 };
 
+#if defined(__CUDA_ARCH__)
+constexpr int architecture = __CUDA_ARCH__;
+#else
+constexpr int architecture = 0;
+#endif
+
 // A chunk of a slot: where its tensors are, and its row of the scalar table.
 template <class RuleOf, class LayoutOf, EmaFormat format_of>
 struct Chunk {
@@ -78,8 +84,12 @@ struct Chunk {
   static constexpr int first_state = slot_layout.first_state();
   static constexpr int first_average = slot_layout.first_average();
   static constexpr int64_t elements = chunk_bytes / sizeof(Param);
+  static constexpr bool differences = format == EmaFormat::delta;
+  // For sm_100 and later the compiler takes more registers, so that there are too few for eight
+  // differences at a time, or for four with three states, or to look at eight averages once.
+  static constexpr bool scarce = architecture >= 1000 && (sizeof(Weight) == 2 || num_states > 2);
   // What a thread takes at a time: the widest access.
-  static constexpr int width = access / sizeof(Weight);
+  static constexpr int width = access / sizeof(Weight) / (scarce && differences ? 2 : 1);
 
   const int64_t* tensors;
   const Param* grad;  // null: the rule does not run
@@ -270,7 +280,7 @@ __device__ Pack<typename Chunk::Average, n> moved_averages(
 template <bool before, class Chunk, int n>
 __device__ void follow(const Chunk& chunk, int at, const MotionOf<Chunk>& motion,
                        Pack<typename Chunk::Average, n>& average, const Target<Chunk, n>& target) {
-  if constexpr (looks_once<Chunk, n>) {
+  if constexpr (looks_once<Chunk, n> && !Chunk::scarce) {
     Quick quick;
     const auto next = moved_averages<before>(chunk, at, motion, average, target, quick);
     if (quick.right()) {
@@ -305,7 +315,7 @@ __device__ void step_pack(const Chunk& chunk, int at, const ScalarsOf<Chunk>& sc
   using State = typename Chunk::State;
   using Average = typename Chunk::Average;
   constexpr int num_states = Chunk::num_states;
-  constexpr bool differences = Chunk::format == EmaFormat::delta;
+  constexpr bool differences = Chunk::differences;
   // More packs of 16 bytes would not leave enough registers for the arithmetic; double needs more,
   // and so do random bits.
   constexpr int packs = Chunk::rounds ? 3 : (sizeof(Compute<Weight>) == 8 ? 4 : 5);
