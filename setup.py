@@ -78,7 +78,8 @@ WARNINGS = ["-Wall", "-Wextra"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # Two roundings on the GPU too. Line numbers are for profilers and sanitizers, and cost no time.
 NVCC_FLAGS = ["-O3", "--fmad=false", "-lineinfo", "-Xfatbin=-compress-all"]
-NVCC_FLAGS += ["-Xcompiler=-fvisibility=hidden"]
+# Two architectures at a time: the last source to compile would leave the other cores idle.
+NVCC_FLAGS += ["-Xcompiler=-fvisibility=hidden", "--threads=2"]
 # Each takes its share of the compile time; TORCH_CUDA_ARCH_LIST asks for others.
 ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 
