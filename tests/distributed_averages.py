@@ -74,7 +74,10 @@ def averages_are_not_swapped_unless_the_module_is_known(tmp_path: Path) -> None:
     opt = optimizer("SGD", model)
     train(model, opt, range(1), mine)
 
-    with pytest.raises(RuntimeError, match="give the optimizer model="), opt.ema_weights():
+    with (
+        pytest.raises(RuntimeError, match="pass model=<the module> to the optimizer"),
+        opt.ema_weights(),
+    ):
         pass
     x, _ = batch(100)
     params = opt.param_groups[0]["params"]

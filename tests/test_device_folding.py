@@ -23,7 +23,7 @@ from fused_ema.ema.decay import (
     InverseGammaDecay,
     PowerDecay,
     WarmUpDecay,
-    ema_weights,
+    ema_rates,
 )
 from fused_ema.ema.formats import step_seed
 from fused_ema.step.backends.group_records import KINDS, SCHEDULES
@@ -99,7 +99,7 @@ def table(opt: Any, rule: rules.Rule) -> list[list[float]]:
 def expected(rule: rules.Rule, group: dict[str, Any], step: float, t: float) -> list[float]:
     """A row by the record's own float64 formulas."""
     scalars = rule.fold(rule.scale(group), step)
-    return [*map(float, scalars), *ema_weights(group["ema_decay"], t, group["kappa"])]
+    return [*map(float, scalars), *ema_rates(group["ema_decay"], t, group["kappa"])]
 
 
 def powers(group: dict[str, Any], k: int, num_scalars: int) -> float:

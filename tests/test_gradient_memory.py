@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from fused_ema import FusedScaledAdamW, FusedScaledSGD
 from fused_ema._native import is_plain
+from fused_ema.optim.stepping import Begun
 from fused_ema.step.plans import Plans
 
 BACKENDS = ("native", "triton", "foreach", "reference")
@@ -328,12 +329,12 @@ def test_what_a_step_uses_cannot_be_resized_meanwhile():
     assert slots
     param, opt = with_schedule(lambda param: None, "triton")
     (plan,) = opt._stepper.plans
-    opt._prepared()
+    opt._prepared(Begun())
     with plan.skipping.hold():
         with pytest.raises(RuntimeError, match="not resizable"):
             param.untyped_storage().resize_(0)
         with pytest.raises(RuntimeError, match="under way"):
-            opt._prepared()
+            opt._prepared(Begun())
     param.untyped_storage().resize_(4 * param.numel())
     opt.step()
 
