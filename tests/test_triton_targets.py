@@ -105,7 +105,7 @@ def test_half_of_the_threads_fit_and_nothing_spills(rows):
         v = row.variant
         wide_sums = v.rule == SQUARES and v.dtype == "float64"  # of 32 loads under way
         assert row.occupancy >= OCCUPANCY - (1 / 8 if wide_sums else 0), row
-        # ptxas keeps registers of Adam in float64 in memory on sm_100, and of RMSProp's three states
+        # ptxas keeps registers in memory of Adam in float64 on sm_100, and of RMSProp's states
         few = {"sm_90": 8, "sm_100": 40}.get(row.target, 0) if v.rule == "rmsprop" else 0
         assert row.spilled <= max(few, 8 if v.dtype == "float64" else 0), row
 
