@@ -116,8 +116,8 @@ def test_cuda_tables_are_recorded_on_every_stream_that_reads_them(count, device_
     def set_stream(name: str) -> None:
         library.shim_set_stream(ctypes.c_void_p(ord(name)))
 
-    # chunks, control and slots; and the words before those, where a launch does not pass them
-    tables = 3 + (count == MANY)
+    # chunks, ticket, control, slots; and the words before those, where a launch does not pass them
+    tables = 4 + (count == MANY)
     found = []
     for _ in steps({"backend": "shim", "fused": True}, set_stream, count):
         found.append(library.shim_num_recorded())
