@@ -122,12 +122,11 @@ def test_every_kernel_is_built_for_every_architecture(sass):
 STACKS = {
     "sm_100": {
         "INS_4AdamILb0EEENS_5PlainIdEE": 8,
-        "INS_3SgdILb1EEENS_5PlainINS_4HalfEEE": 8,
         "INS_7RmspropILb1ELb0EEENS_5PlainIdEE": 32,
         "INS_7RmspropILb1ELb1EEENS_5PlainIdEE": 8,
     },
     "sm_120": {
-        "INS_7RmspropILb1ELb0EEENS_5PlainIdEE": 8,
+        "INS_7RmspropILb1ELb0EEENS_5PlainIdEE": 16,
         "INS_7RmspropILb1ELb1EEENS_5PlainIdEE": 24,
     },
 }
