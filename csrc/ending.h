@@ -1,4 +1,4 @@
-// How a pass over gradients ends, as Python gives it: fused_ema.gradients.Ending.
+// How a pass over gradients ends, as Python gives it: fused_ema.step.gradients.Ending.
 #pragma once
 
 #include <pybind11/stl.h>

@@ -22,7 +22,7 @@ struct Number {
   }
 };
 
-// fused_ema/gradients.py names the same.
+// fused_ema/step/gradients.py names the same.
 struct Treatment {
   Number scale;      // what gradients are divided by
   Number found_inf;  // not 0: nothing moves

@@ -200,7 +200,7 @@ class Stepping(EmaAccess):
             found_inf = None
         moves = []
         if self._buffers is not None and averaged:
-            moves = self._buffers.moves(self._buffer_weights())
+            moves = self._buffers.moves(self._buffer_rates())
         control = None
         if measured is not None:
             control = measured.control
@@ -301,7 +301,7 @@ class Stepping(EmaAccess):
         if entry and home is not None:
             self.state[home][BUFFERS] = entry
 
-    def _buffer_weights(self) -> tuple[float, ...]:
+    def _buffer_rates(self) -> tuple[float, ...]:
         """The EMA rates of the group with the most averages, because buffers belong to no group."""
         rates = [self._stepper.folder.ema_rates(i) for i in range(len(self.param_groups))]
         return max(rates, key=len)

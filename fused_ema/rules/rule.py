@@ -86,8 +86,8 @@ class Rule:
 
     def scaled(self, group: Group) -> Any:
         """The result of ``scale`` at the ``kappa`` that drives the optimizer."""
-        alone = group.get("kappa_scales") == "ema"
-        return self.scale({**group, "kappa": 1.0} if alone else group)
+        kappa = rule_kappa(group, group["kappa"])
+        return self.scale(group if kappa is group["kappa"] else {**group, "kappa": kappa})
 
     @property
     def flag_names(self) -> tuple[str, ...]:
@@ -104,6 +104,16 @@ class Rule:
     def _is_set(self, flag: str, value: Any) -> bool:
         choices = self.choices.get(flag)
         return bool(value) if choices is None else value == get_args(choices)[1]
+
+
+def rule_kappa(group: Group, kappa: Any) -> Any:
+    """The ``kappa`` that drives a group's optimizer: its own, or 1 beside averages alone."""
+    return 1.0 if group["kappa_scales"] == "ema" else kappa
+
+
+def ema_kappa(group: Group, kappa: Any) -> Any:
+    """The ``kappa`` that drives a group's averages: its own, or 1 beside an optimizer alone."""
+    return 1.0 if group["kappa_scales"] == "optimizer" else kappa
 
 
 def ema_update(ema: Values, param: Values, weight: float) -> None:

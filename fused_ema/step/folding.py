@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ema.decay import EmaDecay, decays, ema_rates
 from ..ema.formats import is_too_slow, step_seed, warn_of_rounding
 from ..rules.bias import follow_kappa
-from ..rules.rule import Rule
+from ..rules.rule import Rule, ema_kappa, rule_kappa
 from ..values import PLAIN, as_given
 from .backends.plan import Scalars
 
@@ -178,14 +178,16 @@ class Folder:
             return self._rescale(group, numbers, old)
         group.update(as_given(group))  # flags, too
         values, hyper = check(group)
-        ema_decay, kappa, scales = values["ema_decay"], values["kappa"], group["kappa_scales"]
+        ema_decay, kappa = values["ema_decay"], values["kappa"]
         bucketing = others[-len(BUCKETING) :]
         known = math.nan if isinstance(kappa, Tensor) else kappa
         return _Scaled(
-            fields=_remembered((*values.values(), scales, group["max_grad_norm"], *bucketing)),
+            fields=_remembered(
+                (*values.values(), group["kappa_scales"], group["max_grad_norm"], *bucketing)
+            ),
             bucketing=(self._rule.variant(group), len(decays(ema_decay)), *bucketing),
             kappa=known,
-            advance=1.0 if scales == "ema" else known,
+            advance=rule_kappa(group, known),
             hyper=hyper,
             ema_rates=_constant_rates(ema_decay, ema_kappa(group, kappa)),
         )
@@ -199,7 +201,7 @@ class Folder:
             fields=(*numbers, *old.fields[len(numbers) :]),
             bucketing=(self._rule.variant(group), *old.bucketing[1:]),
             kappa=kappa,
-            advance=1.0 if group["kappa_scales"] == "ema" else kappa,
+            advance=rule_kappa(group, kappa),
             hyper=self._rule.scaled(group),
             ema_rates=old.ema_rates
             if same
@@ -246,11 +248,6 @@ class Folder:
                 kappa = 1.0 + fields.get("ema_skips", 0)
             self._scheduled[group] = ema_rates(ema_decay, begin, kappa)
         return self._scheduled[group]
-
-
-def ema_kappa(group: Group, kappa: Any) -> Any:
-    """The ``kappa`` that drives a group's averages."""
-    return 1.0 if group["kappa_scales"] == "optimizer" else kappa
 
 
 def _constant_rates(ema_decay: EmaDecay, kappa: Any) -> tuple[float, ...] | None:

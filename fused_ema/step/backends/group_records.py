@@ -25,9 +25,9 @@ from ...ema.decay import (
     decay_at,
     decays,
 )
+from ...rules.rule import ema_kappa
 from ...values import PLAIN
 from ..buckets import Bucket
-from ..folding import ema_kappa
 from . import graphs
 
 Group: TypeAlias = Mapping[str, Any]
@@ -77,6 +77,7 @@ class GroupRecords:
 
     Attributes:
         num_numbers: how many the rule folds.
+        sizes: how many slots each group has, in the records' order.
         size: words of a record.
     """
 
@@ -87,6 +88,7 @@ class GroupRecords:
         self.num_numbers = len(bucket.rule.number_names)
         self.size = HEAD + self.num_numbers + DECAY * self._num_emas
         self._sizes = dict(sorted(Counter(slot.group for slot in bucket.slots).items()))
+        self.sizes = list(self._sizes.values())
         self._clocked = bucket.clocked
         self._given = itemgetter(*bucket.rule.hyper, "ema_decay", "kappa_scales", "rounding_seed")
         self._known: dict[int, _Known] = {}

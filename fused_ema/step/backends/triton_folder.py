@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -33,15 +32,15 @@ class Folder:
 
         key, rule, device = bucket.key, bucket.rule, bucket.key.device
         self._groups = GroupRecords(bucket)
-        members = [list(slots) for _, slots in groupby(bucket.slots, lambda slot: slot.group)]
+        sizes = self._groups.sizes
         group_of = torch.tensor(
-            [index for index, slots in enumerate(members) for _ in slots],
+            [index for index, size in enumerate(sizes) for _ in range(size)],
             dtype=torch.int32,
             device=device,
         )
-        arrivals = torch.zeros(len(members), dtype=torch.int32, device=device)
+        arrivals = torch.zeros(len(sizes), dtype=torch.int32, device=device)
         width = len(rule.scalars._fields) + len(key.emas) + key.rounds
-        self.num_words = len(members) * self._groups.size + len(group_of)
+        self.num_words = len(sizes) * self._groups.size + len(group_of)
         self.table = torch.zeros(len(group_of), width, dtype=torch.float64, device=device)
         self.kept = [group_of, arrivals, self.table]
         self._launch = launcher(
@@ -50,7 +49,7 @@ class Folder:
             num_scalars=len(rule.scalars._fields),
             num_averages=len(key.emas),
             rounds=key.rounds,
-            num_groups=len(members),
+            num_groups=len(sizes),
             group_of=group_of,
             table=self.table,
             arrivals=arrivals,
