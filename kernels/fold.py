@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import triton
@@ -11,13 +10,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from .interpreter import device, interpreted
+from .interpreter import device
 from .launching import Launch
 from .rounding import mix
 from .rules import FOLDS
 from .scaling import decay_weight
 from .schedules import cosine_decay, inverse_gamma_decay, power_decay, warm_up_decay
 from .step import compile_options as step_options
+from .step import launch_options
 
 # Words of a param group before its numbers and of an average's decay, and what a decay's kind says;
 # fused_ema/step/backends/group_records.py writes them.
@@ -50,6 +50,13 @@ def number(kind, word, m_slot):
     value = load_at(word, value, m_slot & (kind == 4), tl.bfloat16)
     value = load_at(word, value, m_slot & (kind == 5), tl.int64)
     return load_at(word, value, m_slot & (kind == 6), tl.int32)
+
+
+@device
+def number_at(p_group, kinds, K: tl.constexpr, m_slot):
+    """Number K of a group, of the kind that its bits of ``kinds`` say."""
+    word = tl.load(p_group + HEAD + K, m_slot, other=0)
+    return number((kinds >> (4 * K)) & 15, word, m_slot)
 
 
 @device
@@ -134,10 +141,8 @@ def fold_kernel(
     kinds = tl.load(p_group + 4, m_slot, other=0)
     numbers = ()
     for k in tl.static_range(NUM_NUMBERS - 1):
-        word = tl.load(p_group + HEAD + k, m_slot, other=0)
-        numbers += (number((kinds >> (4 * k)) & 15, word, m_slot),)
-    word = tl.load(p_group + HEAD + NUM_NUMBERS - 1, m_slot, other=0)
-    kappa = number((kinds >> (4 * (NUM_NUMBERS - 1))) & 15, word, m_slot)
+        numbers += (number_at(p_group, kinds, k, m_slot),)
+    kappa = number_at(p_group, kinds, NUM_NUMBERS - 1, m_slot)
     # what kappa does not drive goes on as at the base batch size
     flags = tl.load(p_group + 2, m_slot, other=0)
     advance = tl.where((flags & EMA_ALONE) != 0, 1.0, kappa)
@@ -170,14 +175,6 @@ def fold_kernel(
 def compile_options(target: GPUTarget) -> dict[str, Any]:
     """What the kernel is compiled with."""
     return step_options(target) | {"num_warps": 1}
-
-
-@cache
-def launch_options() -> dict[str, Any]:
-    """The options for this machine's devices, which are of one kind."""
-    if interpreted():
-        return {}
-    return compile_options(triton.runtime.driver.active.get_current_target())
 
 
 def launcher(
@@ -213,7 +210,8 @@ def launcher(
     sizes = (num_groups, count)
     constants = (FOLDS[rule], num_numbers, num_scalars, num_averages, rounds, SLOTS)
     programs = -(-count // SLOTS)
-    run = Launch(fold_kernel, programs, table.device, (*sizes, *constants), launch_options())
+    options = launch_options(compile_options)
+    run = Launch(fold_kernel, programs, table.device, (*sizes, *constants), options)
 
     def launch(words: Tensor, control: Tensor) -> None:
         run(words, group_of, control, table, arrivals)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .interpreter import bound, device
 from .launching import Launch
 from .rules import is_finite, sqrt
-from .step import TYPES, block_size, launch_options, pointer
+from .step import TYPES, block_size, compile_options, launch_options, pointer
 from .tuning import CHUNK, THREADS
 
 if TYPE_CHECKING:
@@ -231,7 +231,11 @@ class Squares:
             programs = self.num_sums if passes else 1
             constants = (*flags, passes, *self._constants)
             self._launches[key] = Launch(
-                squares_kernel, programs, self._chunks.device, constants, launch_options()
+                squares_kernel,
+                programs,
+                self._chunks.device,
+                constants,
+                launch_options(compile_options),
             )
         launch = self._launches[key]
         launch(grads, slots, self._chunks, len(self._chunks), part, self.ticket, *end, *numbers)

@@ -283,11 +283,11 @@ def compile_options(target: GPUTarget, bounded: bool = False) -> dict[str, Any]:
 
 
 @cache
-def launch_options(bounded: bool = False) -> dict[str, Any]:
-    """The options for this machine's devices, which are of one kind."""
+def launch_options(make: Callable[..., dict[str, Any]], **how: Any) -> dict[str, Any]:
+    """What ``make(target, **how)`` gives for this machine's devices, which are of one kind."""
     if interpreted():
         return {}
-    return compile_options(triton.runtime.driver.active.get_current_target(), bounded)
+    return make(triton.runtime.driver.active.get_current_target(), **how)
 
 
 def launcher(
@@ -331,7 +331,7 @@ def launcher(
         dtypes(stored, compute, master, rounded_states, average),
         *(block_size(compute), CHUNK),
     )
-    options = launch_options(bounded=True)
+    options = launch_options(compile_options, bounded=True)
     step = Launch(step_kernel, len(chunks), chunks.device, constants, options)
 
     def launch(
