@@ -146,7 +146,9 @@ def native_extension() -> Extension:
     macros: list[tuple[str, str | None]] = []
     kind = CppExtension
     if CUDA_SHIM:
-        sources += [f"{CSRC}/cuda/plan.cpp", f"{CSRC}/cuda/folder.cpp", *glob(f"{SHIM}/st*.cpp")]
+        sources += glob(f"{CSRC}/cuda/[!s]*.cpp") + glob(
+            f"{SHIM}/st*.cpp"
+        )  # streams are the shim's
         include_dirs.insert(0, str(Path(SHIM).resolve()))
         macros += [("FUSED_EMA_CUDA", None)]
     elif NO_CUDA is None:

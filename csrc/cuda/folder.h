@@ -6,6 +6,7 @@
 
 #include "cuda/fold.h"
 #include "cuda/stream.h"
+#include "cuda/uploads.h"
 #include "slots.h"
 
 namespace fused_ema::cuda {
@@ -26,9 +27,6 @@ class Folder {
   void record_reader() const;
 
  private:
-  void upload(bool capturing);
-  at::Tensor pinned() const;
-
   FoldInfo fold_;
   int num_groups_ = 0;
   int64_t group_size_;
@@ -36,10 +34,9 @@ class Folder {
   at::Tensor group_of_;  // which of the bucket's groups is a slot's, int32
   at::Tensor table_;
   at::Tensor arrivals_;
-  std::vector<int64_t> words_;    // of the last launch
-  at::Tensor uploaded_;           // those, where they are too many to pass
-  at::Tensor spare_;              // pinned; a capture must not allocate any
-  std::vector<at::Tensor> kept_;  // what graphs read and copy from
+  std::vector<int64_t> words_;  // of the last launch
+  at::Tensor uploaded_;         // those, where they are too many to pass
+  Uploads uploads_;
 };
 
 }  // namespace fused_ema::cuda

@@ -25,7 +25,8 @@ Plan::Plan(const std::string& rule, const std::string& variant, OwnedSlots slots
       folder_(slots_->capturable() ? std::optional(Folder(rule, *slots_)) : std::nullopt),
       chunks_(slots_->chunks(chunk_elements(slots_->storage().type)).to(slots_->device())),
       ticket_(at::zeros({1}, at::TensorOptions(at::kInt).device(slots_->device()))),
-      neutral_(at::tensor({1.0, 0.0}, at::kDouble).to(slots_->device())) {
+      neutral_(at::tensor({1.0, 0.0}, at::kDouble).to(slots_->device())),
+      uploads_(slots_->device()) {
   const c10::DeviceGuard guard(slots_->device());
   stream_ = current_stream(slots_->device()).handle;
 }
@@ -96,7 +97,7 @@ void Plan::pack(bool capturing) {
   slots_->pack(words_.data(), count);
   if (new_slots) slot_table_ = upload(&words_[changing], count - changing, capturing);
   if (!fits(changing)) changing_ = upload(words_.data(), changing, capturing);
-  if (capturing) kept_.push_back(slot_table_);
+  if (capturing) uploads_.keep(slot_table_);
 }
 
 // The changing words on the device, null where a launch passes them by value.
@@ -104,25 +105,8 @@ const int64_t* Plan::device_words() const {
   return fits(slots_->layout().slots()) ? nullptr : changing_.const_data_ptr<int64_t>();
 }
 
-// A new tensor each time: what an earlier launch reads is not written, and a captured graph's
-// stays.
 at::Tensor Plan::upload(const int64_t* words, int64_t count, bool capturing) {
-  const bool spared = capturing && spare_.defined() && spare_.numel() >= count;
-  at::Tensor host = spared ? std::exchange(spare_, {}) : pinned(count);
-  std::memcpy(host.data_ptr(), words, count * sizeof *words);
-  at::Tensor device = at::empty({count}, at::TensorOptions(at::kLong).device(slots_->device()));
-  device.copy_(host.narrow(0, 0, count), /*non_blocking=*/true);
-  if (capturing) {
-    kept_.insert(kept_.end(), {host, device});
-  } else if (slots_->capturable() && !spare_.defined()) {
-    spare_ = pinned(slots_->num_words());
-  }
-  return device;
-}
-
-at::Tensor Plan::pinned(int64_t count) const {
-  const auto options = at::TensorOptions(at::kLong).device(at::kCPU);
-  return at::empty({count}, options.pinned_memory(!slots_->device().is_cpu()));
+  return uploads_.upload(words, count, capturing, slots_->capturable() ? slots_->num_words() : 0);
 }
 
 }  // namespace fused_ema::cuda

@@ -7,6 +7,7 @@
 #include "cuda/folder.h"
 #include "cuda/launch.h"
 #include "cuda/stream.h"
+#include "cuda/uploads.h"
 #include "ending.h"
 #include "slots.h"
 
@@ -37,7 +38,7 @@ class Plan {
   void run(const std::optional<at::Tensor>& control, const std::optional<std::string>& groups);
 
   // Whether a CUDA graph uses memory that the plan owns.
-  bool captured() const { return !kept_.empty(); }
+  bool captured() const { return uploads_.captured(); }
 
   // What a step is counted in. The kernel skips one by itself.
   const py::object& slots() const { return slots_.object(); }
@@ -53,7 +54,6 @@ class Plan {
   void pack(bool capturing);
   const int64_t* device_words() const;
   at::Tensor upload(const int64_t* words, int64_t count, bool capturing);
-  at::Tensor pinned(int64_t count) const;
 
   KernelInfo kernel_;
   Squares squares_;
@@ -61,15 +61,14 @@ class Plan {
   OwnedSlots slots_;
   std::optional<Folder> folder_;  // of a capturable bucket
   at::Tensor chunks_;
-  at::Tensor ticket_;             // see SquaresLaunch
-  at::Tensor neutral_;            // the control of a step that takes gradients as they are
-  at::Tensor slot_table_;         // the slots' words on the device
-  at::Tensor changing_;           // the words before them there, where they are too many to pass
-  void* stream_;                  // every one of these is its own, or known to be read there
-  std::vector<int64_t> words_;    // as packed
-  bool packed_ = false;           // since they were prepared
-  at::Tensor spare_;              // pinned; a capture must not allocate any
-  std::vector<at::Tensor> kept_;  // what graphs read and copy from
+  at::Tensor ticket_;           // see SquaresLaunch
+  at::Tensor neutral_;          // the control of a step that takes gradients as they are
+  at::Tensor slot_table_;       // the slots' words on the device
+  at::Tensor changing_;         // the words before them there, where they are too many to pass
+  void* stream_;                // every one of these is its own, or known to be read there
+  std::vector<int64_t> words_;  // as packed
+  bool packed_ = false;         // since they were prepared
+  Uploads uploads_;
 };
 
 }  // namespace fused_ema::cuda
