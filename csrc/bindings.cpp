@@ -68,7 +68,7 @@ void define_cuda(py::module_& module) {
            arg("slots"), arg("ema_before"))
       .def("prepare", &cuda::Plan::prepare)
       .def("release", &cuda::Plan::release)
-      .def("norm", &cuda::Plan::norm, arg("part"), arg("ending"))
+      .def("norm", &cuda::Plan::norm, arg("partial_sums"), arg("ending"))
       .def_property_readonly("num_sums", &cuda::Plan::num_sums)
       .def("run", &cuda::Plan::run, arg("control") = py::none(), arg("groups") = py::none())
       .def_property_readonly("captured", &cuda::Plan::captured)
@@ -128,7 +128,7 @@ PYBIND11_MODULE(_native, module) {
            arg("slots"), arg("ema_before"))
       .def("prepare", &cpu::Plan::prepare)
       .def("release", &cpu::Plan::release)
-      .def("norm", &cpu::Plan::norm, arg("part"), arg("ending"))
+      .def("norm", &cpu::Plan::norm, arg("partial_sums"), arg("ending"))
       .def("run", &cpu::Plan::run, arg("control") = py::none())
       .def_property_readonly("target", &cpu::Plan::target);
   cpu_plan.attr("captured") = false;
@@ -141,9 +141,9 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init<const py::list&, const py::dict&>())
       .def("unchanged", &Watch::unchanged);
   define_swap(module);
-  py::class_<Places>(module, "Places")
+  py::class_<Addresses>(module, "Addresses")
       .def(py::init<const py::list&>())
-      .def("unchanged", &Places::unchanged);
+      .def("unchanged", &Addresses::unchanged);
   define_cuda(module);
   module.def("is_plain", &is_plain);
   module.def("spans", &spans);

@@ -21,16 +21,16 @@ constexpr float largest_half = 65504;
 constexpr uint32_t largest_bfloat16 = 0x7f7f0000;  // as float's bits
 
 // 32 bits from 32 bits, each of them dependent on all: MurmurHash3's finalizer, in two steps. Of
-// the first, spread(a ^ b) is spread(a) ^ spread(b).
-FUSED_EMA_INLINE uint32_t spread(uint32_t x) { return x ^ (x >> 16); }
+// the first, xor_halves(a ^ b) is xor_halves(a) ^ xor_halves(b).
+FUSED_EMA_INLINE uint32_t xor_halves(uint32_t x) { return x ^ (x >> 16); }
 
-FUSED_EMA_INLINE uint32_t mix_spread(uint32_t x) {
+FUSED_EMA_INLINE uint32_t mix_xored(uint32_t x) {
   x *= 0x85ebca6bu;
   x = (x ^ (x >> 13)) * 0xc2b2ae35u;
   return x ^ (x >> 16);
 }
 
-FUSED_EMA_INLINE uint32_t mix(uint32_t x) { return mix_spread(spread(x)); }
+FUSED_EMA_INLINE uint32_t mix(uint32_t x) { return mix_xored(xor_halves(x)); }
 
 // Of a parameter, from those of the step and which of the optimizer's parameters it is.
 FUSED_EMA_INLINE uint32_t parameter_key(uint32_t seed, uint32_t parameter) {

@@ -188,10 +188,10 @@ FUSED_EMA_INLINE T lerp_square(T from, T value, T weight, How& how) {
   return how.blend(from, value * value, weight * value * value, weight);
 }
 
-// ema <- ema + weight * (param - ema), weight = 1 - rho^kappa.
+// ema <- ema + rate * (param - ema), with the EMA rate 1 - rho^kappa.
 template <class T, class How>
-FUSED_EMA_INLINE T ema(T average, T param, T weight, How& how) {
-  return lerp(average, param, weight, how);
+FUSED_EMA_INLINE T ema(T average, T param, T rate, How& how) {
+  return lerp(average, param, rate, how);
 }
 
 // d - change, of a difference as it is stored: scaled, by which no bit is lost.
@@ -203,13 +203,13 @@ FUSED_EMA_INLINE float apart(float delta, float change) {
 #endif
 }
 
-// Of the difference d = ema - param, scaled: d <- (1 - weight)*(d - change), where param has moved
-// by change; or, of averages that take the old param, (1 - weight)*d - change.
+// Moves the scaled difference d = ema - param of a param that has moved by change:
+// d <- (1 - rate)*(d - change), or (1 - rate)*d - change where the average takes the old param.
 template <bool before, class How>
-FUSED_EMA_INLINE float ema_delta(float delta, float from, float to, float weight, How& how) {
+FUSED_EMA_INLINE float ema_delta(float delta, float from, float to, float rate, How& how) {
   const float change = how.moved(from, to);
   const float rest = before ? delta : apart(delta, change);
-  const float kept = how.shrunk(rest, weight);
+  const float kept = how.shrunk(rest, rate);
   const float result = before ? apart(kept, change) : kept;
   how.look(result);
   return result;

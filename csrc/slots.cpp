@@ -482,11 +482,11 @@ bool is_plain(const at::Tensor& tensor) {
   return has_plain_keys(tensor) && tensor.has_storage() && !tensor.is_inference();
 }
 
-Places::Places(const py::list& tensors) {
+Addresses::Addresses(const py::list& tensors) {
   for (const py::handle tensor : tensors) first_.push_back(first(tensor));
 }
 
-bool Places::unchanged(const py::list& tensors) const {
+bool Addresses::unchanged(const py::list& tensors) const {
   const auto count = static_cast<Py_ssize_t>(first_.size());
   bool same = PyList_GET_SIZE(tensors.ptr()) == count;
   for (Py_ssize_t i = 0; same && i < count; ++i)

@@ -237,9 +237,9 @@ class Slots::Hold {
 bool is_plain(const at::Tensor& tensor);
 
 // Where tensors lay when they were looked at.
-class Places {
+class Addresses {
  public:
-  explicit Places(const py::list& tensors);
+  explicit Addresses(const py::list& tensors);
   bool unchanged(const py::list& tensors) const;
 
  private:

@@ -234,7 +234,7 @@ int Held::traverse(visitproc visit, void* arg) const {
   return 0;
 }
 
-void Place::restore() const {
+void ModuleEntry::restore() const {
   const auto found = py::reinterpret_steal<py::object>(PyObject_GetItem(dict.ptr(), key.ptr()));
   if (found.is(value)) return;
   if (!found) PyErr_Clear();
@@ -287,10 +287,10 @@ void Swap::take(const py::object& begun) {
         py::cast<std::tuple<py::object, py::object, py::object, bool, std::string>>(item);
     held_.emplace_back(owner, part, value, copied, name);
   }
-  for (const py::handle item : begun.attr("places")) {
+  for (const py::handle item : begun.attr("entries")) {
     const auto [dict, key, value, fixed] =
         py::cast<std::tuple<py::object, py::object, py::object, bool>>(item);
-    places_.push_back({dict, key, value, fixed});
+    entries_.push_back({dict, key, value, fixed});
   }
 }
 
@@ -303,11 +303,11 @@ void Swap::put() {
 
 std::vector<std::string> Swap::restore() {
   std::vector<std::string> lost;
-  for (const Place& place : places_) {
+  for (const ModuleEntry& entry : entries_) {
     try {
-      place.restore();
+      entry.restore();
     } catch (...) {
-      lost.push_back(py::cast<std::string>(py::str(place.key)) + ": " +
+      lost.push_back(py::cast<std::string>(py::str(entry.key)) + ": " +
                      message(std::current_exception()));
     }
   }
@@ -325,7 +325,7 @@ std::vector<std::string> Swap::restore() {
     py::gil_scoped_release released;
     each(&Held::restore);
   }
-  places_.clear();
+  entries_.clear();
   held_.clear();
   return lost;
 }
@@ -356,8 +356,8 @@ int Swap::traverse(visitproc visit, void* arg) const {
   for (const auto* object : {&flag_, &begin_, &end_}) Py_VISIT(object->ptr());
   for (const Held& held : held_)
     if (const int result = held.traverse(visit, arg)) return result;
-  for (const Place& place : places_)
-    for (const auto* object : {&place.dict, &place.key, &place.value}) Py_VISIT(object->ptr());
+  for (const ModuleEntry& entry : entries_)
+    for (const auto* object : {&entry.dict, &entry.key, &entry.value}) Py_VISIT(object->ptr());
   return 0;
 }
 

@@ -58,7 +58,7 @@ class Held {
 };
 
 // An entry of a module's dict of parameters or buffers.
-struct Place {
+struct ModuleEntry {
   py::object dict;
   py::object key;
   py::object value;
@@ -74,7 +74,7 @@ class Swap {
  public:
   //   flag: its attribute `swapped` is True from before the first write to after the last;
   //     check(what) raises where it is already
-  //   begin: returns what to hold, the arguments of Held, and the places to remember; called first
+  //   begin: returns what to hold, the arguments of Held, and the entries to remember; called first
   //   end: called after everything has been restored; may be called twice
   Swap(py::object flag, py::object begin, py::object end);
   ~Swap();
@@ -99,7 +99,7 @@ class Swap {
   py::object end_;
   State state_ = State::fresh;
   std::vector<Held> held_;
-  std::vector<Place> places_;
+  std::vector<ModuleEntry> entries_;
 };
 
 void define_swap(py::module_& module);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Any
 
 
 def check_range(
@@ -34,6 +34,6 @@ def check_kappa(kappa: Any) -> None:
 
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise ValueError unless ``value`` is one of the strings of a ``Literal``."""
-    allowed = get_args(choices)
+    allowed = choices.__args__  # typing.get_args() takes several calls of Python functions
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(repr, allowed))}")

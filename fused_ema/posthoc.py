@@ -183,8 +183,8 @@ def _check_alike(snapshot: Mapping[str, Any], other: Mapping[str, Any], index: i
     differing = sorted(snapshot.keys() ^ other.keys())
     if differing:
         key = differing[0]
-        place = "lacks" if key in other else "alone has"
-        raise ValueError(f"snapshots[{index}] {place} {key!r}; allowed: the same keys in all")
+        which = "lacks" if key in other else "alone has"
+        raise ValueError(f"snapshots[{index}] {which} {key!r}; allowed: the same keys in all")
     for key, value in snapshot.items():
         if _layout(value) != _layout(other[key]):
             raise ValueError(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-class Spread(NamedTuple):
+class Sharding(NamedTuple):
     """How a DTensor is sharded: split over ``dims`` of the mesh, repeated over the others."""
 
     mesh: DeviceMesh
@@ -44,7 +44,7 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def spread(param: Tensor) -> Spread | None:
+def sharding_of(param: Tensor) -> Sharding | None:
     """How a parameter is sharded; None if it is not.
 
     Raises:
@@ -57,7 +57,7 @@ def spread(param: Tensor) -> Spread | None:
         raise RuntimeError(
             f"params: a parameter has the placements {placements}; allowed: Shard and Replicate"
         )
-    return Spread(mesh, tuple(i for i, p in enumerate(placements) if not p.is_replicate()))
+    return Sharding(mesh, tuple(i for i, p in enumerate(placements) if not p.is_replicate()))
 
 
 def placed_alike(tensor: Tensor, other: Tensor) -> bool:
@@ -67,7 +67,7 @@ def placed_alike(tensor: Tensor, other: Tensor) -> bool:
     return is_sharded(tensor) and is_sharded(other) and _layout(tensor) == _layout(other)
 
 
-def place(tensor: Tensor) -> str:
+def describe_placement(tensor: Tensor) -> str:
     """How a tensor is placed, as text for messages."""
     if not is_sharded(tensor):
         return "whole in every process"
@@ -75,7 +75,7 @@ def place(tensor: Tensor) -> str:
     return f"placed {placements} on {mesh}"
 
 
-def check_plain(name: str, value: Any) -> Tensor:
+def check_copyable(name: str, value: Any) -> Tensor:
     """Return ``value`` if it is a tensor whose values can be copied; else raise ValueError."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}; allowed: a tensor")
@@ -106,28 +106,28 @@ def copy(target: Tensor, source: Tensor) -> Tensor:
     return target.copy_(source)
 
 
-def total(sums: Sequence[Tensor], spreads: Sequence[Spread | None]) -> list[Tensor]:
+def total(sums: Sequence[Tensor], shardings: Sequence[Sharding | None]) -> list[Tensor]:
     """Turn sums over local parts into sums over all processes.
 
     Every process must call it, even if its parts are empty. It makes one all-reduce for each
-    distinct spread and mesh dimension, in the order of their first appearance.
+    distinct sharding and mesh dimension, in the order of their first appearance.
 
     Args:
         sums: 0-dim tensors.
-        spreads: how the tensor behind each sum is sharded, None if it is whole.
+        shardings: how the tensor behind each sum is sharded, None if it is whole.
 
     Returns:
-        One sum for each distinct spread, on the device of its first part.
+        One sum for each distinct sharding, on the device of its first part.
     """
-    if not any(spreads):
+    if not any(shardings):
         return list(sums)
-    members: dict[Spread | None, list[Tensor]] = {}
-    for value, where in zip(sums, spreads, strict=True):
+    members: dict[Sharding | None, list[Tensor]] = {}
+    for value, where in zip(sums, shardings, strict=True):
         members.setdefault(where, []).append(value)
     return [_reduced(where, values) for where, values in members.items()]
 
 
-def _reduced(where: Spread | None, values: Sequence[Tensor]) -> Tensor:
+def _reduced(where: Sharding | None, values: Sequence[Tensor]) -> Tensor:
     device = values[0].device
     value = torch.stack([v.to(device, non_blocking=True) for v in values]).sum()
     if where is not None:
@@ -173,8 +173,8 @@ class Shards:
                 continue
             if type(grad) is not type(param) or grad.device_mesh != mesh:
                 raise RuntimeError(
-                    f"grad does not match its parameter: it is {place(grad)}, allowed: a DTensor "
-                    f"on {mesh}"
+                    f"grad does not match its parameter: it is {describe_placement(grad)}, "
+                    f"allowed: a DTensor on {mesh}"
                 )
             if grad.placements != placements:
                 param.grad = grad.redistribute(mesh, placements)

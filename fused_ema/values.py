@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-PLAIN = {float, int, bool, str, type(None)}
+SIMPLE = {float, int, bool, str, type(None)}
 # Fields that may hold several numbers.
 SEVERAL = ("betas", "ema_decay")
 # Fields that hold no values.
@@ -31,14 +31,14 @@ def as_given(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def field(name: str, value: Any) -> Any:
     """One field's value, see :func:`as_given`."""
-    if type(value) in PLAIN:
+    if type(value) in SIMPLE:
         return value
     return several(value) if name in SEVERAL else number(value)
 
 
 def number(value: Any) -> Any:
     """A number as an int, float or bool; anything else as it is, including tensors."""
-    if type(value) in PLAIN or isinstance(value, Tensor):
+    if type(value) in SIMPLE or isinstance(value, Tensor):
         return value
     if isinstance(value, Integral):
         return int(value)
@@ -53,7 +53,7 @@ def several(value: Any) -> Any:
 
     A list whose entries need no conversion stays as it is too, so that later writes to it count.
     """
-    if type(value) is list and all(type(v) in PLAIN or isinstance(v, Tensor) for v in value):
+    if type(value) is list and all(type(v) in SIMPLE or isinstance(v, Tensor) for v in value):
         return value
     if isinstance(value, Tensor):
         return value.unbind() if value.dim() == 1 and len(value) != 1 else value

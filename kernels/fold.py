@@ -66,8 +66,8 @@ def is_met(condition):
 
 
 @device
-def average_weight(p_decay, before, kappa, m_slot):
-    """The weight of an average, from the words of its decay."""
+def ema_rate(p_decay, before, kappa, m_slot):
+    """The EMA rate of an average, from the words of its decay."""
     kind = tl.load(p_decay, m_slot, other=0)
     word = tl.load(p_decay + 1, m_slot, other=0)
     first = word.to(tl.float64, bitcast=True)
@@ -163,8 +163,8 @@ def fold_kernel(
         tl.store(p_row + k, scalars[k], m_slot)
     for k in range(NUM_AVERAGES):
         p_decay = p_group + HEAD + NUM_NUMBERS + DECAY * k
-        weight = average_weight(p_decay, before, ema_kappa, m_slot)
-        tl.store(p_row + NUM_SCALARS + k, weight, m_slot)
+        rate = ema_rate(p_decay, before, ema_kappa, m_slot)
+        tl.store(p_row + NUM_SCALARS + k, rate, m_slot)
     if ROUNDS:
         seed = step_seed(tl.load(p_group + 3, m_slot, other=0), before)
         tl.store(p_row + NUM_SCALARS + NUM_AVERAGES, seed.to(tl.float64), m_slot)

@@ -25,9 +25,9 @@ def mix(x):
 
 
 @device
-def chunk_key(seed, place, start):
+def chunk_key(seed, index, start):
     """What the bits of a chunk depend on; its elements share the upper half of their index."""
-    key = mix(seed.to(tl.uint32) ^ mix(place.to(tl.uint32)))
+    key = mix(seed.to(tl.uint32) ^ mix(index.to(tl.uint32)))
     return key ^ mix((start >> 32).to(tl.uint32))
 
 
@@ -37,10 +37,10 @@ def random_bits(key, WHICH: tl.constexpr, start, BLOCK: tl.constexpr):
 
     Two neighbours share a hash, which the compiler makes once: ``start`` is even.
     """
-    place = tl.arange(0, BLOCK).to(tl.uint32)
-    pair = tl.cast((start & 0xFFFFFFFF) >> 1, tl.uint32) + (place >> 1)
+    index = tl.arange(0, BLOCK).to(tl.uint32)
+    pair = tl.cast((start & 0xFFFFFFFF) >> 1, tl.uint32) + (index >> 1)
     hashed = mix((key ^ (WHICH * STREAM & 0xFFFFFFFF)) ^ pair)
-    return tl.where((place & 1) == 0, hashed & 0xFFFF, hashed >> 16)
+    return tl.where((index & 1) == 0, hashed & 0xFFFF, hashed >> 16)
 
 
 @device

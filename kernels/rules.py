@@ -86,20 +86,20 @@ def moved(start, end):
 
 
 @device
-def ema(average, param, weight):
-    """``ema <- ema + weight * (param - ema)``, ``weight = 1 - rho**kappa``."""
-    return lerp(average, param, weight)
+def ema(average, param, rate):
+    """``ema <- ema + rate * (param - ema)``, with the EMA rate ``1 - rho**kappa``."""
+    return lerp(average, param, rate)
 
 
 @device
-def ema_delta(delta, change, weight, BEFORE: tl.constexpr):
-    """Move a scaled difference ``d = ema - param``: ``d <- (1-w)*(d - change)``.
+def ema_delta(delta, change, rate, BEFORE: tl.constexpr):
+    """Move the scaled difference ``d = ema - param`` of a param that has moved by ``change``.
 
-    param has moved by ``change``, scaled likewise. Of averages that take the parameter from before,
-    ``(1-w)*d - change``.
+    ``d <- (1 - rate)*(d - change)``, or ``(1 - rate)*d - change`` where the average takes the
+    parameter from before the step.
     """
     rest = delta if BEFORE else delta - change
-    kept = lerp(rest, 0.0, weight)
+    kept = lerp(rest, 0.0, rate)
     return kept - change if BEFORE else kept
 
 

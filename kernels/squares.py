@@ -205,7 +205,7 @@ class Squares:
         self,
         grads: Tensor | None,
         slots: Tensor | None,
-        part: Tensor | None,
+        partial_sums: Tensor | None,
         ending: Ending | None,
     ) -> None:
         """Launch a pass, its end, or both.
@@ -214,8 +214,9 @@ class Squares:
             grads: int64, the address of each slot's gradient, 0 for none.
             slots: int64, each slot's ``numel`` and more, see
                 :func:`~fused_ema.kernels.step.launcher`.
-            part: float64, ``num_sums`` of them, for the sums: in the arithmetic's dtype within a
-                chunk (in float64 where that overflows). None: there is no pass, only its end.
+            partial_sums: float64, ``num_sums`` of them, for the sums: in the arithmetic's dtype
+                within a chunk (in float64 where that overflows). None: there is no pass, only its
+                end.
             ending: of a pass that is the last of several; None: another one ends.
         """
         end: tuple[Any, ...] = (None, 0, None)
@@ -225,7 +226,7 @@ class Squares:
             numbers = [*map(_number, (ending.scale, ending.found_inf, ending.max_norm))]
             flags = (True, ending.clips, ending.checks)
             end = (ending.sums, len(ending.sums), ending.control)
-        passes = part is not None
+        passes = partial_sums is not None
         key = (passes, *flags, *map(_kind, numbers))
         if key not in self._launches:
             programs = self.num_sums if passes else 1
@@ -238,7 +239,9 @@ class Squares:
                 launch_options(compile_options),
             )
         launch = self._launches[key]
-        launch(grads, slots, self._chunks, len(self._chunks), part, self.ticket, *end, *numbers)
+        launch(
+            grads, slots, self._chunks, len(self._chunks), partial_sums, self.ticket, *end, *numbers
+        )
 
 
 def _number(given: Tensor | float) -> Tensor | int:

@@ -109,7 +109,7 @@ def follow(
     average,
     old,
     new,
-    weight,
+    rate,
     key,
     start,
     K: tl.constexpr,
@@ -119,14 +119,14 @@ def follow(
     """Average K one step on, as it is kept: its dtype tells the format."""
     param = old if BEFORE else new
     if average.dtype == tl.bfloat16:
-        followed = ema(average.to(tl.float32), param, weight)
+        followed = ema(average.to(tl.float32), param, rate)
         stored = round_bfloat16(followed, random_bits(key, K, start, BLOCK))
     elif average.dtype == tl.float16:
         change = moved(old, new) * DELTA_SCALE
-        followed = ema_delta(average.to(tl.float32), change, weight, BEFORE)
+        followed = ema_delta(average.to(tl.float32), change, rate, BEFORE)
         stored = round_float16(followed, random_bits(key, K, start, BLOCK))
     else:
-        stored = ema(average, param, weight)
+        stored = ema(average, param, rate)
     return stored
 
 
@@ -147,7 +147,7 @@ def step_block(
     STATE: tl.constexpr = DTYPES[2]
     AVERAGE: tl.constexpr = DTYPES[3]
     COMPUTE: tl.constexpr = DTYPES[4]
-    param, copy, grad, states, averages, scalars, weights, key = slot
+    param, copy, grad, states, averages, scalars, ema_rates, key = slot
     # 64 bits, and the same for all tensors: a running pointer for each costs more registers
     o_block = start + tl.arange(0, BLOCK).to(tl.int64)
     m_block = None if WHOLE else o_block < end
@@ -175,13 +175,13 @@ def step_block(
             tl.store(p_states[k], b_state, m_block)
         b_new = b_stored.to(COMPUTE)
     if EARLY:
-        b_average = follow(b_average, b_old, b_new, weights[0], key, start, 0, EMA_BEFORE, BLOCK)
+        b_average = follow(b_average, b_old, b_new, ema_rates[0], key, start, 0, EMA_BEFORE, BLOCK)
         tl.store(p_average, b_average, m_block)
     # other averages wait: their values would take the registers of another program
     for k in tl.static_range(1 if EARLY else 0, len(averages)):
         p_average = pointer(averages[k], o_block, AVERAGE, WHOLE)
         b_average = tl.load(p_average, m_block)
-        b_average = follow(b_average, b_old, b_new, weights[k], key, start, k, EMA_BEFORE, BLOCK)
+        b_average = follow(b_average, b_old, b_new, ema_rates[k], key, start, k, EMA_BEFORE, BLOCK)
         tl.store(p_average, b_average, m_block)
 
 
@@ -259,15 +259,15 @@ def step_kernel(
     WIDTH: tl.constexpr = NUM_SCALARS + NUM_AVERAGES
     i_row = tl.load(p_indices + i_slot).to(tl.int64) & 0xFFFF
     p_row = p_scalars + i_row * (WIDTH + (1 if ROUNDS else 0))
-    weights = [w.to(COMPUTE) for w in load_each(p_row + NUM_SCALARS, NUM_AVERAGES)]
+    ema_rates = [w.to(COMPUTE) for w in load_each(p_row + NUM_SCALARS, NUM_AVERAGES)]
     key = chunk_key(tl.load(p_row + WIDTH), tl.load(p_slot + INDEX_AT), start) if ROUNDS else ()
     if grad != 0:
         states = load_each(p_slot + STATES_AT, AVERAGES_AT - STATES_AT)
         scalars = rule_scalars(p_row, tl.load(p_control), COMPUTE, NUM_SCALARS)
-        moving = (param, copy, grad, states, averages, scalars, weights, key)
+        moving = (param, copy, grad, states, averages, scalars, ema_rates, key)
         step_slot(RULE, EMA_BEFORE, DTYPES, BLOCK, moving, start, end)
     else:
-        resting = (param, copy, grad, (), averages, (), weights, key)
+        resting = (param, copy, grad, (), averages, (), ema_rates, key)
         step_slot(frozen, EMA_BEFORE, DTYPES, BLOCK, resting, start, end)
 
 
@@ -319,7 +319,7 @@ def launcher(
         A function of what the kernel reads beside the chunks:
 
         control: float64, what gradients are multiplied by, and not 0 if nothing shall move.
-        scalars: float64, rows of the rule's scalars and each average's weight, then, where
+        scalars: float64, rows of the rule's scalars and each average's EMA rate, then, where
             something is rounded stochastically, the seed of the step.
         indices: int16, each slot's row, without a sign.
         grads: int64, the address of each slot's gradient, 0 for none: then the averages alone move.

@@ -215,7 +215,7 @@ def test_averaged_buffers_follow_a_schedule_on_the_device():
             model(torch.randn(8, 4)).square().sum().backward()
         opt.step()
         twin.step()
-    held = zip(opt._buffers.held[0].values(), twin._buffers.held[0].values(), strict=True)
+    held = zip(opt._buffers.averages[0].values(), twin._buffers.held[0].values(), strict=True)
     for found, expected in held:
         torch.testing.assert_close(found, expected)
 
@@ -358,7 +358,7 @@ def test_numbers_on_the_device_are_not_waited_for(monkeypatch):
             twin.param_groups[0]["ema_decay"] = 0.5
         opt.step() if step < 2 else graph.replay()
         twin.step()
-        held = (o._buffers.held[0]["running_mean"] for o in (opt, twin))
+        held = (o._buffers.averages[0]["running_mean"] for o in (opt, twin))
         torch.testing.assert_close(*held, rtol=1e-6, atol=0.0)
     assert_same(opt, twin, rtol=1e-5, atol=1e-7)
 

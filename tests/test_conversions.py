@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fused_ema import FusedScaledAdamW
 from fused_ema.ema import formats
-from fused_ema.step.state import complete
+from fused_ema.step.state import ensure
 
 BLOCK = 64
 SHAPE = (8, 3, 16, 32)
@@ -61,7 +61,7 @@ def above_what_remains(param, state, teacher=None, **options) -> int:
     """Peak of completing a state, in bytes beyond what it has at last."""
     opt = FusedScaledAdamW([param], ema_decay=0.9, **options)
     with Allocated() as allocated, torch.no_grad():
-        complete(opt.rule, opt.param_groups[0], param, state, teacher)
+        ensure(opt.rule, opt.param_groups[0], param, state, teacher)
         return allocated.peak - allocated.live()
 
 
@@ -130,7 +130,7 @@ def test_averages_that_rest_are_converted_in_blocks(monkeypatch):
     monkeypatch.setattr(formats, "BLOCK", BLOCK)
     opt = FusedScaledAdamW([param])
     with Allocated() as allocated, torch.no_grad():
-        complete(opt.rule, opt.param_groups[0], param, state)
+        ensure(opt.rule, opt.param_groups[0], param, state)
         assert allocated.peak - allocated.live() <= ALLOWED
     assert torch.equal(state["ema"], expected)
 

@@ -207,7 +207,7 @@ def test_nothing_is_held_before_the_first_step():
         model.parameters(), ema_decay=0.5, master_weights=True, model=model, ema_buffers="average"
     )
     assert not opt.state_dict()["state"]
-    assert not list(chain(*opt._buffers.held))
+    assert not list(chain(*opt._buffers.averages))
     with torch.no_grad():
         for tensor in chain(model.parameters(), model.buffers()):
             tensor.fill_(3)

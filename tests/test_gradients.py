@@ -243,7 +243,7 @@ def bits(opt, model) -> list[torch.Tensor]:
     """All that a step may move."""
     opt.state_dict()  # counts that are in doubt are settled
     counts = [torch.as_tensor(group["base_steps"]) for group in opt.param_groups]
-    held = [t for average in opt._buffers.held for t in average.values()]
+    held = [t for average in opt._buffers.averages for t in average.values()]
     values = [t for state in opt.state.values() for t in state.values()]
     states = [t for t in values if isinstance(t, torch.Tensor)]
     return [t.clone() for t in (*model.parameters(), *states, *held, *counts)]

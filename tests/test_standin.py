@@ -64,8 +64,8 @@ def test_tensors_are_seen_alike(name):
     assert standin.is_plain(tensor) == _native.is_plain(tensor)
     assert standin.spans([tensor]) == _native.spans([tensor])
     assert torch._C._is_cow_tensor(made["copied when written"])  # looking at it is no write
-    for places in (standin.Places, _native.Places):
-        first = places([tensor])
+    for addresses in (standin.Addresses, _native.Addresses):
+        first = addresses([tensor])
         assert first.unchanged([tensor])
         assert not first.unchanged([tensor, tensor])
         assert not first.unchanged([torch.zeros(9)[1:]])
@@ -83,7 +83,7 @@ def test_a_mode_does_not_see_them_looked_at():
     with Seeing():
         assert standin.is_plain(plain)
         standin.spans([plain])
-        assert standin.Places([plain]).unchanged([plain])
+        assert standin.Addresses([plain]).unchanged([plain])
     assert not seen
 
 

@@ -81,41 +81,40 @@ FUSED_EMA_INLINE void average_loop(Average* average, const Weight* param, int64_
 }
 
 template <class Weight>
-void ema_loop(Compute<Weight>* average, const Weight* param, int64_t count,
-              Compute<Weight> weight) {
+void ema_loop(Compute<Weight>* average, const Weight* param, int64_t count, Compute<Weight> rate) {
   average_loop(average, param, count,
-               [=](int64_t i) { return ema(average[i], load(param[i]), weight, exact); });
+               [=](int64_t i) { return ema(average[i], load(param[i]), rate, exact); });
 }
 
 template <class Weight>
-void rounded_ema_loop(BFloat16* average, const Weight* param, int64_t count, float weight,
+void rounded_ema_loop(BFloat16* average, const Weight* param, int64_t count, float rate,
                       RandomBits bits) {
   average_loop(average, param, count, [=](int64_t i) {
-    const float value = ema(load(average[i]), load(param[i]), weight, exact);
+    const float value = ema(load(average[i]), load(param[i]), rate, exact);
     return round_bfloat16(value, bits[i]);
   });
 }
 
 template <bool before, class Weight>
-void delta_loop(Half* delta, const float* old, const Weight* param, int64_t count, float weight,
+void delta_loop(Half* delta, const float* old, const Weight* param, int64_t count, float rate,
                 RandomBits bits) {
   average_loop(delta, param, count, [=](int64_t i) {
-    const float value = ema_delta<before>(load(delta[i]), old[i], load(param[i]), weight, exact);
+    const float value = ema_delta<before>(load(delta[i]), old[i], load(param[i]), rate, exact);
     return round_half(value, bits[i]);
   });
 }
 
 template <class Layout>
-void ema_loops(const Piece& piece, void* const* emas, const double* weights, int64_t begin,
+void ema_loops(const Piece& piece, void* const* emas, const double* ema_rates, int64_t begin,
                int64_t count) {
   using Weight = typename Layout::Weight;
   const Weight* param = static_cast<const Weight*>(piece.pointers[Layout::has_master]) + begin;
   for (int k = 0; k < piece.num_emas; ++k) {
-    const auto weight = static_cast<Compute<Weight>>(weights[k]);
+    const auto rate = static_cast<Compute<Weight>>(ema_rates[k]);
     if (piece.ema_format == EmaFormat::full) {
-      ema_loop<Weight>(static_cast<Compute<Weight>*>(emas[k]) + begin, param, count, weight);
+      ema_loop<Weight>(static_cast<Compute<Weight>*>(emas[k]) + begin, param, count, rate);
     } else if constexpr (std::is_same_v<Compute<Weight>, float>) {
-      rounded_ema_loop<Weight>(static_cast<BFloat16*>(emas[k]) + begin, param, count, weight,
+      rounded_ema_loop<Weight>(static_cast<BFloat16*>(emas[k]) + begin, param, count, rate,
                                RandomBits(piece.key, k, begin));
     }
   }
@@ -123,7 +122,7 @@ void ema_loops(const Piece& piece, void* const* emas, const double* weights, int
 
 // Steps a block whose averages are differences: they move with the parameter's change.
 template <class Layout, class Step>
-void delta_block(const Piece& piece, void* const* emas, const double* weights, int64_t begin,
+void delta_block(const Piece& piece, void* const* emas, const double* ema_rates, int64_t begin,
                  int64_t count, Step step) {
   using Weight = typename Layout::Weight;
   if constexpr (std::is_same_v<Compute<Weight>, float>) {
@@ -133,7 +132,7 @@ void delta_block(const Piece& piece, void* const* emas, const double* weights, i
     step();
     for (int k = 0; k < piece.num_emas; ++k) {
       const auto move = piece.ema_before ? delta_loop<true, Weight> : delta_loop<false, Weight>;
-      move(static_cast<Half*>(emas[k]) + begin, old, param, count, static_cast<float>(weights[k]),
+      move(static_cast<Half*>(emas[k]) + begin, old, param, count, static_cast<float>(ema_rates[k]),
            RandomBits(piece.key, k, begin));
     }
   }
@@ -143,7 +142,7 @@ template <class Rule, class Layout>
 void step_piece(const Piece& piece) {
   using Value = Compute<typename Layout::Weight>;
   const auto scalars = scalars_of<Rule, Value>(piece.row, piece.grad_factor);
-  const double* weights = piece.row + Rule::scalars.size();
+  const double* ema_rates = piece.row + Rule::scalars.size();
   void* const* emas = piece.pointers + 1 + Layout::has_master + Rule::num_states;
   int64_t count = 0;
   for (int64_t begin = piece.begin; begin < piece.end; begin += count) {
@@ -154,12 +153,12 @@ void step_piece(const Piece& piece) {
         rule_loop<Rule, Layout>(piece.pointers, piece.grad, begin, count, scalars, piece.key);
     };
     if (piece.ema_format == EmaFormat::delta) {
-      delta_block<Layout>(piece, emas, weights, begin, count, step);
+      delta_block<Layout>(piece, emas, ema_rates, begin, count, step);
       continue;
     }
-    if (piece.ema_before) ema_loops<Layout>(piece, emas, weights, begin, count);
+    if (piece.ema_before) ema_loops<Layout>(piece, emas, ema_rates, begin, count);
     step();
-    if (!piece.ema_before) ema_loops<Layout>(piece, emas, weights, begin, count);
+    if (!piece.ema_before) ema_loops<Layout>(piece, emas, ema_rates, begin, count);
   }
 }
 

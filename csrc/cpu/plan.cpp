@@ -28,8 +28,9 @@ Plan::Plan(const std::string& rule, const std::string& variant, OwnedSlots slots
       slots_(std::move(slots)),
       chunks_(slots_->chunks(sum_size)) {}
 
-void Plan::norm(const std::optional<at::Tensor>& part, const std::optional<GivenEnding>& given) {
-  if (part) *part->mutable_data_ptr<double>() = sum_of_squares();
+void Plan::norm(const std::optional<at::Tensor>& partial_sums,
+                const std::optional<GivenEnding>& given) {
+  if (partial_sums) *partial_sums->mutable_data_ptr<double>() = sum_of_squares();
   const Ending ending = as_ending(given);
   if (ending.control == nullptr) return;
   const double squares = std::accumulate(ending.sums, ending.sums + ending.num_sums, 0.0);

@@ -20,9 +20,11 @@ class Plan {
   void release() { slots_->release(); }
 
   // A pass over all gradients, as prepared.
-  //   part: one float64, for the sum of their squares, the same for any number of threads; none:
+  //   partial_sums: one float64, for the sum of their squares, the same for any number of threads;
+  //   none:
   //         there is no pass, only its end
-  void norm(const std::optional<at::Tensor>& part, const std::optional<GivenEnding>& ending);
+  void norm(const std::optional<at::Tensor>& partial_sums,
+            const std::optional<GivenEnding>& ending);
 
   // Steps every parameter with a gradient and moves every average.
   //   control: what gradients are multiplied by, first of its float64 numbers; none: by one

@@ -66,8 +66,8 @@ __device__ inline double number(Kind kind, int64_t word) {
   }
 }
 
-// The weight of an average, from the words of its decay.
-__device__ inline double average_weight(const int64_t* decay, double base_steps, double kappa) {
+// The EMA rate of an average, from the words of its decay.
+__device__ inline double ema_rate(const int64_t* decay, double base_steps, double kappa) {
   const int64_t kind = decay[0];
   if (kind < static_cast<int64_t>(Schedule::cosine))
     return decay_weight(number(static_cast<Kind>(kind), decay[1]), kappa);
@@ -124,7 +124,7 @@ __device__ void fold_slot(const FoldTask& task, const int64_t* words, int slot) 
   const int64_t* decay = record + group_head + count;
 #pragma unroll 1
   for (int k = 0; k < task.num_emas; ++k, decay += decay_words)
-    row[num_scalars + k] = average_weight(decay, before, ema_kappa);
+    row[num_scalars + k] = ema_rate(decay, before, ema_kappa);
   if (task.rounds)
     row[num_scalars + task.num_emas] = step_seed(static_cast<uint32_t>(record[3]), before);
   if (record[1] > 0) arrive(task.arrivals + group, record[1], base_steps, kappa);

@@ -67,7 +67,8 @@ KernelInfo find_kernel(const RuleId& rule, Storage storage);
 // way, finds in the L2 cache what the pass has read last.
 //   chunks, slots, words, host_words: as above; slot_size, grads_at: words of a slot, and before
 //               the gradients
-//   part:       device, num_sums() of them: where each block's sum of squares goes; null: there is
+//   partial_sums:       device, num_sums() of them: where each block's sum of squares goes; null:
+//   there is
 //               no pass, only its end
 //   ending:     of what lies on the device: the block that is the last to add up its squares takes
 //               all sums, in their order, and decides
@@ -81,7 +82,7 @@ struct SquaresLaunch {
   const int64_t* words;
   const int64_t* host_words;
   int64_t grads_at;
-  double* part;
+  double* partial_sums;
   Ending ending;
   uint32_t* ticket;
   void* stream;

@@ -31,16 +31,17 @@ Plan::Plan(const std::string& rule, const std::string& variant, OwnedSlots slots
   stream_ = current_stream(slots_->device()).handle;
 }
 
-void Plan::norm(const std::optional<at::Tensor>& part, const std::optional<GivenEnding>& ending) {
+void Plan::norm(const std::optional<at::Tensor>& partial_sums,
+                const std::optional<GivenEnding>& ending) {
   const c10::DeviceGuard guard(slots_->device());
   const Stream stream = enter();
   SquaresLaunch launch{};
   launch.ending = as_ending(ending);
   launch.ticket = static_cast<uint32_t*>(ticket_.mutable_data_ptr());
   launch.stream = stream.handle;
-  if (part) {
-    if (part->numel() != num_sums())
-      throw std::invalid_argument("part has " + std::to_string(part->numel()) +
+  if (partial_sums) {
+    if (partial_sums->numel() != num_sums())
+      throw std::invalid_argument("partial_sums has " + std::to_string(partial_sums->numel()) +
                                   " elements; allowed: " + std::to_string(num_sums()));
     slots_->begin_gradients();
     pack(stream.capturing);
@@ -52,7 +53,7 @@ void Plan::norm(const std::optional<at::Tensor>& part, const std::optional<Given
     launch.words = device_words();
     launch.host_words = words_.data();
     launch.grads_at = slots_->layout().grads();
-    launch.part = part->mutable_data_ptr<double>();
+    launch.partial_sums = partial_sums->mutable_data_ptr<double>();
   }
   squares_(launch);
 }

@@ -27,9 +27,10 @@ class Plan {
   void release() { slots_->release(); }
 
   // A pass over all gradients, as prepared, by one launch on the current stream.
-  //   part: for the sums of their squares, num_sums() of them; none: no pass, only its end
+  //   partial_sums: for the sums of their squares, num_sums() of them; none: no pass, only its end
   //   ending: of a pass that is the last of several, over all of their sums
-  void norm(const std::optional<at::Tensor>& part, const std::optional<GivenEnding>& ending);
+  void norm(const std::optional<at::Tensor>& partial_sums,
+            const std::optional<GivenEnding>& ending);
   int64_t num_sums() const { return cuda::num_sums(chunks_.size(0)); }
 
   // Steps every parameter with a gradient and moves every average, on the current stream.

@@ -15,14 +15,14 @@ void launch_squares_sized(const SquaresLaunch& launch) {
                      launch.slots,
                      launch.slot_size,
                      launch.words != nullptr ? launch.words + launch.grads_at : nullptr,
-                     launch.part,
+                     launch.partial_sums,
                      launch.ending,
                      launch.ticket};
-  if (launch.part != nullptr && launch.words == nullptr)
+  if (launch.partial_sums != nullptr && launch.words == nullptr)
     std::memcpy(parameters.grads, launch.host_words + launch.grads_at,
                 launch.num_slots * sizeof(int64_t));
   void* arguments[] = {&parameters};
-  const int64_t blocks = launch.part != nullptr ? num_sums(launch.num_chunks) : 1;
+  const int64_t blocks = launch.partial_sums != nullptr ? num_sums(launch.num_chunks) : 1;
   check(cudaLaunchKernel(squares<Stored, bytes>, dim3(static_cast<unsigned>(blocks)), dim3(threads),
                          arguments, 0, static_cast<cudaStream_t>(launch.stream)),
         "to launch the squares kernel");
@@ -30,7 +30,7 @@ void launch_squares_sized(const SquaresLaunch& launch) {
 
 template <class Stored>
 void launch_squares(const SquaresLaunch& launch) {
-  const bool by_value = launch.part != nullptr && launch.words == nullptr;
+  const bool by_value = launch.partial_sums != nullptr && launch.words == nullptr;
   if (by_value && launch.num_slots > GradParameters<small>::capacity)
     launch_squares_sized<Stored, large>(launch);
   else

@@ -12,7 +12,7 @@ struct GradTask {
   const int64_t* slots;
   int64_t slot_size;
   const int64_t* grads;
-  double* part;
+  double* partial_sums;
   Ending ending;
   uint32_t* ticket;
 };
@@ -99,10 +99,10 @@ template <class Stored, int bytes>
 __global__ void __launch_bounds__(threads, min_blocks)
     squares(const __grid_constant__ GradParameters<bytes> parameters) {
   const GradTask& task = parameters.task;
-  if (task.part != nullptr) {
+  if (task.partial_sums != nullptr) {
     const int64_t* grads = task.grads != nullptr ? task.grads : parameters.grads;
     const double total = block_sum(thread_squares<Stored>(task, grads));
-    if (threadIdx.x == 0) task.part[blockIdx.x] = total;
+    if (threadIdx.x == 0) task.partial_sums[blockIdx.x] = total;
   }
   if (task.ending.control == nullptr || !is_last(task.ticket)) return;
   if (threadIdx.x == 0) *task.ticket = 0;

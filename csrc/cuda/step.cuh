@@ -49,12 +49,12 @@ class Hashes {
     // made anew for what is done once more: kept, hashes would take the registers of a pack
     asm volatile("" : "+r"(key));
 #endif
-    shared_ = spread(key ^ (first >> 1));
+    shared_ = xor_halves(key ^ (first >> 1));
   }
 
   // Of the elements 2*pair and 2*pair + 1, for average `which`, or for a state.
   __device__ uint32_t operator()(uint32_t which, uint32_t pair) const {
-    return mix_spread(shared_ ^ spread(stream_key(which) ^ pair));
+    return mix_xored(shared_ ^ xor_halves(stream_key(which) ^ pair));
   }
 
  private:
@@ -138,7 +138,7 @@ struct Chunk {
   __device__ Weight* param() const { return at<Weight>(slot_layout.weight()); }
   __device__ State* state(int k) const { return at<State>(first_state + k); }
   __device__ Average* average(int k) const { return at<Average>(first_average + k); }
-  __device__ Compute<Weight> weight(int k) const {
+  __device__ Compute<Weight> ema_rate(int k) const {
     return static_cast<Compute<Weight>>(row[num_scalars + k]);
   }
 
@@ -190,7 +190,7 @@ using ScalarsOf = RuleScalars<typename Chunk::Rule, Compute<typename Chunk::Weig
 template <class T>
 struct Motion {
   int k;  // which one
-  T weight;
+  T rate;
   bool before;  // it takes the weights before the step
 };
 
@@ -246,14 +246,14 @@ struct Target {
 
 template <class Chunk, bool before, int n, class How>
 __device__ auto moved_average(int i, const Pack<typename Chunk::Average, n>& average,
-                              const Target<Chunk, n>& target,
-                              Compute<typename Chunk::Weight> weight, How& how) {
+                              const Target<Chunk, n>& target, Compute<typename Chunk::Weight> rate,
+                              How& how) {
   const auto held = load(average.get(i));
   const auto param = load(target.param.get(i));
   if constexpr (Chunk::format == EmaFormat::delta)
-    return ema_delta<before>(held, load(target.old.get(i)), param, weight, how);
+    return ema_delta<before>(held, load(target.old.get(i)), param, rate, how);
   else
-    return ema(held, param, weight, how);
+    return ema(held, param, rate, how);
 }
 
 template <bool before, class Chunk, int n, class How>
@@ -268,7 +268,7 @@ __device__ Pack<typename Chunk::Average, n> moved_averages(
     Compute<typename Chunk::Weight> values[m];
 #pragma unroll
     for (int j = 0; j < m; ++j)
-      values[j] = moved_average<Chunk, before>(i + j, average, target, motion.weight, how);
+      values[j] = moved_average<Chunk, before>(i + j, average, target, motion.rate, how);
     if constexpr (Chunk::format == EmaFormat::full)
       next.keep(i, values);
     else
@@ -377,7 +377,7 @@ __device__ void step_pack(const Chunk& chunk, int at, const ScalarsOf<Chunk>& sc
     while (true) {
       move_average(motion, target);
       if (++motion.k >= chunk.num_emas) break;
-      motion.weight = chunk.weight(motion.k);
+      motion.rate = chunk.ema_rate(motion.k);
     }
   } else {
     write_param();
@@ -404,7 +404,7 @@ __device__ void for_each_pack(int count, bool aligned, Visit visit) {
 template <bool averaged, class Chunk>
 __device__ void step_chunk(const Chunk& chunk, const double* control, bool ema_before) {
   const ScalarsOf<Chunk> scalars(chunk.row, control);
-  const MotionOf<Chunk> first{0, averaged ? chunk.weight(0) : 0, ema_before};
+  const MotionOf<Chunk> first{0, averaged ? chunk.ema_rate(0) : 0, ema_before};
   for_each_pack<Chunk::width>(chunk.count, chunk.aligned, [&](auto size, int at) {
     step_pack<averaged, decltype(size)::value>(chunk, at, scalars, first);
   });
@@ -414,7 +414,7 @@ __device__ void step_chunk(const Chunk& chunk, const double* control, bool ema_b
 template <class Chunk>
 __device__ void follow_chunk(const Chunk& chunk, int k, bool ema_before) {
   using Weight = typename Chunk::Weight;
-  const MotionOf<Chunk> motion{k, chunk.weight(k), ema_before};
+  const MotionOf<Chunk> motion{k, chunk.ema_rate(k), ema_before};
   for_each_pack<Chunk::width>(chunk.count, chunk.aligned, [&](auto size, int at) {
     constexpr int n = decltype(size)::value;
     Pack<Weight, n> param;

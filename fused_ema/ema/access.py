@@ -122,7 +122,7 @@ class EmaAccess(Optimizer):
         """
         self._check_not_swapped("ema_state_dict()")
         by_param = self._averages(index)
-        return modules.state_dict(model, by_param, self._held_buffers(index))
+        return modules.state_dict(model, by_param, self._averaged_buffers(index))
 
     def copy_ema_to(self, target: nn.Module, index: int = 0, *, buffers: bool = True) -> None:
         """Copy an average into a module's parameters and buffers, in place.
@@ -164,7 +164,7 @@ class EmaAccess(Optimizer):
         for rewrite in rewrites:
             rewrite.finish()
 
-    def _held_buffers(self, index: int) -> dict[Tensor, Tensor]:
+    def _averaged_buffers(self, index: int) -> dict[Tensor, Tensor]:
         return self._buffers.values(index) if self._buffers is not None else {}
 
     def _averaged_groups(self) -> list[int]:

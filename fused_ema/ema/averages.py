@@ -72,7 +72,7 @@ def begin_average(
         state[key] = teacher
 
 
-def complete(
+def ensure(
     keys: tuple[str, ...],
     param: Tensor,
     state: dict[str, Any],

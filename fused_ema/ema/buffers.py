@@ -17,7 +17,7 @@ from ..dtypes import COMPUTE_DTYPE
 from ..names import bare
 from ..realmath import surely
 from ..rules.blending import lerp
-from ..sharding import check_plain, repeats
+from ..sharding import check_copyable, repeats
 from ..together import Call
 from .claims import claim
 from .swap import is_shown
@@ -30,25 +30,25 @@ BUFFERS = "ema_buffers"
 
 
 class Move(NamedTuple):
-    """``held <- held + weight*(source - held)`` for one buffer; a weight of 1 copies."""
+    """``held <- held + rate*(source - held)`` for one buffer; a rate of 1 copies."""
 
     held: Tensor
     source: Tensor
-    weight: Any
+    rate: Any
 
     def calls(self, taken_on: Taken | None) -> list[Call]:
         """Compute the new value; return the calls that write it."""
-        held, source, weight = self
+        held, source, rate = self
         taken = None if taken_on is None else taken_on(held.device)
         source = source.to(held.device, held.dtype)
-        if not surely(weight == 1.0):
+        if not surely(rate == 1.0):
             if taken is not None:
-                weight = taken * weight
-            if isinstance(weight, Tensor):
-                weight = weight.to(held.device, held.real.dtype)
+                rate = taken * rate
+            if isinstance(rate, Tensor):
+                rate = rate.to(held.device, held.real.dtype)
             if held.is_complex():
                 held, source = map(torch.view_as_real, (held, source.resolve_conj()))
-            source = lerp(held, source, weight)
+            source = lerp(held, source, rate)
         elif taken is not None:
             if held.itemsize == 1:  # one-byte dtypes, such as float8, are selected as bytes
                 held, source = held.view(torch.uint8), source.view(torch.uint8)
@@ -73,7 +73,7 @@ class Placement(NamedTuple):
 Moves: TypeAlias = "list[Move | Placement]"
 
 
-class _Place(NamedTuple):
+class _BufferEntry(NamedTuple):
     """A module's entry for a buffer, ``owner._buffers[key]``; a cache is not ``persistent``."""
 
     owner: nn.Module
@@ -104,7 +104,7 @@ class EmaBuffers:
         teacher: a module that holds the first average; its buffers are modified in place.
 
     Attributes:
-        held: the optimizer's averaged buffers by name, one dict an average; empty before they
+        averages: the optimizer's averaged buffers by name, one dict an average; empty before they
             exist.
 
     Raises:
@@ -116,10 +116,10 @@ class EmaBuffers:
     ) -> None:
         self.model = model
         self.mode = mode
-        self.held: list[dict[str, Tensor]] = []
+        self.averages: list[dict[str, Tensor]] = []
         self._teacher = teacher
         if teacher is not None:
-            _check_teacher(_places(teacher), _places(model), mode)
+            _check_teacher(_buffer_entries(teacher), _buffer_entries(model), mode)
 
     def begin(self, num_emas: int) -> None:
         """Start the averaged buffers that do not exist yet at the model's values.
@@ -128,18 +128,18 @@ class EmaBuffers:
             RuntimeError: another optimizer's ``ema_weights()`` has put averaged buffers into the
                 model.
         """
-        while len(self.held) < num_emas:
-            self.held.append({})
+        while len(self.averages) < num_emas:
+            self.averages.append({})
         if self.mode != "average":
             return
         self._check_not_shown()
-        for held in self.held[self._first_own :]:
+        for held in self.averages[self._first_own :]:
             for move in self._following(held, 1.0):
                 if isinstance(move, Placement) and move.key not in held:
                     held[move.key] = move.value
 
-    def moves(self, weights: Sequence[float]) -> Moves:
-        """The checked moves of a step; ``weights`` are the EMA rates, ``1 - rho**kappa``.
+    def moves(self, ema_rates: Sequence[float]) -> Moves:
+        """The checked moves of a step; ``ema_rates`` are the EMA rates, ``1 - rho**kappa``.
 
         Raises:
             RuntimeError: as for :meth:`begin`.
@@ -148,11 +148,11 @@ class EmaBuffers:
             return []
         self._check_not_shown()
         moves: Moves = []
-        if self._teacher is not None and weights and claim(self._teacher).moves(self):
-            moves += self._teaching(_places(self._teacher), weights[0])
+        if self._teacher is not None and ema_rates and claim(self._teacher).moves(self):
+            moves += self._teaching(_buffer_entries(self._teacher), ema_rates[0])
         own = slice(self._first_own, None)  # averages that are turned off do not move
-        for held, weight in zip(self.held[own], weights[own], strict=False):
-            moves += self._following(held, weight)
+        for held, rate in zip(self.averages[own], ema_rates[own], strict=False):
+            moves += self._following(held, rate)
         return moves
 
     def _check_not_shown(self) -> None:
@@ -167,49 +167,56 @@ class EmaBuffers:
         """The first average that is the optimizer's own."""
         return 0 if self._teacher is None else 1
 
-    def _following(self, held: dict[str, Tensor], weight: float) -> Moves:
+    def _following(self, held: dict[str, Tensor], rate: float) -> Moves:
         moves: Moves = []
         if self.mode != "average":
             return moves
-        for name, source in _persistent(_places(self.model)):
+        for name, source in _persistent(_buffer_entries(self.model)):
             mine = held.get(name)
-            if not _is_plain(source):
+            if not _is_writable(source):
                 continue  # the model's own buffer is used
             if mine is None or not _fits(mine, source):
                 moves.append(Placement(held, name, _begun(source)))
             else:
-                moves.append(Move(mine, source, weight if _averages(source) else 1.0))
+                moves.append(Move(mine, source, rate if _averages(source) else 1.0))
         return moves
 
-    def _teaching(self, teacher: Mapping[str, _Place], weight: float) -> Moves:
+    def _teaching(self, teacher: Mapping[str, _BufferEntry], rate: float) -> Moves:
         moves: Moves = []
-        for name, place in _places(self.model).items():
-            source, target = place.value, teacher.get(name)
+        for name, buffer_entry in _buffer_entries(self.model).items():
+            source, target = buffer_entry.value, teacher.get(name)
             if source is None or target is None or source.is_meta:
                 continue
             mine = target.value
-            if mine is not None and _is_plain(mine) and _is_plain(source) and _fits(mine, source):
-                averages = self.mode == "average" and place.persistent and _averages(source)
-                moves.append(Move(mine, source, weight if averages else 1.0))
-            elif place.persistent:
+            if (
+                mine is not None
+                and _is_writable(mine)
+                and _is_writable(source)
+                and _fits(mine, source)
+            ):
+                averages = self.mode == "average" and buffer_entry.persistent and _averages(source)
+                moves.append(Move(mine, source, rate if averages else 1.0))
+            elif buffer_entry.persistent:
                 moves.append(Placement(target.owner._buffers, target.key, _copied(source, mine)))
         return moves
 
     def _by_name(self, index: int) -> dict[str, Tensor]:
         """The average's buffers that belong in a state dict, by name."""
         if index == 0 and self._teacher is not None:
-            return dict(_persistent(_places(self._teacher)))
-        return self.held[index] if index < len(self.held) else {}
+            return dict(_persistent(_buffer_entries(self._teacher)))
+        return self.averages[index] if index < len(self.averages) else {}
 
     def values(self, index: int) -> dict[Tensor, Tensor]:
         """The average's value for each of the model's buffers, by that buffer."""
         held = self._by_name(index)
         found = {}
-        for name, place in _places(self.model).items():
-            buffer = place.value
+        for name, buffer_entry in _buffer_entries(self.model).items():
+            buffer = buffer_entry.value
             if buffer is not None:
                 mine = held.get(name, buffer)
-                found[buffer] = mine if _is_plain(buffer) and mine.shape == buffer.shape else buffer
+                found[buffer] = (
+                    mine if _is_writable(buffer) and mine.shape == buffer.shape else buffer
+                )
         return found
 
     def pairs(self, index: int) -> dict[Tensor, Tensor]:
@@ -231,9 +238,11 @@ class EmaBuffers:
 
         A teacher's buffers that are not plain tensors are only in the teacher's own state dict.
         """
-        count = max(len(self.held), self._first_own)
+        count = max(len(self.averages), self._first_own)
         held = [self._by_name(index).items() for index in range(count)]
-        found = {str(i): {n: t for n, t in items if _is_plain(t)} for i, items in enumerate(held)}
+        found = {
+            str(i): {n: t for n, t in items if _is_writable(t)} for i, items in enumerate(held)
+        }
         return found if any(found.values()) else {}
 
     def loaded(self, saved: Any) -> tuple[dict[str, dict[str, Tensor]], Moves]:
@@ -249,18 +258,18 @@ class EmaBuffers:
         Raises:
             ValueError: the model has no buffer of a name, or a value is not a tensor with values.
         """
-        places = _places(self.model)
+        buffer_entries = _buffer_entries(self.model)
         moves: Moves = []
         held: dict[str, dict[str, Tensor]] = {}
         for path, value in _leaves(saved):
             index, _, name = path.partition(".")
-            value = check_plain(f"state_dict: ema_buffers {path!r}", value)
-            if not index.isdecimal() or name not in places:
+            value = check_copyable(f"state_dict: ema_buffers {path!r}", value)
+            if not index.isdecimal() or name not in buffer_entries:
                 raise ValueError(
                     f"state_dict: ema_buffers holds {path!r}; allowed: the number of an average, "
-                    f"and one of the model's {sorted(places)}"
+                    f"and one of the model's {sorted(buffer_entries)}"
                 )
-            mine = places[name].value
+            mine = buffer_entries[name].value
             if value.is_complex() and mine is not None and not mine.is_complex():
                 raise ValueError(
                     f"state_dict: ema_buffers {path!r} has dtype {value.dtype}; allowed: what "
@@ -268,18 +277,18 @@ class EmaBuffers:
                 )
             if index == "0" and self._teacher is not None:
                 moves += self._taught(name, value)
-            elif self.mode == "average" and places[name].persistent:
+            elif self.mode == "average" and buffer_entries[name].persistent:
                 device = value.device if mine is None or mine.is_meta else mine.device
                 held.setdefault(index, {})[name] = _begun(value.to(device))
         return held, moves
 
     def _taught(self, name: str, value: Tensor) -> Moves:
-        target = _places(self._teacher).get(name) if self._teacher is not None else None
+        target = _buffer_entries(self._teacher).get(name) if self._teacher is not None else None
         if target is None:
             return []
         mine = target.value
         value = _copied(value, mine)
-        if mine is not None and mine.shape == value.shape and _is_plain(mine):
+        if mine is not None and mine.shape == value.shape and _is_writable(mine):
             return [Move(mine, value, 1.0)]
         return [Placement(target.owner._buffers, target.key, value)]
 
@@ -287,9 +296,9 @@ class EmaBuffers:
         """A copy that holds other buffers: those of an :meth:`entry`, or none."""
         other = copy.copy(self)
         count = max((int(index) + 1 for index in entry), default=0)
-        other.held = [dict(entry.get(str(index), {})) for index in range(count)]
-        if other.held and self._teacher is not None:
-            other.held[0] = {}
+        other.averages = [dict(entry.get(str(index), {})) for index in range(count)]
+        if other.averages and self._teacher is not None:
+            other.averages[0] = {}
         return other
 
 
@@ -323,9 +332,9 @@ def moving(moves: Moves, taken_on: Taken | None = None) -> list[Call]:
     return [call for move in moves for call in move.calls(taken_on)]
 
 
-def _places(module: nn.Module) -> dict[str, _Place]:
+def _buffer_entries(module: nn.Module) -> dict[str, _BufferEntry]:
     """A module's buffer entries by name; a shared buffer appears under its first name."""
-    found: dict[str, _Place] = {}
+    found: dict[str, _BufferEntry] = {}
     seen = set()
     for prefix, owner in module.named_modules():
         caches = getattr(owner, "_non_persistent_buffers_set", ())
@@ -333,19 +342,19 @@ def _places(module: nn.Module) -> dict[str, _Place]:
             if value is None or value not in seen:
                 seen.add(value)
                 name = f"{prefix}.{key}" if prefix else key
-                found[name] = _Place(owner, key, key not in caches)
+                found[name] = _BufferEntry(owner, key, key not in caches)
     short = bare([*found, *(name for name, _ in module.named_parameters())])
-    return {short[name]: place for name, place in found.items()}
+    return {short[name]: buffer_entry for name, buffer_entry in found.items()}
 
 
-def _persistent(places: Mapping[str, _Place]) -> Iterator[tuple[str, Tensor]]:
+def _persistent(buffer_entries: Mapping[str, _BufferEntry]) -> Iterator[tuple[str, Tensor]]:
     """The buffers that a state dict holds, with their names."""
-    for name, place in places.items():
-        if place.persistent and place.value is not None:
-            yield name, place.value
+    for name, buffer_entry in buffer_entries.items():
+        if buffer_entry.persistent and buffer_entry.value is not None:
+            yield name, buffer_entry.value
 
 
-def _is_plain(buffer: Tensor) -> bool:
+def _is_writable(buffer: Tensor) -> bool:
     """Whether the buffer can be written element by element."""
     strange = buffer.layout != torch.strided or buffer.is_quantized or buffer.is_meta
     return not (strange or repeats(buffer))
@@ -382,7 +391,9 @@ def _leaves(saved: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _check_teacher(teacher: Mapping[str, _Place], source: Mapping[str, _Place], mode: str) -> None:
+def _check_teacher(
+    teacher: Mapping[str, _BufferEntry], source: Mapping[str, _BufferEntry], mode: str
+) -> None:
     for name, value in _persistent(teacher):
         if name not in source:
             raise ValueError(

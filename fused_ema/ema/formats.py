@@ -33,7 +33,7 @@ SCALE = 1024.0
 LARGEST = 65504.0  # largest float16; larger differences are cut off
 # Smallest EMA rate of each format: below it, errors of several percent of the distance to the
 # weights were measured.
-SMALLEST_WEIGHT = {"bf16": 1e-5, "delta": 1e-4}
+SMALLEST_RATE = {"bf16": 1e-5, "delta": 1e-4}
 LARGEST_BFLOAT16 = 0x7F7F0000  # its largest number, as the bits of a float32
 MASK = 0xFFFFFFFF
 # Number of elements converted at a time, so that temporaries take a few MiB.
@@ -77,9 +77,9 @@ def element_bits(seed: int, tensor: int, average: int, like: Tensor) -> Tensor:
     index = torch.arange(like.numel(), device=like.device)
     # memory with gaps: the logical order, because torch makes a tensor like it without gaps
     dense = like.numel() > 0 and torch.empty_like(like).stride() == like.stride()
-    place = index.as_strided(like.shape, like.stride()) if dense else index.view(like.shape)
-    hashed = mix(key ^ mix(place >> 32) ^ (place & MASK) >> 1)
-    return torch.where(place % 2 == 0, hashed & 0xFFFF, hashed >> 16)
+    index = index.as_strided(like.shape, like.stride()) if dense else index.view(like.shape)
+    hashed = mix(key ^ mix(index >> 32) ^ (index & MASK) >> 1)
+    return torch.where(index % 2 == 0, hashed & 0xFFFF, hashed >> 16)
 
 
 def round_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
@@ -109,20 +109,20 @@ def _as(dtype: torch.dtype, pattern: Tensor) -> Tensor:
     return signed.to(torch.int16).view(dtype)
 
 
-def follow(ema: Tensor, param: Tensor, weight: float, bits: Tensor) -> None:
-    """Move a bfloat16 average in place: ``ema + weight*(param - ema)``, computed in float32."""
-    ema.copy_(round_bfloat16(lerp(ema.float(), param, weight), bits))
+def follow(ema: Tensor, param: Tensor, rate: float, bits: Tensor) -> None:
+    """Move a bfloat16 average in place: ``ema + rate*(param - ema)``, computed in float32."""
+    ema.copy_(round_bfloat16(lerp(ema.float(), param, rate), bits))
 
 
-def follow_delta(delta: Tensor, change: Tensor, weight: float, bits: Tensor, before: bool) -> None:
+def follow_delta(delta: Tensor, change: Tensor, rate: float, bits: Tensor, before: bool) -> None:
     """Move a difference in place, for parameters that have moved by ``change``, in float32.
 
-    ``d <- (1 - weight)*(d - change)``; if the average takes the old parameters (``before``),
-    ``d <- (1 - weight)*d - change``.
+    ``d <- (1 - rate)*(d - change)``; if the average takes the old parameters (``before``),
+    ``d <- (1 - rate)*d - change``.
     """
     old, away = delta.float(), change * SCALE
     rest = old if before else old - away
-    new = lerp(rest, torch.zeros_like(rest), weight)
+    new = lerp(rest, torch.zeros_like(rest), rate)
     delta.copy_(round_float16(new - away if before else new, bits))
 
 
@@ -133,18 +133,18 @@ def average(stored: Tensor, param: Tensor) -> Tensor:
     return param.float() + stored.to(param.device).float() * (1.0 / SCALE)
 
 
-def is_too_slow(form: str, weights: Sequence[float] | None) -> bool:
+def is_too_slow(form: str, ema_rates: Sequence[float] | None) -> bool:
     """Whether an EMA rate is too small for the format: rounding would lose too much."""
-    smallest = 0.99 * SMALLEST_WEIGHT.get(form, 0.0)
-    return any(0.0 < weight < smallest for weight in weights or ())
+    smallest = 0.99 * SMALLEST_RATE.get(form, 0.0)
+    return any(0.0 < rate < smallest for rate in ema_rates or ())
 
 
-def warn_of_rounding(form: str, weights: Sequence[float]) -> None:
+def warn_of_rounding(form: str, ema_rates: Sequence[float]) -> None:
     """Warn about averages for which :func:`is_too_slow` is true."""
-    smallest = min(filter(None, weights))
+    smallest = min(filter(None, ema_rates))
     warnings.warn(
         f"ema_format={form!r} with 1 - ema_decay**kappa = {smallest:.3g}: below "
-        f"{SMALLEST_WEIGHT[form]:g} rounding builds up errors of several percent of the average's "
+        f"{SMALLEST_RATE[form]:g} rounding builds up errors of several percent of the average's "
         "distance to the weights (docs/numerics.md); use ema_format='full', a smaller ema_decay "
         "or a larger kappa",
         stacklevel=2,

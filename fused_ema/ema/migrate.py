@@ -83,14 +83,14 @@ def load_ema(
     layout = next(known for known in LAYOUTS if known.marks <= state.keys())
     begun = _begun(optimizer, index)
     buffers = optimizer._buffers
-    held = [] if buffers is None else list(map(dict, buffers.held))
+    held = [] if buffers is None else list(map(dict, buffers.averages))
     try:
         if buffers is not None:
             buffers.begin(optimizer._num_emas())
         return _load(optimizer, model, state, index, layout)
     except BaseException:
         if buffers is not None:
-            buffers.held = held
+            buffers.averages = held
         for param, before in begun:
             if before:
                 optimizer.state[param].pop(ema_keys(index + 1)[-1])

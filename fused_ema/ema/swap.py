@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..extension import native
-from ..sharding import local, place, placed_alike
+from ..sharding import describe_placement, local, placed_alike
 
 # Tensors that hold an average have versions from here on, see csrc/swap.cpp.
 FIRST_VERSION_INSIDE = 1 << 31
@@ -56,7 +56,7 @@ class Kept(NamedTuple):
     name: str
 
 
-class Place(NamedTuple):
+class ModuleEntry(NamedTuple):
     """An entry of a module's dict of parameters or buffers."""
 
     entries: MutableMapping[str, Any]
@@ -70,7 +70,7 @@ class Begun(NamedTuple):
     """Everything that the exit restores."""
 
     tensors: list[Kept]
-    places: list[Place]
+    entries: list[ModuleEntry]
 
 
 class Swap(native.Swap, ContextDecorator):
@@ -130,7 +130,7 @@ def begun(
             keep(buffer, True, name)
     for i, tensor in enumerate(params):
         keep(tensor, tensor.requires_grad, names.get(tensor, f"parameter {i}"))
-    return Begun(list(tensors.values()), [p for module in modules for p in _places(module)])
+    return Begun(list(tensors.values()), [p for module in modules for p in _module_entries(module)])
 
 
 def _check_fits(value: Tensor, tensor: Tensor, name: str) -> None:
@@ -140,13 +140,16 @@ def _check_fits(value: Tensor, tensor: Tensor, name: str) -> None:
             f"{tuple(value.shape)}"
         )
     if not placed_alike(value, tensor):
-        raise RuntimeError(f"ema_weights(): {name} is {place(tensor)}, its average {place(value)}")
+        raise RuntimeError(
+            f"ema_weights(): {name} is {describe_placement(tensor)}, its average "
+            f"{describe_placement(value)}"
+        )
 
 
-def _places(root: nn.Module) -> Iterator[Place]:
+def _module_entries(root: nn.Module) -> Iterator[ModuleEntry]:
     for module in root.modules():
         caches = module._non_persistent_buffers_set
         for entries in (module._parameters, module._buffers):
             if isinstance(entries, dict):  # a ScriptModule has no dicts
                 for name, value in entries.items():
-                    yield Place(entries, name, value, name not in caches)
+                    yield ModuleEntry(entries, name, value, name not in caches)

@@ -50,7 +50,8 @@ def check_teacher(teacher: Tensor, param: Tensor, name: str, form: str = "full")
         raise ValueError(f"teacher: {name} is on {teacher.device}, its parameter on {param.device}")
     if not sharding.placed_alike(teacher, param):
         raise ValueError(
-            f"teacher: {name} is {sharding.place(teacher)}, its parameter {sharding.place(param)}"
+            f"teacher: {name} is {sharding.describe_placement(teacher)}, its parameter "
+            f"{sharding.describe_placement(param)}"
         )
     if teacher.dtype != dtype:
         raise ValueError(

@@ -119,7 +119,7 @@ def _state(grad: Tensor | None) -> list[int]:
     return [_first(grad), 0 if grad.is_inference() else grad._version]
 
 
-class Places:
+class Addresses:
     """Remembers the addresses of tensors."""
 
     def __init__(self, tensors: list[Tensor]) -> None:

@@ -183,7 +183,7 @@ class _Held:
         )
         _operating(self.part)(self._write_back)
         if written:
-            raise RuntimeError("it was written in place, and no copy of it is kept")
+            raise RuntimeError("it was written in entry, and no copy of it is kept")
         for counter, version in self.counters:
             _set_version(counter, version)
         if self.counters and not self.part.is_inference():
@@ -199,7 +199,7 @@ class _Held:
             _elements(self.memory).copy_(self.kept)
 
 
-def _restore_place(entries: Any, key: str, value: Any, fixed: bool) -> None:
+def _restore_entry(entries: Any, key: str, value: Any, fixed: bool) -> None:
     found = entries.get(key, entries)
     if found is value:
         return
@@ -251,8 +251,8 @@ class Swap:
     def _put(self, begun: Any) -> None:
         held = [_Held(*kept) for kept in begun.tensors]
         undo: list[tuple[str, Callable[[], None]]] = [
-            (place[1], lambda place=place: _restore_place(*place))  # type: ignore[misc]
-            for place in begun.places
+            (entry[1], lambda entry=entry: _restore_entry(*entry))  # type: ignore[misc]
+            for entry in begun.entries
         ]
         undo += [(tensor.name, tensor.reattach) for tensor in held]
         undo += [(tensor.name, tensor.restore) for tensor in held]

@@ -142,9 +142,9 @@ class FusedEMA(FusedScaledOptimizer):
         self._follow_groups()
         super().load_state_dict(state_dict)
 
-    def _complete_state(self, begun: Begun) -> None:
+    def _ensure_state(self, begun: Begun) -> None:
         self._follow_groups()
-        super()._complete_state(begun)
+        super()._ensure_state(begun)
 
     def _attach(self) -> None:
         """Add the hooks to the optimizer's step; they go when this object is freed."""

@@ -104,7 +104,7 @@ class FusedScaledOptimizer(Stepping):
             ema_decay=ema_decay, ema_order=ema_order, kappa=kappa, kappa_scales=kappa_scales
         )
         self._asked: list[dict[str, Any]] = []
-        self._placed: list[list[Tensor]] = []
+        self._known_params: list[list[Tensor]] = []
         defaults = as_given({**defaults, **shared})
         self._check_group(defaults)
         if model is not None:
@@ -220,7 +220,7 @@ class FusedScaledOptimizer(Stepping):
             self.param_groups.pop()
             raise
         self._asked.append(asked)
-        self._placed.append(list(group["params"]))
+        self._known_params.append(list(group["params"]))
         self._stepper.forget()
 
     @torch.no_grad()
@@ -335,7 +335,7 @@ class FusedScaledOptimizer(Stepping):
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_swapped("copying or pickling the optimizer")
         self._settle()
-        options = ("backend", "_given", "_asked", "_placed")
+        options = ("backend", "_given", "_asked", "_known_params")
         own = (*options, "_teachers", "_names", "_buffers")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 

@@ -164,8 +164,8 @@ def load(
     _warn_about_teacher(groups, saved_groups, state, teachers)
     writes = _Writes(*_teachers_values(groups, state, teachers))
     if saved_buffers is not None:
-        held, writes.places = ({}, []) if buffers is None else buffers.loaded(saved_buffers)
-        if not held and not writes.places:
+        held, writes.moves = ({}, []) if buffers is None else buffers.loaded(saved_buffers)
+        if not held and not writes.moves:
             warnings.warn(
                 "state_dict: it holds averaged buffers, and they are not loaded; to load them, "
                 "pass model= and ema_buffers='average' to the optimizer",
@@ -197,14 +197,14 @@ class _Writes:
     def __init__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         self.targets = targets
         self.sources = sources
-        self.places: list[Any] = []
+        self.moves: list[Any] = []
 
     @torch.no_grad()
     def __call__(self) -> None:
         if self.targets:
             # one call, which Python's signal handlers cannot interrupt
             torch._foreach_copy_(self.targets, self.sources)
-        together(moving(self.places))
+        together(moving(self.moves))
 
 
 def _teachers_values(
@@ -299,7 +299,7 @@ def _entry(
             count = clock.number("state_dict: 'step'", value)
             entry[key] = torch.tensor(count, dtype=torch.float64, device="cpu")
         elif key in dtypes:
-            value = sharding.check_plain(f"state_dict: {key!r}", value)
+            value = sharding.check_copyable(f"state_dict: {key!r}", value)
             difference = key in emas and form == "delta" and value.dtype == formats.DTYPES["delta"]
             dtype = value.dtype if difference else dtypes[key]
             entry[key] = _laid_out(key, value, param, dtype)

@@ -14,7 +14,7 @@ from ..ema.formats import EmaFormat, StateFormat
 from ..rules.rule import Rule
 from ..scaling import KappaScales
 from ..step.backends import requested_backend
-from ..step.folding import Checked, Group, plain_fields
+from ..step.folding import Checked, Group, fields_without_tensors
 from ..values import as_given
 
 # The default of ``kappa``, which its identity tells apart from a 1.0 that the user gives.
@@ -41,7 +41,7 @@ def check_group(rule: Rule, group: Group, backend: str) -> Checked:
         _check_switch(flag, group[flag])
     # record a graph only if gradients should reach the scaled values
     with torch.set_grad_enabled(bool(group["differentiable"])):
-        values = plain_fields(rule, group)
+        values = fields_without_tensors(rule, group)
     rule.check({**group, **values})
     check_ema_decay(values["ema_decay"])
     check_choice("ema_order", group["ema_order"], EmaOrder)

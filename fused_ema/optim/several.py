@@ -59,7 +59,7 @@ def ema_state_dict(
             what = repr(name) if name else f"of shape {tuple(twice.shape)}, not in model"
             raise ValueError(f"optimizers: two of them average the parameter {what}")
         averaged |= part
-        for buffer, held in optimizer._held_buffers(index).items():
+        for buffer, held in optimizer._averaged_buffers(index).items():
             if held is not buffer:
                 buffers.setdefault(buffer, held)
     return modules.state_dict(model, averaged, buffers)

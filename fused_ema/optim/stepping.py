@@ -20,7 +20,7 @@ from ..step import clock
 from ..step.folding import Checked
 from ..step.gradients import Measured, Treatment, Verdict
 from ..step.plans import Plans
-from ..step.state import complete
+from ..step.state import ensure
 from ..step.stepper import Stepper
 from ..together import Call, together
 from . import checkpoint, replaced
@@ -32,12 +32,12 @@ class Begun:
 
     Attributes:
         keys: for each parameter, the keys that its state did not hold before.
-        held: the averaged buffers as they were; None if they have not been read.
+        buffers: the averaged buffers as they were; None if they have not been read.
         kept: whether the step is taken.
     """
 
     keys: Sequence[tuple[Tensor, set[str]]] = ()
-    held: list[dict[str, Tensor]] | None = None
+    buffers: list[dict[str, Tensor]] | None = None
     kept = False
 
 
@@ -79,7 +79,7 @@ class Stepping(EmaAccess):
     _stepper: Stepper
     _doubt: Doubt | None
     _grad_norm: Tensor | None
-    _placed: list[list[Tensor]]
+    _known_params: list[list[Tensor]]
 
     _step_supports_amp_scaling = UnscalesItself()
     _measured: Measured | None = None  # set during the step of our scaler
@@ -177,7 +177,7 @@ class Stepping(EmaAccess):
             self.param_groups,
             self.state,
             self._check_group,
-            partial(self._complete_state, begun),
+            partial(self._ensure_state, begun),
             clock.is_due(self.param_groups, agreed(self.param_groups, "ema_every")),
         )
 
@@ -210,12 +210,12 @@ class Stepping(EmaAccess):
             self._grad_norm = control.norm
         doubt = None
         if found_inf is not None and plans.host_counted:
-            put_back = clock.counts(self.param_groups)
+            put_back = clock.restoring_counts(self.param_groups)
             doubt = Doubt(found_inf, begun, plans.counted(), put_back)
         calls = plans.running(control)
         calls += clock.advance(self.param_groups, kappas, control, plans.clocked)
         if self.param_groups[0]["ema_every"] > 1:
-            calls += clock.wait(self.param_groups, kappas, averaged)
+            calls += clock.count_skips(self.param_groups, kappas, averaged)
         if moves:
             calls += moving(moves, None if control is None else control.taken)
         if doubt is not None or self._doubt is not None:
@@ -246,7 +246,7 @@ class Stepping(EmaAccess):
             self._drop(begun)
 
     def _drop(self, begun: Begun) -> None:
-        if begun.held is None:
+        if begun.buffers is None:
             return
         for param, keys in begun.keys:
             state = self.state.get(param, {})
@@ -255,30 +255,30 @@ class Stepping(EmaAccess):
             if not state:
                 self.state.pop(param, None)
         if self._buffers is not None:
-            self._buffers.held = begun.held
+            self._buffers.averages = begun.buffers
         self._stepper.forget()
 
-    def _complete_state(self, begun: Begun) -> None:
+    def _ensure_state(self, begun: Begun) -> None:
         self._follow_replaced()
-        if begun.held is None:
-            begun.held = [] if self._buffers is None else list(map(dict, self._buffers.held))
+        if begun.buffers is None:
+            begun.buffers = [] if self._buffers is None else list(map(dict, self._buffers.averages))
         before = [(param, set(self.state.get(param, ()))) for param in self._params()]
         try:
             # a later step could not write to an average made under the user's inference_mode
             with torch.inference_mode(False), torch.no_grad():
-                self._complete_all()
+                self._ensure_all()
         finally:
             new = ((param, self.state.get(param, {}).keys() - keys) for param, keys in before)
             begun.keys = [*begun.keys, *((param, keys) for param, keys in new if keys)]
 
-    def _complete_all(self) -> None:
+    def _ensure_all(self) -> None:
         for group in self.param_groups:
-            clock.complete(group)
+            clock.ensure_counter(group)
             for param in group["params"]:
                 if not is_there(param) or is_fixed(param):
                     continue
                 teacher = self._teachers.tensors.get(param)
-                complete(self.rule, group, param, self.state[param], teacher)
+                ensure(self.rule, group, param, self.state[param], teacher)
         if self._buffers is not None:
             self._begin_buffers(self._buffers)
 
@@ -289,8 +289,8 @@ class Stepping(EmaAccess):
         for group in self.param_groups:
             self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
         teachers = self._teachers.tensors
-        replaced.follow(self._placed, self.param_groups, self._names, self.state, teachers)
-        self._placed = [list(group["params"]) for group in self.param_groups]
+        replaced.follow(self._known_params, self.param_groups, self._names, self.state, teachers)
+        self._known_params = [list(group["params"]) for group in self.param_groups]
 
     def _begin_buffers(self, buffers: EmaBuffers) -> None:
         """Create averaged buffers, and put them into the state where checkpoints find them."""

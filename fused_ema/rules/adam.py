@@ -16,11 +16,11 @@ from .rule import (
     Values,
     check_choices,
     check_shared,
-    counts,
     decayed,
     directed,
     lerp_,
     lerp_square_,
+    matters,
     sign,
 )
 
@@ -121,7 +121,7 @@ def update(param: Values, grad: Values, states: Mapping[str, Values], c: Scalars
     if "max_exp_avg_sq" in states:
         exp_avg_sq = states["max_exp_avg_sq"].clamp_min_(exp_avg_sq)
     change = exp_avg.mul(c.step_size).div(exp_avg_sq.sqrt().add(c.eps))
-    if counts(c.decay):
+    if matters(c.decay):
         change = decayed(change, param, c.decay)
     param.sub_(change)
 

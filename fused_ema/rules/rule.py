@@ -116,9 +116,9 @@ def ema_kappa(group: Group, kappa: Any) -> Any:
     return 1.0 if group["kappa_scales"] == "optimizer" else kappa
 
 
-def ema_update(ema: Values, param: Values, weight: float) -> None:
-    """``ema <- ema + weight * (param - ema)`` in place, with ``weight = 1 - rho**kappa``."""
-    lerp_(ema, param, weight)
+def ema_update(ema: Values, param: Values, rate: float) -> None:
+    """``ema <- ema + rate * (param - ema)`` in place, with the EMA rate ``1 - rho**kappa``."""
+    lerp_(ema, param, rate)
 
 
 def lerp_(start: Values, end: Values, weight: float) -> None:
@@ -148,10 +148,10 @@ def directed(grad: Values, param: Values, grad_factor: float, weight_decay: floa
     """The gradient to descend: ``grad_factor*g``, plus the L2 penalty ``weight_decay*p``."""
     if grad_factor != 1.0:
         grad = grad.mul(grad_factor)
-    return grad.add(param, alpha=weight_decay) if counts(weight_decay) else grad
+    return grad.add(param, alpha=weight_decay) if matters(weight_decay) else grad
 
 
-def counts(factor: Any) -> bool:
+def matters(factor: Any) -> bool:
     """Whether a term with this factor does: of a tensor that gradients reach also where it is 0."""
     return isinstance(factor, Tensor) or factor != 0.0
 

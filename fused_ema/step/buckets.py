@@ -16,7 +16,7 @@ from ..ema.decay import decays, ema_keys
 from ..extension import native
 from ..rules.frozen import FROZEN
 from ..rules.rule import Rule
-from ..sharding import Spread, local, spread
+from ..sharding import Sharding, local, sharding_of
 from .layout import MOST_SLOTS
 
 # Turns of averages that move apart from their parameters, before and behind all steps.
@@ -41,7 +41,7 @@ class Key(NamedTuple):
     ``master`` tells whether parameters are rounded copies of weights that the optimizer holds.
     ``layout`` is ``"dense"`` when parameter, states and averages are plain memory in the same order
     without gaps, else ``"strided"``: views with gaps, and tensor subclasses. Of DTensors it is
-    that of the local tensors, and ``spread`` says where the others lie.
+    that of the local tensors, and ``sharding`` says where the others lie.
     ``turn`` orders buckets: parameters that share memory are stepped one behind the other, and
     their averages move before or behind all of them, in buckets of their own.
     """
@@ -59,7 +59,7 @@ class Key(NamedTuple):
     differentiable: bool
     capturable: bool
     backend: str
-    spread: Spread | None
+    sharding: Sharding | None
     turn: int
 
     @property
@@ -228,7 +228,7 @@ def _key(rule: Rule, group: Mapping[str, Any], slot: Slot, backend: str, average
         group["differentiable"],
         group["capturable"],
         backend,
-        spread(slot.param),
+        sharding_of(slot.param),
         turn=0,
     )
 

@@ -38,7 +38,7 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
-def complete(group: dict[str, Any]) -> None:
+def ensure_counter(group: dict[str, Any]) -> None:
     """Put the count where it is kept: a float, or a tensor on the device, see :func:`_on_device`.
 
     Raises:
@@ -93,7 +93,9 @@ def is_due(groups: Sequence[Mapping[str, Any]], every: int) -> bool:
     return every == 1 or not groups or int(groups[0].get("ema_skips", 0)) + 1 >= every
 
 
-def wait(groups: Sequence[dict[str, Any]], kappas: Sequence[float], moved: bool) -> list[Call]:
+def count_skips(
+    groups: Sequence[dict[str, Any]], kappas: Sequence[float], moved: bool
+) -> list[Call]:
     """What counts a step at which averages ``moved``, or not."""
     calls = []
     for group, kappa in zip(groups, kappas, strict=True):
@@ -103,7 +105,7 @@ def wait(groups: Sequence[dict[str, Any]], kappas: Sequence[float], moved: bool)
     return calls
 
 
-def counts(groups: Sequence[dict[str, Any]]) -> list[Call]:
+def restoring_counts(groups: Sequence[dict[str, Any]]) -> list[Call]:
     """What puts back what groups count on the host, as it is when this is called."""
     absent = {"ema_skips": 0, "ema_waited": 0.0}
     return [

@@ -13,7 +13,7 @@ from ..ema.decay import EmaDecay, decays, ema_rates
 from ..ema.formats import is_too_slow, step_seed, warn_of_rounding
 from ..rules.bias import follow_kappa
 from ..rules.rule import Rule, ema_kappa, rule_kappa
-from ..values import PLAIN, as_given
+from ..values import SIMPLE, as_given
 from .backends.plan import Scalars
 
 # Fields besides the rule's own that decide in which bucket a group's parameters are.
@@ -22,7 +22,7 @@ BUCKETING = (
     *("foreach", "fused", "differentiable", "capturable"),
 )
 # Values that can be compared with others of them, and need no conversion.
-KNOWN = {*PLAIN, tuple, list, Tensor}
+KNOWN = {*SIMPLE, tuple, list, Tensor}
 
 Group: TypeAlias = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ class Checked(NamedTuple):
     """A param group without a bad value.
 
     Attributes:
-        values: the rule's fields and ``ema_decay`` as plain values, see :func:`plain_fields`.
+        values: the rule's fields and ``ema_decay``, see :func:`fields_without_tensors`.
         hyper: the rule's hyper-parameters at the group's ``kappa``.
     """
 
@@ -161,7 +161,7 @@ class Folder:
         if not KNOWN.issuperset(map(type, self._numbers(group))):
             group.update(as_given(group))  # the user has written it
         given: tuple[Any, ...] = self._given(group)
-        return _remembered(plain(given, group)) if group["capturable"] else given
+        return _remembered(without_tensors(given, group)) if group["capturable"] else given
 
     def _scale(
         self, group: dict[str, Any], given: tuple[Any, ...], old: _Scaled | None, check: Check
@@ -173,7 +173,7 @@ class Folder:
             old is not None
             and not group["capturable"]
             and others == old.fields[count:]
-            and all(map(_is_plain, numbers))
+            and all(map(_is_simple, numbers))
         ):
             return self._rescale(group, numbers, old)
         group.update(as_given(group))  # flags, too
@@ -240,7 +240,9 @@ class Folder:
         if scaled.ema_rates is not None and waited == 0.0:
             return scaled.ema_rates
         if group not in self._scheduled:
-            ema_decay, kappa = (plain(fields[name], fields) for name in ("ema_decay", "kappa"))
+            ema_decay, kappa = (
+                without_tensors(fields[name], fields) for name in ("ema_decay", "kappa")
+            )
             begin = fields["base_steps"]
             if waited != 0.0:  # averages take the steps that they have let pass at once
                 begin, kappa = begin - waited, waited + kappa
@@ -258,8 +260,8 @@ def _constant_rates(ema_decay: EmaDecay, kappa: Any) -> tuple[float, ...] | None
     return ema_rates(ema_decay, 0.0, kappa)
 
 
-def plain_fields(rule: Rule, group: Group) -> dict[str, Any]:
-    """The rule's fields of a param group and ``ema_decay``, as :func:`plain` values.
+def fields_without_tensors(rule: Rule, group: Group) -> dict[str, Any]:
+    """The rule's fields of a param group and ``ema_decay``, as :func:`without_tensors` values.
 
     Raises:
         ValueError: a tensor requires grad where gradients do not reach it, or holds more than one
@@ -269,13 +271,13 @@ def plain_fields(rule: Rule, group: Group) -> dict[str, Any]:
     for name, value in given.items():
         reached = group["differentiable"] and name not in ("kappa", "ema_decay")
         _check_tensors(name, value, reached)
-    return {name: plain(value, group) for name, value in given.items()}
+    return {name: without_tensors(value, group) for name, value in given.items()}
 
 
-def _is_plain(value: Any) -> bool:
+def _is_simple(value: Any) -> bool:
     """Whether nothing of ``value`` is a tensor, as far as a look at the types tells."""
     kind = type(value)
-    return kind in PLAIN or (kind is tuple and all([type(entry) in PLAIN for entry in value]))
+    return kind in SIMPLE or (kind is tuple and all([type(entry) in SIMPLE for entry in value]))
 
 
 def _check_tensors(field: str, value: Any, reached: bool) -> None:
@@ -294,13 +296,13 @@ def _check_tensors(field: str, value: Any, reached: bool) -> None:
             )
 
 
-def plain(value: Any, group: Group) -> Any:
+def without_tensors(value: Any, group: Group) -> Any:
     """``value`` with tensors as numbers and lists as tuples: nothing that may change.
 
     In a capturable group tensors beside the parameters stay tensors: they are for the device. In
     a differentiable one those that require grad do, as new float64 tensors: each step's own graph.
     """
-    if type(value) in PLAIN:
+    if type(value) in SIMPLE:
         return value
     if isinstance(value, Tensor):
         if value.requires_grad and group.get("differentiable"):
@@ -311,7 +313,7 @@ def plain(value: Any, group: Group) -> Any:
         beside = isinstance(first, Tensor) and first.device.type == value.device.type
         return value if beside else value.item()
     if isinstance(value, tuple | list):
-        return tuple(plain(entry, group) for entry in value)
+        return tuple(without_tensors(entry, group) for entry in value)
     return value
 
 

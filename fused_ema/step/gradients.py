@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..extension import native
 from ..realmath import sqrt
-from ..sharding import is_sharded, place
+from ..sharding import describe_placement, is_sharded
 
 # As torch.nn.utils.clip_grad_norm_ adds to the norm, so that a norm of 0 divides.
 EPS = 1e-6
@@ -63,8 +63,8 @@ def _check(grad: Tensor, param: Tensor) -> None:
         )
     if is_sharded(grad) and not is_sharded(param):
         raise RuntimeError(
-            f"grad does not match its parameter: received a DTensor {place(grad)}, allowed: a "
-            "tensor that is whole in every process, such as grad.full_tensor()"
+            f"grad does not match its parameter: received a DTensor {describe_placement(grad)}, "
+            "allowed: a tensor that is whole in every process, such as grad.full_tensor()"
         )
     if is_fake(grad) and not is_fake(param):
         raise RuntimeError("grad is a fake tensor, without values; its parameter is none")

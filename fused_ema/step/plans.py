@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..extension import native
-from ..sharding import Shards, Spread, local, total
+from ..sharding import Sharding, Shards, local, total
 from ..together import Call
 from .backends import graphs, select
 from .backends.plan import Fold, Plan
@@ -51,7 +51,7 @@ class Plans:
         self.averaged = averaged
         self._params = params
         self._written = [*params, *_averages(buckets)]
-        self._places = native.Places(self._written)
+        self._addresses = native.Addresses(self._written)
         self._turns = turns(native.spans(self._written))
         if any(turn is not None for turn in self._turns[len(params) :]):
             raise ValueError(
@@ -59,8 +59,8 @@ class Plans:
                 "another average; allowed: memory of its own for each"
             )
         self._devices = [bucket.key.device for bucket in buckets]
-        self._spreads: list[Spread | None] = [bucket.key.spread for bucket in buckets]
-        self._shards = _shards(buckets) if any(self._spreads) else None
+        self._shardings: list[Sharding | None] = [bucket.key.sharding for bucket in buckets]
+        self._shards = _shards(buckets) if any(self._shardings) else None
         # gradients are on several devices, or in several processes
         self._apart = self._shards is not None or len(set(self._devices)) > 1
         self._host_folded = not all(bucket.key.capturable for bucket in buckets)
@@ -116,19 +116,19 @@ class Plans:
         Sharded gradients are measured over all processes, each of which must call it.
         """
         device = self._devices[0] if self._devices else _device(treatment)
-        parts: Sequence[Tensor] = ()
+        partial_sums: Sequence[Tensor] = ()
         if treatment.measures and self._apart:
             sums = self._total(device)
         else:
             counts = [plan.num_sums for plan in self.plans] if treatment.measures else []
             sums = torch.empty(sum(counts), dtype=torch.float64, device=device)
-            parts = sums.split(counts)
+            partial_sums = sums.split(counts)
         ending = Ending.of(treatment, sums)
         # backwards, so that the last gradients to be read are the first that the step reads
-        for plan, part in reversed([*zip(self.plans, parts, strict=False)][1:]):
+        for plan, part in reversed([*zip(self.plans, partial_sums, strict=False)][1:]):
             plan.norm(part, None)
         if self.plans:
-            self.plans[0].norm(parts[0] if parts else None, ending)
+            self.plans[0].norm(partial_sums[0] if partial_sums else None, ending)
         else:
             end(ending)
         return Control(ending.control, treatment.decided)
@@ -146,9 +146,9 @@ class Plans:
 
     def _lie_apart_as_before(self) -> bool:
         """Whether what shared memory when the plans were made still does, and nothing else."""
-        if self._places.unchanged(self._written):
+        if self._addresses.unchanged(self._written):
             return True
-        self._places = native.Places(self._written)
+        self._addresses = native.Addresses(self._written)
         return self._turns == turns(native.spans(self._written))
 
     def _local_gradients(self) -> AbstractContextManager[None]:
@@ -157,7 +157,7 @@ class Plans:
     def _total(self, device: torch.device) -> Tensor:
         """Sums of squares over all processes and devices, brought to one."""
         own = list(map(_sum_of_squares, self.plans, self._devices))
-        sums = total(own, self._spreads)
+        sums = total(own, self._shardings)
         return torch.stack([value.to(device, non_blocking=True) for value in sums])
 
 

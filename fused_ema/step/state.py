@@ -17,7 +17,7 @@ from ..rules.rule import Rule
 from .buckets import is_active, wants_master
 
 
-def complete(
+def ensure(
     rule: Rule,
     group: Mapping[str, Any],
     param: Tensor,
@@ -50,11 +50,11 @@ def complete(
     check_param(param, active)
     if active:
         _check_rounded_states(group, param)
-        _complete_rule_states(rule.states(group), param, state, state_dtype(group, param))
+        _ensure_rule_states(rule.states(group), param, state, state_dtype(group, param))
         if wants_master(group, param):
             state["master"] = _master(state.get("master"), param)
     state["step"] = counter(state.get("step", 0.0), counter_device(group, param), "state 'step'")
-    averages.complete(emas, param, state, group, teacher)
+    averages.ensure(emas, param, state, group, teacher)
 
 
 def check_param(param: Tensor, written: bool) -> None:
@@ -115,7 +115,7 @@ def _check_rounded_states(group: Mapping[str, Any], param: Tensor) -> None:
         )
 
 
-def _complete_rule_states(
+def _ensure_rule_states(
     keys: tuple[str, ...], param: Tensor, state: dict[str, Any], dtype: torch.dtype
 ) -> None:
     fresh = all(state.get(key) is None for key in keys)

@@ -22,7 +22,7 @@ from .plans import Plans
 
 Groups: TypeAlias = list[dict[str, Any]]
 State: TypeAlias = Mapping[Tensor, dict[str, Any]]
-Complete: TypeAlias = Callable[[], None]
+EnsureState: TypeAlias = Callable[[], None]
 
 # How many modes look on at torch's operations: make_fx, fake tensors, a counter of flops.
 dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -62,7 +62,7 @@ class Stepper:
         return () if self.latest is None else self.latest.backends
 
     def prepare(
-        self, groups: Groups, state: State, check: Check, complete: Complete, averaged: bool
+        self, groups: Groups, state: State, check: Check, ensure_state: EnsureState, averaged: bool
     ) -> Plans:
         """Read gradients and fold scalars; no parameter, state or average is written.
 
@@ -73,8 +73,8 @@ class Stepper:
             groups: the optimizer's param groups.
             state: its state.
             check: see :meth:`~fused_ema.step.folding.Folder.refresh`. It is not kept, and neither
-                is ``complete``: they are methods of what holds this object.
-            complete: gives every parameter the state that its group needs.
+                is ``ensure_state``: they are methods of what holds this object.
+            ensure_state: gives every parameter the state that its group needs.
             averaged: whether averages move at this step.
 
         Raises:
@@ -87,14 +87,14 @@ class Stepper:
         moved = moved or self._watched_modes != dispatch_modes()
         if moved or self._watch is None or not self._watch.unchanged(groups, state):
             self._drop()
-        plans = self._made.get(averaged) or self._make(groups, state, complete, averaged)
+        plans = self._made.get(averaged) or self._make(groups, state, ensure_state, averaged)
         for group in groups:
             if group["capturable"]:
-                clock.complete(group)  # the user may have set it
+                clock.ensure_counter(group)  # the user may have set it
         self.folder.ask_schedules()
         if not plans.prepare(self.folder):
             self._drop()
-            plans = self._make(groups, state, complete, averaged)
+            plans = self._make(groups, state, ensure_state, averaged)
             if not plans.prepare(self.folder):
                 raise RuntimeError("a parameter or its state changes while it is being stepped")
         self.latest = plans
@@ -116,14 +116,16 @@ class Stepper:
         self._captured += [p for made in self._made.values() for p in made.plans if p.captured]
         self._made.clear()
 
-    def _make(self, groups: Groups, state: State, complete: Complete, averaged: bool) -> Plans:
+    def _make(
+        self, groups: Groups, state: State, ensure_state: EnsureState, averaged: bool
+    ) -> Plans:
         devices = {param.device for group in groups for param in group["params"]}
         if any(map(graphs.is_capturing, devices)):
             raise RuntimeError(
                 "step() is being captured in a CUDA graph, and has to make or remake its state and "
                 "plans, which a graph cannot repeat; take a step before the capture"
             )
-        complete()
+        ensure_state()
         if self._watch is not None and not self._watch.unchanged(groups, state):
             self._drop()  # what moved in memory has made the state follow
         self._watched_modes = dispatch_modes()

@@ -25,7 +25,7 @@ Wrap = Callable[[list[Tensor]], Any]
 def unsupported(bucket: Bucket) -> str | None:
     if bucket.key.differentiable and bucket.key.state_format != "full":
         return f"differentiable=True with state_format={bucket.key.state_format!r}"
-    if bucket.key.differentiable and bucket.key.spread is not None:
+    if bucket.key.differentiable and bucket.key.sharding is not None:
         return "differentiable=True with DTensor parameters"
     if bucket.key.rounds and bucket.key.device.type == "meta":
         return "16-bit formats on the meta device, which has no values to round"
@@ -71,7 +71,7 @@ class EagerPlan:
             if grad is not None:
                 if key.frozen:
                     return False
-                if key.spread is not None:  # else it has to be whole, which is looked at
+                if key.sharding is not None:  # else it has to be whole, which is looked at
                     grad = local(grad)
                 grad = taken(grad, local(slot.param), key.differentiable)
                 step = slot.state["step"].item() + fold.advances[slot.group]
@@ -102,9 +102,9 @@ class EagerPlan:
         )
 
     @torch.no_grad()
-    def norm(self, part: Tensor | None, ending: Ending | None) -> None:
-        if part is not None:
-            part.copy_(self._sum_of_squares())
+    def norm(self, partial_sums: Tensor | None, ending: Ending | None) -> None:
+        if partial_sums is not None:
+            partial_sums.copy_(self._sum_of_squares())
         if ending is not None:
             end(ending)
 

@@ -26,7 +26,7 @@ from ...ema.decay import (
     decays,
 )
 from ...rules.rule import ema_kappa
-from ...values import PLAIN
+from ...values import SIMPLE
 from ..buckets import Bucket
 from . import graphs
 
@@ -58,7 +58,7 @@ SCHEDULES: dict[type, tuple[int, tuple[str, ...]]] = {
     PowerDecay: (19, ("gamma",)),
 }
 # What no one can change.
-CONSTANT = {*PLAIN, *SCHEDULES}
+CONSTANT = {*SIMPLE, *SCHEDULES}
 
 
 class _Known(NamedTuple):
@@ -147,7 +147,7 @@ class GroupRecords:
         """An average's kind, and the number or the schedule's fields."""
         kind, fields = SCHEDULES.get(type(decay), (ITSELF, ()))
         made_of = [getattr(decay, field) for field in fields]
-        if made_of and PLAIN.issuperset(map(type, made_of)):
+        if made_of and SIMPLE.issuperset(map(type, made_of)):
             words: list[Word] = [kind, *map(float, made_of)]
         else:
             given = decay_at(decay, group["base_steps"], ema_kappa(group, group["kappa"]))
@@ -182,7 +182,7 @@ def _are_constant(given: tuple[Any, ...]) -> bool:
 
 def _are_same(known: tuple[Any, ...], given: tuple[Any, ...]) -> bool:
     return all(
-        old is new or (type(old) in PLAIN and type(new) in PLAIN and old == new)
+        old is new or (type(old) in SIMPLE and type(new) in SIMPLE and old == new)
         for old, new in zip(known, given, strict=True)
     )
 

@@ -55,8 +55,8 @@ class CapturablePlan:
     def num_sums(self) -> int:
         return self._plan.num_sums
 
-    def norm(self, part: Tensor | None, ending: Ending | None) -> None:
-        self._plan.norm(part, ending)
+    def norm(self, partial_sums: Tensor | None, ending: Ending | None) -> None:
+        self._plan.norm(partial_sums, ending)
 
     def run(self, control: Tensor | None) -> None:
         self._plan.run(control, self._records)

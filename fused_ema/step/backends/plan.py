@@ -64,12 +64,12 @@ class Plan(Protocol):
     def num_sums(self) -> int:
         """How many parts a sum of squares is made of."""
 
-    def norm(self, part: Tensor | None, ending: Ending | None) -> None:
+    def norm(self, partial_sums: Tensor | None, ending: Ending | None) -> None:
         """A pass over all gradients, as prepared.
 
         Args:
-            part: float64 on the bucket's device, :attr:`num_sums` of them, for sums of squares;
-                None: there is no pass, only its end.
+            partial_sums: float64 on the bucket's device, :attr:`num_sums` of them, for sums of
+                squares; None: there is no pass, only its end.
             ending: where this pass is the last of several, how it ends.
         """
 

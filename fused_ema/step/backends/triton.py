@@ -37,7 +37,7 @@ def unsupported(bucket: Bucket) -> str | None:
     return dense.unsupported(bucket, RULES)
 
 
-class Parts(NamedTuple):
+class DeviceMetadata(NamedTuple):
     """A bucket's words in device memory, see :class:`fused_ema._native.Slots`."""
 
     scalars: Tensor
@@ -66,7 +66,7 @@ class DeviceWords:
         self._folded = b""
         self._device = device
         self._words = torch.empty(0, dtype=torch.int64, device=device)
-        self._parts: tuple[int, Parts] | None = None
+        self._metadata: tuple[int, DeviceMetadata] | None = None
         self._spare: Tensor | None = None
         self.kept: list[Tensor] = []
 
@@ -75,12 +75,12 @@ class DeviceWords:
         """What is on the device now, to be overwritten or dropped by an upload."""
         return self._words
 
-    def current(self) -> Parts:
+    def current(self) -> DeviceMetadata:
         """Upload what has changed."""
         total, count = self._total, self._slots.num_changed
         if total > len(self._words):
             self._words = torch.empty(total, dtype=torch.int64, device=self._device)
-            self._parts, count, self._folded = None, self._slots.num_words, b""
+            self._metadata, count, self._folded = None, self._slots.num_words, b""
         folded = self._folder.words(self._slots) if self._folder is not None else b""
         if folded != self._folded:
             self._folded, count = folded, total
@@ -89,11 +89,11 @@ class DeviceWords:
         if self._spare is None or len(self._spare) < total:
             self._spare = self._pinned(total)  # a capture must not allocate pinned memory
         num_rows = self._slots.num_rows
-        if self._parts is None or self._parts[0] != num_rows:
-            self._parts = num_rows, self._split(self._words)
-        return self._parts[1]
+        if self._metadata is None or self._metadata[0] != num_rows:
+            self._metadata = num_rows, self._split(self._words)
+        return self._metadata[1]
 
-    def captured(self) -> Parts:
+    def captured(self) -> DeviceMetadata:
         """Upload everything, by a copy that a graph repeats from memory that nobody else uses."""
         total = self._total
         host = self._spare
@@ -104,7 +104,7 @@ class DeviceWords:
         self.kept += [host, words]
         self._spare = None
         # what was packed is not in the other memory
-        self._words, self._parts = self._words[:0], None
+        self._words, self._metadata = self._words[:0], None
         return self._split(words)
 
     def _pinned(self, count: int) -> Tensor:
@@ -122,10 +122,10 @@ class DeviceWords:
             ctypes.memmove(host.data_ptr() + 8 * begin, self._folded, len(self._folded))
         return host
 
-    def _split(self, words: Tensor) -> Parts:
+    def _split(self, words: Tensor) -> DeviceMetadata:
         indices, grads, slots = self._slots.word_layout
         end = self._slots.num_words
-        return Parts(
+        return DeviceMetadata(
             words[:indices].view(torch.float64),
             words[indices:grads].view(torch.int16),
             words[grads:slots],
@@ -167,7 +167,7 @@ class TritonPlan:
             chunks=chunks,
         )
 
-        self._parts: Parts | None = None
+        self._metadata: DeviceMetadata | None = None
 
     @property
     def captured(self) -> bool:
@@ -178,7 +178,7 @@ class TritonPlan:
         return self._slots
 
     def prepare(self, fold: Fold) -> bool:
-        self._parts = None
+        self._metadata = None
         if self._folder is not None:
             self._folder.prepare(fold.groups)
         return self._slots.prepare(fold)
@@ -191,15 +191,17 @@ class TritonPlan:
         mine = [self._chunks, self._control, self._ticket, self._words.device_words]
         return [*mine, *folding]
 
-    def norm(self, part: Tensor | None, ending: Ending | None) -> None:
+    def norm(self, partial_sums: Tensor | None, ending: Ending | None) -> None:
         self._readers.enter(self._kept)
-        if part is None:
-            self._squares(grads=None, slots=None, part=None, ending=ending)
+        if partial_sums is None:
+            self._squares(grads=None, slots=None, partial_sums=None, ending=ending)
             return
         self._slots.begin_gradients()
         with self._slots.hold():  # another thread may run until the launch
-            parts = self._uploaded(graphs.is_capturing(self._device))
-            self._squares(grads=parts.grads, slots=parts.slots, part=part, ending=ending)
+            metadata = self._uploaded(graphs.is_capturing(self._device))
+            self._squares(
+                grads=metadata.grads, slots=metadata.slots, partial_sums=partial_sums, ending=ending
+            )
 
     def run(self, control: Tensor | None) -> None:
         self._readers.enter(self._kept)
@@ -209,25 +211,25 @@ class TritonPlan:
             self._slots.advance()
 
     def _run(self, control: Tensor | None) -> None:
-        parts = self._uploaded(graphs.is_capturing(self._device))
+        metadata = self._uploaded(graphs.is_capturing(self._device))
         control = self._control if control is None else control
-        scalars = parts.scalars
+        scalars = metadata.scalars
         if self._folder is not None:
-            self._folder.run(parts.folded, control)
+            self._folder.run(metadata.folded, control)
             scalars = self._folder.table
         self._launch(
             control=control,
             scalars=scalars,
-            indices=parts.indices,
-            grads=parts.grads,
-            slots=parts.slots,
+            indices=metadata.indices,
+            grads=metadata.grads,
+            slots=metadata.slots,
         )
 
-    def _uploaded(self, capturing: bool) -> Parts:
+    def _uploaded(self, capturing: bool) -> DeviceMetadata:
         """The bucket's words on the device: once a step, unless an address has changed since."""
-        if self._parts is None or self._slots.num_changed > 0:
-            self._parts = self._words.captured() if capturing else self._words.current()
-        return self._parts
+        if self._metadata is None or self._slots.num_changed > 0:
+            self._metadata = self._words.captured() if capturing else self._words.current()
+        return self._metadata
 
 
 def plan(bucket: Bucket) -> TritonPlan:
