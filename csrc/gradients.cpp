@@ -10,7 +10,7 @@ const at::Tensor& grad_of(PyObject* param) {
   return THPVariable_Unpack(param).unsafeGetTensorImpl()->grad();
 }
 
-// Of an undefined gradient nothing but that it is.
+// The gradient's memory; null if it is undefined or has no storage.
 const void* memory_of(const at::Tensor& grad) {
   return grad.defined() && grad.has_storage() ? grad.storage().data() : nullptr;
 }

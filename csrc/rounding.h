@@ -20,8 +20,8 @@ constexpr float delta_scale = 1024;
 constexpr float largest_half = 65504;
 constexpr uint32_t largest_bfloat16 = 0x7f7f0000;  // as float's bits
 
-// 32 bits from 32 bits, each of them dependent on all: MurmurHash3's finalizer, in two steps. Of
-// the first, xor_halves(a ^ b) is xor_halves(a) ^ xor_halves(b).
+// 32 bits from 32 bits, each of them dependent on all: MurmurHash3's finalizer, in two steps. The
+// first is linear: xor_halves(a ^ b) is xor_halves(a) ^ xor_halves(b).
 FUSED_EMA_INLINE uint32_t xor_halves(uint32_t x) { return x ^ (x >> 16); }
 
 FUSED_EMA_INLINE uint32_t mix_xored(uint32_t x) {
@@ -32,20 +32,21 @@ FUSED_EMA_INLINE uint32_t mix_xored(uint32_t x) {
 
 FUSED_EMA_INLINE uint32_t mix(uint32_t x) { return mix_xored(xor_halves(x)); }
 
-// Of a parameter, from those of the step and which of the optimizer's parameters it is.
+// The random key of a parameter: a hash of the step's seed and the parameter's index.
 FUSED_EMA_INLINE uint32_t parameter_key(uint32_t seed, uint32_t parameter) {
   return mix(seed ^ mix(parameter));
 }
 
-// Of elements that share the upper half of their index.
+// The random key of elements whose indices share their upper half.
 FUSED_EMA_INLINE uint32_t upper_key(int64_t index) {
   return mix(static_cast<uint32_t>(index >> 32));
 }
 
-// Which average the first of the rule's states is to the hash.
+// The hash counts the rule's states as averages from this index on.
 constexpr uint32_t first_state_key = uint32_t{1} << 31;
 
-// Of an average, or of a state: far enough apart that their elements meet different hashes.
+// The key of an average or a state. Keys are so far apart that elements of two of them get
+// different hashes.
 FUSED_EMA_INLINE uint32_t stream_key(uint32_t which) { return which * 0x9e3779b1u; }
 
 // The 16 random bits of an element: a half of the hash that it shares with its neighbour.

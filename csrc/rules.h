@@ -157,8 +157,8 @@ class Quick {
     return true;
   }
 
-  // Of a difference: finite, as what it is made of then is, too, and a half keeps it, whatever
-  // random bits do to it.
+  // Checks a difference. If a half can keep it, whatever the random bits add, it is finite, and so
+  // is what it is made of.
   FUSED_EMA_INLINE void look(float value) {
 #if defined(__CUDA_ARCH__)
     asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest_) : "f"(std::abs(value)));

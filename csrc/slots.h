@@ -114,7 +114,7 @@ class Slots {
   void* const* pointers(size_t i) const {
     return reinterpret_cast<void* const*>(slot(i) + SlotLayout::param);
   }
-  // Of the random bits of the step, 0 where nothing takes any.
+  // The slot's random key at this step; 0 if nothing takes random bits.
   uint32_t key(size_t i) const {
     if (!rounds_) return 0;
     const auto seed = static_cast<uint32_t>(row(i)[row_layout().seed()]);

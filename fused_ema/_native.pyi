@@ -101,13 +101,13 @@ class CudaPlan:
         """Step; of a capturable bucket ``groups`` are its ``GroupRecords``."""
 
 TORCH_VERSION: str
-"""Of the torch that this was built for, as in "2.14.1"."""
+"""The torch version that this was built for, as in "2.14.1"."""
 
 HAS_CUDA: bool
 """Whether the CUDA kernels were built; what follows is there only if they were."""
 
 CUDA_VERSION: int
-"""Of the compiler, as in 13000 for 13.0."""
+"""The CUDA compiler's version, as in 13000 for 13.0."""
 
 CUDA_ARCHITECTURES: list[int]
 """What the kernels were compiled for, as in 800."""

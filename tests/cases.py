@@ -136,7 +136,7 @@ RMSPROP_GROUPS = (
     {"centered": True, "lr": 3e-3},
     {"momentum": 0.5, "centered": True, "weight_decay": 0.1},
 )
-# Of those that torch has.
+# The flags of torch's optimizers.
 FLAGS = {"SGD": SGD_FLAGS, "Adam": ADAM_FLAGS, "AdamW": ADAMW_FLAGS, "RMSprop": RMSPROP_FLAGS}
 FLAG_CASES = (
     *(like_torch(rule, name, own) for rule, table in FLAGS.items() for name, own in table.items()),
@@ -158,7 +158,7 @@ RMSPROP_BASE = {
     **{"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-1, "ema_decay": 0.99},
     **{"momentum": 0.9, "centered": True},
 }
-# Of all: what the cases that every rule has start from.
+# For every optimizer: what the cases that each rule has start from.
 BASES = {"SGD": SGD_BASE, "Adam": ADAM_BASE, "AdamW": ADAMW_BASE, "RMSprop": RMSPROP_BASE}
 THREE = (0.9, warm_up, 0.9999)
 

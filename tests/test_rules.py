@@ -194,7 +194,7 @@ def test_native_kernels_refuse_other_states():
 
 
 class Scalars(NamedTuple):
-    """Of a made-up rule."""
+    """The hyper-parameters of a made-up rule."""
 
     grad_factor: float
     lr: float

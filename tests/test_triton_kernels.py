@@ -271,7 +271,7 @@ def test_alignment_does_not_change_a_bit(dtype):
 
 @pytest.fixture
 def blocks(monkeypatch) -> list[tuple[bool, int]]:
-    """Of every block that is stepped, whether it is taken as whole and aligned, and its start."""
+    """For every block that is stepped: whether it is taken as whole and aligned, and its start."""
     taken = []
 
     def recorded(rule, ema_before, *types_and_place):
@@ -330,7 +330,7 @@ def test_offsets_have_64_bits(dtype, active):
 
 
 def test_random_bits_take_offsets_of_64_bits():
-    """Of the specification: no native tensor of so many elements is at hand."""
+    """Values of the specification: no native tensor of so many elements is at hand."""
     variant = Variant("frozen", "plain", torch.float32, rounded_average=torch.bfloat16)
     ((slot,), (near,)) = variant.slots([step.CHUNK]), variant.slots([step.CHUNK])
     index = 2**32 // step.CHUNK + 5

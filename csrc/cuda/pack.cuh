@@ -13,7 +13,7 @@ namespace fused_ema::cuda {
 
 constexpr int access = 16;  // bytes of the widest load and store
 
-// The widest access, by one instruction. Of a plain one the compiler makes four where it sees fit.
+// The widest access, as one instruction: the compiler may split an ordinary access into four.
 __device__ inline uint4 read_wide(const void* from) {
 #if defined(__CUDA_ARCH__)
   uint4 value;

@@ -52,7 +52,7 @@ class Hashes {
     shared_ = xor_halves(key ^ (first >> 1));
   }
 
-  // Of the elements 2*pair and 2*pair + 1, for average `which`, or for a state.
+  // The hash of the elements 2*pair and 2*pair + 1 of average `which`, or of a state.
   __device__ uint32_t operator()(uint32_t which, uint32_t pair) const {
     return mix_xored(shared_ ^ xor_halves(stream_key(which) ^ pair));
   }

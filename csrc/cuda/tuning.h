@@ -23,7 +23,7 @@
 #ifndef FUSED_EMA_PERSISTENT
 #define FUSED_EMA_PERSISTENT 1
 #endif
-// Of 16-byte accesses, as PTX spells them: ".L1::no_allocate", ".cs", ".L1::no_allocate.L2::256B".
+// Cache hints of 16-byte accesses, as PTX spells them: ".L1::no_allocate", ".cs", ".L1::no_allocate.L2::256B".
 #ifndef FUSED_EMA_LOAD_HINT
 #define FUSED_EMA_LOAD_HINT ""
 #endif
@@ -44,8 +44,8 @@ constexpr int threads = FUSED_EMA_THREADS;
 // the latency of memory, and enough registers for all loads of 16 bytes to be under way at once.
 constexpr int min_blocks = FUSED_EMA_MIN_BLOCKS;
 
-// Of the norm's grid. Enough to fill any GPU of today; not from the device, for the order of a sum
-// makes its bits.
+// Blocks of the norm's grid. They fill any GPU of today. The number does not depend on the device,
+// because the order of a sum decides its bits.
 constexpr int64_t squares_blocks = FUSED_EMA_SQUARES_BLOCKS;
 
 // Packs of a chunk that the compiler may take at once in a thread's loop over them.

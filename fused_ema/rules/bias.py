@@ -9,7 +9,7 @@ from typing import Any
 
 from ..realmath import expm1, log1p
 
-# Of a step's length: what is less is not worth a warning.
+# Smallest relative error of a step's length that is worth a warning.
 TOLERANCE = 2e-3
 
 
@@ -58,5 +58,5 @@ def step_error(group: Mapping[str, Any], steps: float, before: float, kappa: flo
 
 
 def _log_beta(beta: float, kappa: float) -> float:
-    """Of the linear rule, a base step."""
+    """``log(beta)`` of one base step under the linear rule."""
     return log1p(-kappa * (1.0 - beta)) / kappa

@@ -227,7 +227,7 @@ class Folder:
         return row
 
     def seed(self, group: int) -> int:
-        """Of the random bits that round a group's averages at this step."""
+        """The seed of the random bits that round a group's averages at this step."""
         fields = self.groups[group]
         return int(step_seed(index(fields["rounding_seed"]), fields["base_steps"]))
 

@@ -193,7 +193,7 @@ class Control:
 
     @property
     def norm(self) -> Tensor:
-        """Of the unscaled gradients, before clipping: a 0-dim float64 tensor."""
+        """The norm of the unscaled gradients, before clipping: a 0-dim float64 tensor."""
         return self._words[2]
 
     @property

@@ -18,8 +18,8 @@ from . import eager
 from .eager import EagerPlan, Row, Wrap, real
 
 NAME = "foreach"
-# Of the largest exponent, what every value is below whose square, and whose difference to another
-# one, is finite: less than half of it, so that a product with a decay or two may be added.
+# Values below largest**EXPONENT have finite squares and differences. It is less than one half, so
+# that a product with a decay or two may be added.
 EXPONENT = 0.45
 
 

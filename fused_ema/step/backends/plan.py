@@ -26,7 +26,7 @@ class Fold(Protocol):
         """How many base steps of its rule a step of every param group is."""
 
     def seed(self, group: int) -> int:
-        """Of the random bits that round a group's averages: 32 bits."""
+        """The seed of the random bits that round a group's averages: 32 bits."""
 
     def __call__(self, group: int, step: float | None) -> Scalars:
         """A group's scalars after ``step`` base steps; None: no gradient, averages alone."""
