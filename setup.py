@@ -6,8 +6,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from glob import glob
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 
@@ -52,6 +55,7 @@ try:
         BuildExtension,
         CppExtension,
         CUDAExtension,
+        _get_cuda_arch_flags,
         include_paths,
     )
 except ImportError as error:
@@ -141,27 +145,38 @@ def cxx_flags() -> list[str]:
 
 def native_extension() -> Extension:
     sources = glob(f"{CSRC}/*.cpp") + glob(f"{CSRC}/cpu/*.cpp")
-    headers = [str(path) for path in Path(CSRC).rglob("*") if path.suffix in (".h", ".cuh")]
-    include_dirs = [str(Path(CSRC).resolve())]
-    macros: list[tuple[str, str | None]] = []
-    kind = CppExtension
+    return extension("_native", CppExtension, sources)
+
+
+def cuda_extension() -> Extension | None:
+    """The kernels for NVIDIA GPUs, apart: a PyTorch without CUDA cannot load them."""
+    if not CUDA_SHIM and NO_CUDA is not None:
+        return None
+    # The slots are compiled into each of the two, which share no object.
+    sources = [f"{CSRC}/slots.cpp", f"{CSRC}/slots_bindings.cpp"]
     if CUDA_SHIM:
-        sources += glob(f"{CSRC}/cuda/[!s]*.cpp") + glob(
-            f"{SHIM}/st*.cpp"
-        )  # streams are the shim's
-        include_dirs.insert(0, str(Path(SHIM).resolve()))
-        macros += [("FUSED_EMA_CUDA", None)]
-    elif NO_CUDA is None:
-        kind = CUDAExtension
-        sources += glob(f"{CSRC}/cuda/*.cu") + glob(f"{CSRC}/cuda/*.cpp")
-        macros += [("FUSED_EMA_CUDA", None)]
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
+        streams = f"{CSRC}/cuda/stream.cpp"  # the shim has its own
+        sources += {*glob(f"{CSRC}/cuda/*.cpp")} - {streams}
+        sources += glob(f"{SHIM}/st*.cpp")
+        found = extension("_native_cuda", CppExtension, sources, FUSED_EMA_CUDA_PTX="")
+        found.include_dirs.insert(0, str(Path(SHIM).resolve()))
+        return found
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
+    sources += glob(f"{CSRC}/cuda/*.cu") + glob(f"{CSRC}/cuda/*.cpp")
+    # as torch understands the variable
+    ptx = re.findall(r"code=compute_(\d+)", " ".join(_get_cuda_arch_flags()))
+    code = ",".join(f"{arch}0" for arch in ptx)
+    return extension("_native_cuda", CUDAExtension, sources, FUSED_EMA_CUDA_PTX=code)
+
+
+def extension(name: str, kind: Callable[..., Extension], sources: list[str], **macros: str) -> Any:
+    headers = [str(path) for path in Path(CSRC).rglob("*") if path.suffix in (".h", ".cuh")]
     return kind(
-        name="fused_ema._native",
+        name=f"fused_ema.{name}",
         sources=sorted(sources),
         depends=sorted(headers),
-        include_dirs=include_dirs,
-        define_macros=macros,
+        include_dirs=[str(Path(CSRC).resolve())],
+        define_macros=[*macros.items()],
         extra_compile_args={"cxx": cxx_flags(), "nvcc": NVCC_FLAGS},
         extra_link_args=["-fopenmp", *(SANITIZERS if SANITIZE else [])],
     )
@@ -181,6 +196,20 @@ class BuildNative(BuildExtension):
         )
         super().finalize_options()
 
+    def run(self) -> None:
+        """Build; extensions that an earlier build has left and this one does not make go first."""
+        made = {Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions}
+        for folder in {path.parent for path in made}:
+            for left in {*folder.glob(f"_native*{EXTENSION_SUFFIXES[0]}")} - made:
+                left.unlink()
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        # their flags differ, so that neither can use the other's objects
+        top, self.build_temp = self.build_temp, f"{self.build_temp}/{ext.name}"
+        super().build_extension(ext)
+        self.build_temp = top
+
     def build_extensions(self) -> None:
         if CUDA_SHIM:
             built = "the CPU, and the CUDA kernels as C++ (for tests)"
@@ -198,6 +227,6 @@ class BuildNative(BuildExtension):
 
 setup(
     **PACKAGES,
-    ext_modules=[native_extension()],
+    ext_modules=[ext for ext in (native_extension(), cuda_extension()) if ext is not None],
     cmdclass={"build_ext": BuildNative},
 )

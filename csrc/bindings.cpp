@@ -7,28 +7,13 @@
 #include "cpu/plan.h"
 #include "gradients.h"
 #include "rules.h"
-#include "slots.h"
+#include "slots_bindings.h"
 #include "swap.h"
 #include "watch.h"
-
-#ifdef FUSED_EMA_CUDA
-#include "cuda/plan.h"
-#endif
 
 namespace fused_ema {
 
 namespace {
-
-using Objects = std::vector<py::object>;
-using ObjectLists = std::vector<Objects>;
-
-// Fills a one-dimensional int64 tensor of the CPU, pinned or not.
-void pack(Slots& slots, const at::Tensor& words) {
-  if (words.scalar_type() != at::kLong || !words.is_cpu() || !words.is_contiguous())
-    throw std::invalid_argument("words: received " + words.toString() +
-                                ", allowed contiguous int64 words on the CPU");
-  slots.pack(words.data_ptr<int64_t>(), words.numel());
-}
 
 using Names = std::map<std::string, std::vector<std::string>>;
 
@@ -60,68 +45,12 @@ Names flag_names(RuleList<Rules...>) {
   return {{Rules::name, strings(Rules::flags)}...};
 }
 
-void define_cuda(py::module_& module) {
-#ifdef FUSED_EMA_CUDA
-  using py::arg;
-  py::class_<cuda::Plan>(module, "CudaPlan", collected<cuda::Plan>())
-      .def(py::init<std::string, std::string, py::object, bool>(), arg("rule"), arg("variant"),
-           arg("slots"), arg("ema_before"))
-      .def("prepare", &cuda::Plan::prepare)
-      .def("release", &cuda::Plan::release)
-      .def("norm", &cuda::Plan::norm, arg("partial_sums"), arg("ending"))
-      .def_property_readonly("num_sums", &cuda::Plan::num_sums)
-      .def("run", &cuda::Plan::run, arg("control") = py::none(), arg("groups") = py::none())
-      .def_property_readonly("captured", &cuda::Plan::captured)
-      .def_property_readonly("skipping", &cuda::Plan::slots);
-  module.attr("HAS_CUDA") = true;
-  module.attr("CUDA_VERSION") = cuda::version();
-  module.attr("CUDA_ARCHITECTURES") = cuda::architectures();
-#else
-  module.attr("HAS_CUDA") = false;
-#endif
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   using py::arg;
   module.attr("TORCH_VERSION") = TORCH_VERSION;
-  py::class_<Slots>(module, "Slots", collected<Slots>())
-      .def(py::init<int, bool, bool, bool, bool, Objects, Objects, ObjectLists, ObjectLists,
-                    std::vector<int>, std::vector<int64_t>>(),
-           arg("num_scalars"), arg("frozen"), arg("takes_grads"), arg("capturable"), arg("master"),
-           arg("params"), arg("steps"), arg("states"), arg("emas"), arg("groups"),
-           arg("param_indices"))
-      .def("prepare", &Slots::prepare)
-      .def("begin", &Slots::begin)
-      .def("begin_gradients", &Slots::begin_gradients)
-      .def("hold", [](py::object slots) { return std::make_unique<Slots::Hold>(std::move(slots)); })
-      .def("advance", &Slots::advance)
-      .def("release", &Slots::release)
-      .def("uncount", &Slots::uncount)
-      .def_property_readonly("num_words", &Slots::num_words)
-      .def_property_readonly("num_changed", &Slots::num_changed)
-      .def_property_readonly("num_rows", &Slots::num_rows)
-      .def_property_readonly("word_layout",
-                             [](const Slots& slots) {
-                               const WordLayout layout = slots.layout();
-                               return std::tuple(layout.indices(), layout.grads(), layout.slots());
-                             })
-      .def_property_readonly("slot_layout",
-                             [](const Slots& slots) {
-                               const SlotLayout layout = slots.slot_layout();
-                               return std::tuple(SlotLayout::numel, SlotLayout::param_index,
-                                                 SlotLayout::param, layout.weight(),
-                                                 layout.first_state(), layout.first_average(),
-                                                 layout.size());
-                             })
-      .def_property_readonly("num_slots", &Slots::size)
-      .def_property_readonly("counters", &Slots::counters)
-      .def("pack", &pack)
-      .def("chunks", &Slots::chunks);
-  py::class_<Slots::Hold>(module, "Hold")
-      .def("__enter__", [](py::object hold) { return hold; })
-      .def("__exit__", [](Slots::Hold& hold, const py::args&) { hold.release(); });
+  define_slots(module);
   py::class_<cpu::Plan> cpu_plan(module, "Plan", collected<cpu::Plan>());
   cpu_plan
       .def(py::init<std::string, std::string, py::object, bool>(), arg("rule"), arg("variant"),
@@ -144,7 +73,6 @@ PYBIND11_MODULE(_native, module) {
   py::class_<Addresses>(module, "Addresses")
       .def(py::init<const py::list&>())
       .def("unchanged", &Addresses::unchanged);
-  define_cuda(module);
   module.def("is_plain", &is_plain);
   module.def("spans", &spans);
   module.def("cpu_targets", &cpu::targets);

@@ -7,32 +7,36 @@ from typing import Any
 
 import torch
 
-from .extension import native, why_not
+from .extension import cuda, native, why_no_cuda, why_not
 
 
 def build_info() -> dict[str, Any]:
     """Report what was built and what is in use, for bug reports and missing backends.
 
     Returns:
-        ``torch`` and ``triton``: their versions, None if Triton is not installed; ``cpu_targets``:
-        the native CPU loops that this processor can run, the preferred one first; ``cuda``: None if
-        the native CUDA kernels were not built, else the compiler's ``version`` and the
-        ``architectures`` of the GPUs that they were compiled for; ``extension``: ``"in use"``, or
-        the reason why the compiled extension is not.
+        ``torch`` and ``triton``: their versions, None if Triton is not installed; ``extension`` and
+        ``cuda_extension``: ``"in use"``, or the reason why the compiled extension, or the one with
+        the CUDA kernels, is not; ``cpu_targets``: the native CPU loops that this processor can run,
+        the preferred one first; ``cuda``: None if the native CUDA kernels are not in use, else the
+        compiler's ``version``, the ``architectures`` of the GPUs that they were compiled for, and
+        ``ptx``: those that later GPUs can compile, when they load the kernels.
     """
-    cuda = None
-    if native.HAS_CUDA:
-        major, minor = divmod(native.CUDA_VERSION // 10, 100)
-        cuda = {
-            "version": f"{major}.{minor}",
-            "architectures": [f"sm_{arch // 10}" for arch in native.CUDA_ARCHITECTURES],
-        }
     return {
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "cpu_targets": native.cpu_targets(),
-        "cuda": cuda,
         "extension": why_not or "in use",
+        "cpu_targets": native.cpu_targets(),
+        "cuda_extension": why_no_cuda or "in use",
+        "cuda": _cuda() if why_no_cuda is None else None,
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    major, minor = divmod(cuda.CUDA_VERSION // 10, 100)
+    return {
+        "version": f"{major}.{minor}",
+        "architectures": [f"sm_{arch // 10}" for arch in cuda.CUDA_ARCHITECTURES],
+        "ptx": [f"compute_{arch // 10}" for arch in cuda.CUDA_PTX],
     }
 
 

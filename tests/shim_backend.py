@@ -8,6 +8,7 @@ from functools import partial
 from typing import Literal, get_args
 
 from fused_ema import _native
+from fused_ema.extension import cuda
 from fused_ema.optim import base as optimizer
 from fused_ema.step import backends as package
 from fused_ema.step.backends import dense
@@ -43,7 +44,7 @@ class FoldTask(ctypes.Structure):
 
 def captured(launch: Callable[[], None]) -> list[Callable[[], None]]:
     """The kernels that ``launch`` launches, none of which runs: what a graph would repeat."""
-    shim = ctypes.CDLL(_native.__file__)
+    shim = ctypes.CDLL(cuda.__file__)
     begin = shim.shim_begin_capture()
     try:
         launch()
@@ -54,7 +55,7 @@ def captured(launch: Callable[[], None]) -> list[Callable[[], None]]:
 
 def folded(launch: Callable[[], None], num_scalars: int) -> list[list[float]]:
     """The rows that the first kernel of ``launch`` folds."""
-    shim = ctypes.CDLL(_native.__file__)
+    shim = ctypes.CDLL(cuda.__file__)
     shim.shim_parameters.restype = ctypes.c_void_p
     first = shim.shim_num_launches()
     launch()

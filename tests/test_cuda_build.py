@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from fused_ema import _native
+from fused_ema.extension import cuda, why_no_cuda
 
-EXTENSION = Path(_native.__file__)
 CSRC = Path(__file__).parents[1] / "csrc"
 MAX_REGISTERS = 64
 # float, double and the halves, in symbols, and how they are stored
@@ -48,13 +48,18 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump", path=os.pathsep.join(folders))
 
 
+def has_kernels() -> bool:
+    """Whether nvcc has compiled the kernels, not the shim's compiler."""
+    return why_no_cuda is None and b".nv_fatbin" in Path(cuda.__file__).read_bytes()
+
+
 def dump(option: str) -> str:
-    if b".nv_fatbin" not in EXTENSION.read_bytes():
-        pytest.skip("the extension is built without CUDA")
+    if not has_kernels():
+        pytest.skip("the CUDA kernels are not built")
     tool = cuobjdump()
     if tool is None:
         pytest.skip("needs cuobjdump, of a CUDA installation or of triton")
-    command = [tool, option, str(EXTENSION)]
+    command = [tool, option, cuda.__file__]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -81,7 +86,7 @@ def steps(sass) -> dict[tuple[str, str], list[str]]:
 
 
 def test_the_kernels_are_built_where_nvcc_is():
-    content = EXTENSION.read_bytes()
+    content = Path(_native.__file__).read_bytes()
     if b"__asan_init" in content or os.environ.get("FUSED_EMA_CUDA_SHIM"):
         pytest.skip("a build for tests on the CPU")
     if nvcc() is None or torch.version.cuda is None:
@@ -89,14 +94,16 @@ def test_the_kernels_are_built_where_nvcc_is():
     release = subprocess.check_output([nvcc(), "--version"], text=True)
     if f"release {torch.version.cuda.split('.')[0]}." not in release:
         pytest.skip("nvcc and PyTorch are of different CUDA releases")
-    assert b".nv_fatbin" in content
+    assert has_kernels()
 
 
 def test_every_kernel_is_built_for_every_architecture(sass):
     built = {arch: {name for a, name in sass if a == arch} for arch, _ in sass}
-    assert built.keys() == {f"sm_{version // 10}" for version in _native.CUDA_ARCHITECTURES}
+    assert built.keys() == {f"sm_{version // 10}" for version in cuda.CUDA_ARCHITECTURES}
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        assert f"target sm_{max(_native.CUDA_ARCHITECTURES) // 10}" in dump("-ptx")
+        assert [max(cuda.CUDA_ARCHITECTURES)] == cuda.CUDA_PTX
+    ptx = re.findall(r"^\.target sm_(\d+)", dump("-ptx"), re.MULTILINE)
+    assert {10 * int(version) for version in ptx} == set(cuda.CUDA_PTX)
     # of those that move something, and may have a master
     states = [
         count

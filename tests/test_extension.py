@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fused_ema
-from fused_ema import extension
+from fused_ema import _native, extension
 from fused_ema.extension import standin
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +88,7 @@ def package(folder: Path) -> Path:
     """The package's Python files, elsewhere, without an extension."""
     copy = folder / "fused_ema"
     # what finds itself by its file must find this folder
-    ignored = shutil.ignore_patterns("_native.*", "__pycache__")
+    ignored = shutil.ignore_patterns("_native*", "__pycache__")
     shutil.copytree(Path(fused_ema.__file__).parent, copy, ignore=ignored)
     return copy
 
@@ -194,6 +194,69 @@ def test_an_extension_of_another_torch_is_refused(monkeypatch):
     assert chosen is standin
     assert why is not None
     assert why.startswith(message)
+
+
+NO_LIBRARY = "raise ImportError('libc10_cuda.so: cannot open shared object file')"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (NO_LIBRARY, "it cannot be loaded (libc10_cuda.so: cannot open"),
+        ("TORCH_VERSION = '2.14.1'", "built for torch 2.14.1, running 2.11.0"),
+    ],
+)
+def test_cuda_kernels_that_cannot_be_used_are_told_of_where_a_gpu_may_be(
+    content, why, tmp_path, monkeypatch
+):
+    (tmp_path / "some_kernels.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(RuntimeWarning, match="goes on without its CUDA kernels") as told:
+        found, reason = extension._load_cuda("some_kernels", tmp_path, "2.11.0", has_cuda=True)
+    assert found is None
+    assert reason is not None
+    assert reason.startswith(why)
+    assert reason in str(told[0].message)
+    sys.modules.pop("some_kernels", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, reason = extension._load_cuda("some_kernels", tmp_path, "2.11.0", has_cuda=False)
+    sys.modules.pop("some_kernels", None)
+    assert found is None
+    assert reason == "torch 2.11.0 is built without CUDA"
+
+
+def test_cuda_kernels_that_are_not_built_are_not_warned_of(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, reason = extension._load_cuda("some_kernels", tmp_path, "2.11.0", has_cuda=True)
+    assert found is None
+    assert reason is not None
+    assert reason.startswith("it is not built")
+
+
+def test_a_cpu_extension_is_used_without_the_cuda_kernels_beside_it(tmp_path):
+    folder = package(tmp_path)
+    (folder / Path(_native.__file__).name).symlink_to(_native.__file__)
+    (folder / f"_native_cuda{SUFFIX}").write_text("")
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    import fused_ema
+import torch
+info = fused_ema.build_info()
+p = torch.ones(2, requires_grad=True)
+p.grad = torch.ones(2)
+opt = fused_ema.FusedScaledSGD([p], lr=0.5, backend="native")
+opt.step()
+print([str(w.message) for w in told], info["extension"], opt.backends, p.tolist())
+"""
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = "fused_ema goes on without its CUDA kernels" if torch.version.cuda else "[]"
+    assert told in done.stdout
+    assert done.stdout.strip().endswith("in use ('native',) [0.5, 0.5]")
 
 
 @pytest.mark.parametrize(

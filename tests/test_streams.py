@@ -10,7 +10,8 @@ import torch
 import twins
 from torch import nn
 
-from fused_ema import FusedScaledAdamW, _native
+from fused_ema import FusedScaledAdamW
+from fused_ema.extension import cuda
 from fused_ema.step.backends import streams, triton
 
 # Too many for the words to travel with a launch, which passes at most 32 KB.
@@ -111,7 +112,7 @@ def test_triton_reads_nothing_that_the_allocator_may_give_away(allocator, captur
 def test_cuda_tables_are_recorded_on_every_stream_that_reads_them(count, device_backend):
     if device_backend != "shim":
         pytest.skip("of the CUDA plan")
-    library = ctypes.CDLL(_native.__file__)
+    library = ctypes.CDLL(cuda.__file__)
 
     def set_stream(name: str) -> None:
         library.shim_set_stream(ctypes.c_void_p(ord(name)))

@@ -12,7 +12,7 @@ PACKAGE = Path(fused_ema.__file__).parent
 FLOORS = (
     (
         *("checks", "dtypes", "realmath", "values", "names", "together", "sharding", "build"),
-        *("extension", "_native", "kernels"),
+        *("extension", "_native", "_native_cuda", "kernels"),
     ),
     ("scaling", "progressive", "posthoc"),
     ("rules",),
@@ -20,10 +20,10 @@ FLOORS = (
     ("step",),
     ("optim",),
     ("__init__",),
-    ("demo", "experiments"),
+    ("demo", "experiments", "__main__"),
 )
 # What shows something to a person.
-PROGRAMS = ("demo", "experiments")
+PROGRAMS = ("demo", "experiments", "__main__")
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
 

@@ -1,8 +1,14 @@
-"""Chooses between the compiled extension and its stand-in, for the whole package.
+"""Chooses between the compiled extensions and their substitutes, for the whole package.
+
+There are two: ``fused_ema._native`` for the CPU, and ``fused_ema._native_cuda`` with the kernels
+for NVIDIA GPUs, which needs a torch with CUDA. One build may make both; without the second, the
+first works.
 
 Attributes:
     native: the extension, or :mod:`fused_ema.extension.standin`.
     why_not: the reason why the extension is not in use, None if it is.
+    cuda: the extension with the CUDA kernels; only to be used if ``why_no_cuda`` is None.
+    why_no_cuda: the reason why the CUDA kernels are not in use, None if they are.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ import torch
 
 from . import standin
 
-__all__ = ["native", "why_not"]
+__all__ = ["cuda", "native", "why_no_cuda", "why_not"]
 
 VARIABLE = "FUSED_EMA_NO_EXTENSION"
 REBUILD = "rebuild with pip install --no-build-isolation -e ."
@@ -37,26 +43,50 @@ def _load(name: str, folder: Path, running: str) -> tuple[ModuleType, str | None
     """
     if os.environ.get(VARIABLE, "0") not in ("", "0"):
         return standin, f"{VARIABLE} is set"
+    module, why, refused = _find(name, folder, running)
+    if refused:
+        _warn(f"without its compiled extension, slower: {why}; or set {VARIABLE}=1")
+    return module or standin, why
+
+
+def _load_cuda(
+    name: str, folder: Path, running: str, has_cuda: bool
+) -> tuple[ModuleType | None, str | None]:
+    """The CUDA kernels, or why there are none; warns if they were refused.
+
+    Args:
+        name: as for :func:`_load`.
+        folder: the same.
+        running: the same.
+        has_cuda: whether that torch is built with CUDA. If not, there is no GPU to use them on.
+    """
+    module, why, refused = _find(name, folder, running)
+    if refused and not has_cuda:
+        why = f"torch {running} is built without CUDA"
+    elif why is not None and not refused:
+        why = f"{why}, with the nvcc of PyTorch's CUDA release"
+    elif refused:
+        _warn(f"without its CUDA kernels, with Triton or foreach on GPUs: {why}")
+    return module, why
+
+
+def _warn(how: str) -> None:
+    warnings.warn(f"fused_ema goes on {how}", RuntimeWarning, stacklevel=3)
+
+
+def _find(name: str, folder: Path, running: str) -> tuple[ModuleType | None, str | None, bool]:
+    """An extension, why it is not usable, and whether it is refused: it is there, but unusable."""
     files = _files(name, folder)
     if PathFinder.find_spec(name, [str(folder)]) is None:
         if not files:
-            return standin, f"it is not built: {REBUILD.replace('rebuild', 'build')}"
-        why = f"{files[0]} is not for this Python ({EXTENSION_SUFFIXES[0]}): {REBUILD}"
-    else:
-        try:
-            module = import_module(name)
-            reason = _mismatch(getattr(module, "TORCH_VERSION", None), running)
-            if reason is None:
-                return module, None
-            why = reason
-        except Exception as error:  # any error: the warning names it
-            why = f"it cannot be loaded ({error}): {REBUILD}"
-    warnings.warn(
-        f"fused_ema goes on without its compiled extension, slower: {why}; or set {VARIABLE}=1",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return standin, why
+            return None, f"it is not built: {REBUILD.replace('rebuild', 'build')}", False
+        return None, f"{files[0]} is not for this Python ({EXTENSION_SUFFIXES[0]}): {REBUILD}", True
+    try:
+        module = import_module(name)
+    except Exception as error:  # any error: the warning names it
+        return None, f"it cannot be loaded ({error}): {REBUILD}", True
+    why = _mismatch(getattr(module, "TORCH_VERSION", None), running)
+    return (module, None, False) if why is None else (None, why, True)
 
 
 def _mismatch(built: str | None, running: str) -> str | None:
@@ -84,7 +114,15 @@ def _files(name: str, folder: Path) -> list[str]:
 
 if TYPE_CHECKING:
     from .. import _native as native
+    from .. import _native_cuda as cuda
 
     why_not: str | None
+    why_no_cuda: str | None
 else:
-    native, why_not = _load("fused_ema._native", Path(__file__).parents[1], torch.__version__)
+    _given = Path(__file__).parents[1], torch.__version__
+    native, why_not = _load("fused_ema._native", *_given)
+    if why_not is None:
+        has_cuda = torch.version.cuda is not None
+        cuda, why_no_cuda = _load_cuda("fused_ema._native_cuda", *_given, has_cuda)
+    else:
+        cuda, why_no_cuda = None, why_not

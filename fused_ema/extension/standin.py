@@ -18,8 +18,6 @@ from torch._C import DispatchKey
 from .swap import Swap as Swap
 from .tensors import C, bits, extent, is_subclass, keys
 
-HAS_CUDA = False
-
 
 def cpu_targets() -> list[str]:
     """Return no targets: there are no native CPU loops."""

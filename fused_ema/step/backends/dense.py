@@ -33,10 +33,13 @@ def unsupported(bucket: Bucket, known: Mapping[str, Container[str]]) -> str | No
     return None
 
 
-def slots(bucket: Bucket) -> native.Slots:
-    """The bucket's tensors, for the native module or its stand-in to read at every step."""
+def slots(bucket: Bucket, kind: type[native.Slots] | None = None) -> native.Slots:
+    """The bucket's tensors, for an extension or its substitute to read at every step.
+
+    ``kind`` is that of another extension than the CPU's.
+    """
     key, members = bucket.key, bucket.slots
-    made: Any = native.Slots if why_not is None else words.Slots
+    made: Any = kind or (native.Slots if why_not is None else words.Slots)
     slots: native.Slots = made(
         num_scalars=len(bucket.rule.scalars._fields),
         frozen=key.frozen,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...extension import native, why_not
+from ...extension import cuda, native, why_no_cuda, why_not
 from ..buckets import Bucket
 from ..gradients import Ending
 from . import dense
@@ -20,8 +20,8 @@ def unsupported(bucket: Bucket) -> str | None:
         return f"it needs the compiled extension: {why_not}"
     if device.type not in ("cpu", "cuda"):
         return f"device {device} (supported: cpu, cuda)"
-    if device.type == "cuda" and not native.HAS_CUDA:
-        return f"device {device} (built without CUDA, see fused_ema.build_info())"
+    if device.type == "cuda" and why_no_cuda is not None:
+        return f"device {device}, without the CUDA kernels: {why_no_cuda}"
     if device.type == "cpu" and bucket.key.capturable:
         return "capturable=True: it folds the scalars on the host"
     return dense.unsupported(bucket, native.rule_variants())
@@ -32,8 +32,8 @@ class CapturablePlan:
 
     def __init__(self, bucket: Bucket) -> None:
         self._groups = GroupRecords(bucket)
-        self._slots = dense.slots(bucket)
-        self._plan = native.CudaPlan(*kernel_of(bucket), self._slots, is_before(bucket))
+        self._slots = dense.slots(bucket, cuda.Slots)
+        self._plan = cuda.CudaPlan(*kernel_of(bucket), self._slots, is_before(bucket))
         self._records = b""
 
     @property
@@ -74,7 +74,8 @@ def is_before(bucket: Bucket) -> bool:
 def cuda_plan(bucket: Bucket) -> Plan:
     if bucket.key.capturable:
         return CapturablePlan(bucket)
-    return native.CudaPlan(*kernel_of(bucket), dense.slots(bucket), is_before(bucket))
+    slots = dense.slots(bucket, cuda.Slots)
+    return cuda.CudaPlan(*kernel_of(bucket), slots, is_before(bucket))
 
 
 def plan(bucket: Bucket) -> Plan:
