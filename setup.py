@@ -108,10 +108,15 @@ NO_CUDA = no_cuda()
 
 
 def architectures() -> str:
-    """Those of :data:`ARCHITECTURES` that nvcc knows, the last one as PTX too, for later GPUs."""
+    """:data:`ARCHITECTURES` and those of the GPUs here, as far as nvcc knows them.
+
+    The last one as PTX too, for later GPUs.
+    """
+    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    asked = {*ARCHITECTURES, *(f"{major}.{minor}" for major, minor in found)}
     listed = subprocess.check_output([NVCC, "--list-gpu-code"], text=True).split()
-    known = [arch for arch in ARCHITECTURES if f"sm_{arch.replace('.', '')}" in listed]
-    return ";".join(known) + "+PTX"
+    known = [arch for arch in asked if f"sm_{arch.replace('.', '')}" in listed]
+    return ";".join(sorted(known, key=float)) + "+PTX"
 
 
 def optimization_flags() -> list[str]:

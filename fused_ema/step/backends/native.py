@@ -7,7 +7,7 @@ from torch import Tensor
 from ...extension import cuda, native, why_no_cuda, why_not
 from ..buckets import Bucket
 from ..gradients import Ending
-from . import dense
+from . import coverage, dense, triton
 from .group_records import GroupRecords
 from .plan import Fold, Plan
 
@@ -24,7 +24,22 @@ def unsupported(bucket: Bucket) -> str | None:
         return f"device {device}, without the CUDA kernels: {why_no_cuda}"
     if device.type == "cpu" and bucket.key.capturable:
         return "capturable=True: it folds the scalars on the host"
-    return dense.unsupported(bucket, native.rule_variants())
+    reason = dense.unsupported(bucket, native.rule_variants())
+    return _uncovered(bucket) if reason is None and device.type == "cuda" else reason
+
+
+def _uncovered(bucket: Bucket) -> str | None:
+    """Why the CUDA kernels should not run on the bucket's GPU; "auto" warns of it once."""
+    device, auto = bucket.key.device, bucket.key.backend == "auto"
+    code = coverage.code_for(device)
+    # compiling PTX is worth the wait where Triton, which compiles one kernel, cannot do instead
+    spared = auto and triton.unsupported(bucket) is None
+    if code == "machine code" or (code == "PTX" and not spared):
+        return None
+    why = coverage.lacking(device)
+    if auto:
+        coverage.warn_once(f"fused_ema: backend='auto' goes on without native: {why}")
+    return why
 
 
 class CapturablePlan:
