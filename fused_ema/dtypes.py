@@ -22,6 +22,15 @@ COMPUTE_DTYPE = {
 }
 
 
+# The most exact real dtype of devices that do not have float64: Apple's GPUs.
+NARROW = {"mps": torch.float32}
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The most exact real dtype of a device, float64 on nearly all."""
+    return NARROW.get(device.type, torch.float64)
+
+
 def is_there(param: Tensor) -> bool:
     """Whether a parameter has values, or a gradient asks to step it as if it had.
 

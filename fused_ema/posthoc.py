@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_range
+from .dtypes import widest
 
 
 def solve_weights(
@@ -84,10 +85,11 @@ def inner_product(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) ->
 def reconstruct(snapshots: Iterable[Mapping[str, Any]], weights: Sequence[float]) -> dict[str, Any]:
     """Return ``sum(weight * snapshot)`` over state dicts: the fitted average (section 3.2).
 
-    Floating and complex tensors are summed in float64 and rounded to their dtype once. So are
-    buffers; it is better to compute BatchNorm's statistics again. Everything else comes from the
-    last snapshot. Values that are equal in all snapshots stay so, bit for bit if the weights sum to
-    1. An infinity counts by the sum of its weights, and opposite infinities have no average (NaN).
+    Floating and complex tensors are summed in float64 (float32 on Apple's GPUs) and rounded to
+    their dtype once. So are buffers; it is better to compute BatchNorm's statistics again.
+    Everything else comes from the last snapshot. Values that are equal in all snapshots stay so,
+    bit for bit if the weights sum to 1. An infinity counts by the sum of its weights, and opposite
+    infinities have no average (NaN).
 
     Args:
         snapshots: state dicts of the same keys, shapes and dtypes, such as copies of
@@ -139,7 +141,8 @@ class _Sum:
         self._first = _without_infinities(_real(first)).clone()
         # scales float64 values down, so that differences cannot overflow
         self._unit = 2.0**-8 if self._first.dtype == torch.float64 else 1.0
-        self._sum = torch.zeros_like(self._first, dtype=torch.float64)
+        self._wide = widest(first.device)
+        self._sum = torch.zeros_like(self._first, dtype=self._wide)
         self._infinite: dict[float, Tensor] = {}
 
     def add(self, value: Tensor, weight: float) -> None:
@@ -153,12 +156,12 @@ class _Sum:
                 counted = self._infinite.setdefault(infinity, torch.zeros_like(self._sum))
                 counted.add_(found, alpha=weight)
         finite = _without_infinities(value)
-        change = finite.double() * self._unit - self._first.double() * self._unit
+        change = finite.to(self._wide) * self._unit - self._first.to(self._wide) * self._unit
         self._sum.add_(torch.where(finite == self._first, 0.0, change), alpha=weight)
 
     def rounded(self, total: float, like: Tensor) -> Tensor:
         """The sum in the dtype and shape of ``like``, for weights whose sum is ``total``."""
-        first = self._first.double()
+        first = self._first.to(self._wide)
         summed = (first * (self._unit * total) + self._sum) / self._unit
         summed = torch.where(self._sum == 0.0, first * total, summed)
         for infinity, weight in self._infinite.items():

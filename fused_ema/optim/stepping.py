@@ -88,10 +88,10 @@ class Stepping(EmaAccess):
     def grad_norm(self) -> Tensor | None:
         """Norm of the last step's gradients before clipping, over all parameters.
 
-        A 0-dim float64 tensor on the first parameter's device, of unscaled gradients if a
-        ``GradScaler`` is in use; 0 on the CPU if there are no parameters. Reading it does not wait
-        for the device. None before the first step, and without ``max_grad_norm`` (``math.inf``
-        computes the norm and clips nothing).
+        A 0-dim float64 tensor (float32 on Apple's GPUs) on the first parameter's device, of
+        unscaled gradients if a ``GradScaler`` is in use; 0 on the CPU if there are no parameters.
+        Reading it does not wait for the device. None before the first step, and without
+        ``max_grad_norm`` (``math.inf`` computes the norm and clips nothing).
         """
         return self._grad_norm
 

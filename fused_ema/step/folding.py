@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from ..dtypes import widest
 from ..ema.decay import EmaDecay, decays, ema_rates
 from ..ema.formats import is_too_slow, step_seed, warn_of_rounding
 from ..rules.bias import follow_kappa
@@ -300,13 +301,14 @@ def without_tensors(value: Any, group: Group) -> Any:
     """``value`` with tensors as numbers and lists as tuples: nothing that may change.
 
     In a capturable group tensors beside the parameters stay tensors: they are for the device. In
-    a differentiable one those that require grad do, as new float64 tensors: each step's own graph.
+    a differentiable one those that require grad do, as new tensors of their device's widest dtype:
+    each step's own graph.
     """
     if type(value) in SIMPLE:
         return value
     if isinstance(value, Tensor):
         if value.requires_grad and group.get("differentiable"):
-            return value.double().reshape(())
+            return value.to(widest(value.device)).reshape(())
         params = group.get("params") if group.get("capturable") else None
         # as given to a constructor or saved they may be anything: then the value is looked at once
         first = params[0] if isinstance(params, list) and params else None

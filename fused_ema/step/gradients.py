@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..dtypes import widest
 from ..extension import native
 from ..realmath import sqrt
 from ..sharding import describe_placement, is_sharded
@@ -105,8 +106,9 @@ class Treatment(NamedTuple):
 class Ending(NamedTuple):
     """How a pass over gradients ends, as kernels take it: ``csrc/norm.h`` names the same.
 
-    sums: float64, parts of the sum of squares, in the order in which they are added up.
-    control: float64, see :class:`Control`; written.
+    sums: parts of the sum of squares, in the order in which they are added up; of their device's
+        :func:`~fused_ema.dtypes.widest` dtype.
+    control: of the same dtype, see :class:`Control`; written.
     scale, found_inf, max_norm: a number, or where one lies on the same device.
     clips: whether to ``max_norm``.
     checks: whether nothing moves where the sum is not finite.
@@ -125,7 +127,7 @@ class Ending(NamedTuple):
         """With a new ``control``."""
         return cls(
             sums,
-            torch.empty(CONTROL_WORDS, dtype=torch.float64, device=sums.device),
+            torch.empty(CONTROL_WORDS, dtype=sums.dtype, device=sums.device),
             _number(treatment.scale, 1.0, sums.device),
             _number(treatment.found_inf, 0.0, sums.device),
             _number(treatment.max_norm, math.inf, sums.device),
@@ -139,7 +141,7 @@ def _number(given: Tensor | float | None, default: float, device: torch.device) 
         return default if given is None else float(given)
     if given.device == device and given.dtype in (torch.float32, torch.float64):
         return given.reshape(())
-    return given.reshape(()).to(device, torch.float64, non_blocking=True)
+    return given.reshape(()).to(device, widest(device), non_blocking=True)
 
 
 @torch.no_grad()
@@ -170,9 +172,9 @@ class Control:
     """How a step takes its gradients: multiplied by a factor, or not at all.
 
     Args:
-        words: float64: the factor; 1 if nothing shall move, else 0; the norm before clipping; 1
-            less the second; the sum of squares; and the second once more, in float32, in half of
-            the space of the last.
+        words: of the device's widest dtype: the factor; 1 if nothing shall move, else 0; the norm
+            before clipping; 1 less the second; the sum of squares; and the second once more, in
+            float32, at the beginning of the last.
         decided: whether the step is surely taken.
     """
 
@@ -184,21 +186,21 @@ class Control:
     def on(self, device: torch.device) -> Tensor:
         """The words, for kernels: they read the first two."""
         if device not in self._copies:
-            self._copies[device] = self._words.to(device, non_blocking=True)
+            self._copies[device] = self._words.to(device, widest(device), non_blocking=True)
         return self._copies[device]
 
     def taken(self, device: torch.device) -> Tensor | None:
-        """How many steps are taken, a 0-dim float64 tensor of 1 or 0; None where it is surely 1."""
+        """How many steps are taken, a 0-dim tensor of 1 or 0; None where it is surely 1."""
         return None if self._decided else self.on(device)[3]
 
     @property
     def norm(self) -> Tensor:
-        """The norm of the unscaled gradients, before clipping: a 0-dim float64 tensor."""
+        """The norm of the unscaled gradients, before clipping: a 0-dim tensor."""
         return self._words[2]
 
     @property
     def squares(self) -> Tensor:
-        """The sum of the gradients' squares, as they are: a 0-dim float64 tensor."""
+        """The sum of the gradients' squares, as they are: a 0-dim tensor."""
         return self._words[4]
 
     @property

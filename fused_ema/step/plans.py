@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import widest
 from ..extension import native
 from ..sharding import Sharding, Shards, local, total
 from ..together import Call
@@ -121,7 +122,7 @@ class Plans:
             sums = self._total(device)
         else:
             counts = [plan.num_sums for plan in self.plans] if treatment.measures else []
-            sums = torch.empty(sum(counts), dtype=torch.float64, device=device)
+            sums = torch.empty(sum(counts), dtype=widest(device), device=device)
             partial_sums = sums.split(counts)
         ending = Ending.of(treatment, sums)
         # backwards, so that the last gradients to be read are the first that the step reads
@@ -157,13 +158,14 @@ class Plans:
     def _total(self, device: torch.device) -> Tensor:
         """Sums of squares over all processes and devices, brought to one."""
         own = list(map(_sum_of_squares, self.plans, self._devices))
-        sums = total(own, self._shardings)
-        return torch.stack([value.to(device, non_blocking=True) for value in sums])
+        sums = total(own, self._spreads)
+        wide = widest(device)
+        return torch.stack([value.to(device, wide, non_blocking=True) for value in sums])
 
 
 def _sum_of_squares(plan: Plan, device: torch.device) -> Tensor:
-    """The sum over one plan's gradients: a 0-dim float64 tensor."""
-    sums = torch.empty(plan.num_sums, dtype=torch.float64, device=device)
+    """The sum over one plan's gradients: a 0-dim tensor."""
+    sums = torch.empty(plan.num_sums, dtype=widest(device), device=device)
     ending = Ending.of(Treatment(), sums)
     plan.norm(sums, ending)
     return Control(ending.control, decided=True).squares

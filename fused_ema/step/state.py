@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import sharding
-from ..dtypes import COMPUTE_DTYPE, beside, is_fixed
+from ..dtypes import COMPUTE_DTYPE, beside, is_fixed, widest
 from ..ema import averages, formats
 from ..ema.averages import differences, full
 from ..ema.decay import decays, ema_keys
@@ -144,9 +144,10 @@ def counter_device(group: Mapping[str, Any], param: Tensor) -> torch.device:
 
 
 def counter(value: Any, device: torch.device, name: str) -> Tensor:
-    """``value`` as a 0-dim float64 tensor on ``device``, itself if it is one already."""
+    """``value`` as a 0-dim tensor of a device's widest dtype, itself if it is one already."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise RuntimeError(f"{name} has shape {tuple(value.shape)}; allowed: one element")
-    if isinstance(value, Tensor) and value.dtype == torch.float64 and value.device == device:
+    dtype = widest(device)
+    if isinstance(value, Tensor) and value.dtype == dtype and value.device == device:
         return value
-    return torch.tensor(float(value), dtype=torch.float64, device=device)
+    return torch.tensor(float(value), dtype=dtype, device=device)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...dtypes import widest
 from ...ema import formats
 from ...extension import native
 from ...rules.blending import moved
@@ -110,8 +111,9 @@ class EagerPlan:
 
     def _sum_of_squares(self) -> Tensor:
         grads = [real(grad) for row in self.rows for grad in row.grads]
-        sums = [torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads]
-        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        wide = widest(self._device)
+        sums = [torch.linalg.vector_norm(grad, dtype=wide).square() for grad in grads]
+        zero = torch.zeros((), dtype=wide, device=self._device)
         total = torch.stack([zero, *sums]).sum()
         if native.is_plain(total) or is_fake(total) or torch._C._len_torch_dispatch_stack():
             return total

@@ -9,6 +9,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
+from ...dtypes import widest
 from ...extension import native
 from ...rules.tensorlist import TensorList
 from ...sharding import local
@@ -82,11 +83,12 @@ def _part(row: Row, indices: list[int]) -> Row:
 
 
 def _magnitudes(tensors: list[Tensor]) -> Tensor:
-    """The largest magnitude in each tensor, float64; 0 in an empty one."""
+    """The largest magnitude in each tensor; 0 in an empty one."""
     filled = [tensor for tensor in tensors if tensor.numel()]
     norms = iter(torch._foreach_norm(filled, ord=math.inf) if filled else ())
-    zero = tensors[0].new_zeros((), dtype=torch.float64)
-    return torch.stack([next(norms).double() if t.numel() else zero for t in tensors])
+    wide = widest(tensors[0].device)
+    zero = tensors[0].new_zeros((), dtype=wide)
+    return torch.stack([next(norms).to(wide) if t.numel() else zero for t in tensors])
 
 
 def plan(bucket: Bucket) -> ForeachPlan:

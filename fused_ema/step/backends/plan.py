@@ -68,8 +68,8 @@ class Plan(Protocol):
         """A pass over all gradients, as prepared.
 
         Args:
-            partial_sums: float64 on the bucket's device, :attr:`num_sums` of them, for sums of
-                squares; None: there is no pass, only its end.
+            partial_sums: of the :func:`~fused_ema.dtypes.widest` dtype of the bucket's device,
+                :attr:`num_sums` of them, for sums of squares; None: there is no pass, only its end.
             ending: where this pass is the last of several, how it ends.
         """
 
@@ -77,7 +77,7 @@ class Plan(Protocol):
         """Step every parameter and move every average, in place.
 
         Args:
-            control: float64 on the bucket's device: what gradients are multiplied by; not 0 if
-                nothing shall move, see :attr:`skipping`; what follows is read by others. None: 1
+            control: of the same dtype: what gradients are multiplied by; not 0 if nothing shall
+                move, see :attr:`skipping`; what follows is read by others. None: 1
                 and 0.
         """
