@@ -85,9 +85,12 @@ setup: $(PACKAGE_INSTALLED) ## make the virtual environment and build the extens
 demo: setup ## run the demonstration
 	@$(BIN)/python -m fused_ema.demo $(ARGS)
 
+# A worker a core; what a module's fixtures make is made in one of them.
+IN_PARALLEL := --numprocesses auto --dist loadgroup
+
 .PHONY: test
 test: lint docs ## lint, build the docs, then run the tests
-	@$(BIN)/pytest --numprocesses auto $(ARGS)
+	@$(BIN)/pytest $(IN_PARALLEL) $(ARGS)
 	@$(MAKE) --no-print-directory test-shim
 
 SECONDS ?= 600
@@ -155,7 +158,7 @@ test-asan: setup ## run the tests on an extension built with address and undefin
 .PHONY: test-shim
 test-shim: setup ## run the CUDA plan and kernel as C++ on the CPU through the parity suite, sanitized
 	@echo "Building the CUDA kernel for the CPU, sanitized"
-	$(call test_sanitized,FUSED_EMA_CUDA_SHIM=1,shim,--backends=shim $(addprefix $(CURDIR)/tests/,\
+	$(call test_sanitized,FUSED_EMA_CUDA_SHIM=1,shim,--backends=shim $(IN_PARALLEL) $(addprefix $(CURDIR)/tests/,\
 		test_parity.py test_plans.py test_gradients.py test_norm.py test_launches.py test_master_weights.py \
 		test_device_folding.py \
 		$(addprefix test_capturable.py::test_,steps_and_trajectory_match_the_oracle a_replayed_graph_goes_on \

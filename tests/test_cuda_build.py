@@ -16,6 +16,9 @@ import torch
 from fused_ema import _native
 from fused_ema.extension import cuda, why_no_cuda
 
+# What a fixture makes once is made in one worker.
+pytestmark = pytest.mark.xdist_group("cuda build")
+
 CSRC = Path(__file__).parents[1] / "csrc"
 MAX_REGISTERS = 64
 # float, double and the halves, in symbols, and how they are stored

@@ -17,6 +17,9 @@ import pytest
 
 from fused_ema import _native
 
+# What a fixture makes once is made in one worker.
+pytestmark = pytest.mark.xdist_group("cuda kernel")
+
 ROOT = Path(__file__).parents[1]
 SOURCES = (
     *("tests/shim/step_rounding.cpp", "tests/shim/step.cpp"),

@@ -16,6 +16,9 @@ image = pytest.importorskip("matplotlib.image")
 from fused_ema.demo import __main__ as command  # noqa: E402
 from fused_ema.demo import agreement, batch_scaling, console, problem, timing  # noqa: E402
 
+# What a fixture makes once is made in one worker.
+pytestmark = pytest.mark.xdist_group("demo")
+
 
 class Terminal(io.StringIO):
     def isatty(self):

@@ -18,6 +18,9 @@ from fused_ema.experiments.folder import Folder
 from fused_ema.experiments.noisy_parabola import Config, moments, simulate
 from fused_ema.scaling import ema_rate
 
+# What a fixture makes once is made in one worker.
+pytestmark = pytest.mark.xdist_group("experiments parabola")
+
 # Noise and steps so large that every term of the moments counts.
 NOISY = Config(
     kappas=(1, 4), lr=0.02, rho=0.97, base_steps=120, a=1.5, b=0.8, c=0.6, parabolas=20_000

@@ -24,6 +24,9 @@ from bench.rows import Results
 from bench.variant import EMA_WEIGHT, SCALARS, Bucket, Variant
 from fused_ema import _native
 
+# What a fixture makes once is made in one worker.
+pytestmark = pytest.mark.xdist_group("gpu day")
+
 ROOT = Path(__file__).parents[1]
 MOST_FILES = 8  # that a machine gives back
 POLITE = "trap 'echo told; exit 130' INT; echo begun; while :; do sleep 0.1; done"

@@ -15,6 +15,9 @@ import torch
 
 from fused_ema.kernels.launching import Launch
 
+# What a fixture makes once is made in one worker.
+pytestmark = pytest.mark.xdist_group("triton launches")
+
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> dict[str, Any]:

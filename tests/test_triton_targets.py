@@ -15,6 +15,9 @@ from triton_targets import FOLDS, SQUARES, TARGETS, VARIANTS, Row, Variant
 
 from fused_ema.kernels import step
 
+# What a fixture makes once is made in one worker.
+pytestmark = pytest.mark.xdist_group("triton targets")
+
 # Smallest share of a multiprocessor's threads that a kernel may keep busy.
 OCCUPANCY = 1 / 2
 # Kernels with divisions and roots.
