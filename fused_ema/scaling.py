@@ -90,6 +90,13 @@ def beta_weight(beta: Real, kappa: Real, rule: BetaScaling = "exponential") -> R
     return weight
 
 
+def beta(beta: Real, kappa: Real, rule: BetaScaling = "exponential") -> Real:
+    """A scaled beta: ``beta**kappa``, or ``1 - kappa*(1 - beta)``; see :func:`beta_weight`."""
+    if rule == "exponential":
+        return power(beta, kappa)
+    return 1.0 - beta_weight(beta, kappa, rule)
+
+
 def momentum(momentum: Real, kappa: Real, rule: MomentumScaling = "none") -> Real:
     """SGD momentum: unchanged (``"none"``, the paper's choice) or ``mu**kappa`` (``"exact"``)."""
     return power(momentum, kappa) if rule == "exact" else momentum
@@ -141,3 +148,19 @@ def decoupled_decay(
             "one of them or set weight_decay_scaling='none'"
         )
     return where(kappa == 1.0, unscaled, -expm1(kappa * log1p(-lr * weight_decay)))
+
+
+def adaptive_weight_decay(
+    lr: float, weight_decay: float, kappa: float, rule: WeightDecayScaling
+) -> float:
+    """AdamW's weight decay in torch's form: :func:`decoupled_decay` over the scaled lr.
+
+    About ``sqrt(kappa)`` times the base coefficient with ``"exact"``, and that itself with
+    ``"none"``. The arguments and errors are those of :func:`decoupled_decay`.
+    """
+    if rule == "none" or kappa == 1.0:
+        return weight_decay
+    scaled_lr = adaptive_lr(lr, kappa)
+    if scaled_lr == 0.0:  # the limit
+        return sqrt(kappa) * weight_decay
+    return decoupled_decay(lr, scaled_lr, weight_decay, kappa, rule) / scaled_lr

@@ -237,6 +237,7 @@ MADE_UP = Rule(
     variants={"buffer": ("total", "buffer"), "mean": ("total", "mean")},
     variant=lambda group: "mean" if group["centered"] else "buffer",
     scale=lambda group: Scalars(-1.0 if group["maximize"] else 1.0, group["lr"]),
+    at_kappa=lambda group: {"lr": group["lr"]},
     fold=lambda hyper, step: hyper,
     update=update,
     scalars=Scalars,

@@ -267,12 +267,28 @@ def decay_at(decay: Decay, t: Any, kappa: Any) -> Any:
     return decay(midpoint(t, kappa))
 
 
+def scaled_decay(ema_decay: EmaDecay, t: float, kappa: float) -> float | tuple[float, ...] | None:
+    """``rho**kappa`` of a step from ``t``: a tuple where ``ema_decay`` is one, None without.
+
+    Raises:
+        ValueError: as :func:`ema_rates`.
+    """
+    values = tuple(power(_decay(decay, t, kappa), kappa) for decay in decays(ema_decay))
+    if isinstance(ema_decay, tuple | list):
+        return values
+    return values[0] if values else None
+
+
 def _weight(decay: Decay, t: Any, kappa: Any) -> Any:
+    return decay_weight(_decay(decay, t, kappa), kappa)
+
+
+def _decay(decay: Decay, t: Any, kappa: Any) -> Any:
     value = decay_at(decay, t, kappa)
     if isinstance(t, float):
         value = float(value)
     check_range("ema_decay", value, 0.0, 1.0)
-    return decay_weight(value, kappa)
+    return value
 
 
 def ema_keys(num_emas: int) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from ..step.stepper import Stepper
 from ..values import as_given, number
 from . import checkpoint
 from .checkpoint import ASKED
-from .groups import KAPPA, agreed, check_groups
+from .groups import KAPPA, agreed, check_groups, scaled_hyperparameters
 from .options import documented
 from .stepping import Doubt, Stepping
 
@@ -170,6 +170,28 @@ class FusedScaledOptimizer(Stepping):
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
         self._set_all("max_grad_norm", value)
+
+    def scaled_hyperparameters(self) -> list[dict[str, Any]]:
+        """What the next step uses: one dict for each param group, its values after ``kappa``.
+
+        The names are torch's: ``lr``, and as the optimizer has them ``betas``, ``momentum``,
+        ``dampening``, ``alpha``, ``eps``, ``weight_decay``. With these values torch's namesake
+        makes the same steps, as long as they do not change. So with ``momentum_scaling="exact"``
+        ``lr`` also holds the factor by which this library's momentum buffer is larger.
+
+        ``ema_decay`` is ``rho**kappa`` (with ``ema_every`` that of the averages' next move): a
+        float, a tuple if the group has one, or None without an average. A schedule is read where
+        it is now. :class:`~fused_ema.FusedEMA` has ``ema_decay`` alone. Values are floats; reading
+        tensors waits for their device.
+
+        Raises:
+            ValueError: a param group or a schedule holds a bad value.
+        """
+        self._follow_groups()
+        self._settle()
+        for group in self.param_groups:
+            self._check_group(group)
+        return [scaled_hyperparameters(self.rule, as_given(group)) for group in self.param_groups]
 
     def _set_all(self, field: str, value: Any) -> None:
         value = number(value)

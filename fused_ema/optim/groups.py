@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from ..checks import check_choice, check_range
-from ..ema.decay import EmaOrder, check_ema_decay
+from ..ema.decay import EmaOrder, check_ema_decay, scaled_decay
 from ..ema.formats import EmaFormat, StateFormat
-from ..rules.rule import Rule
+from ..rules.rule import Rule, rule_kappa
 from ..scaling import KappaScales
+from ..step import clock
 from ..step.backends import requested_backend
 from ..step.folding import Checked, Group, fields_without_tensors
 from ..values import as_given
@@ -66,6 +67,23 @@ def check_group(rule: Rule, group: Group, backend: str) -> Checked:
         raise ValueError(f"max_grad_norm={max_grad_norm} with differentiable=True; allowed: None")
     with torch.set_grad_enabled(bool(group["differentiable"])):
         return Checked(values, rule.scaled({**values, "kappa_scales": group["kappa_scales"]}))
+
+
+def scaled_hyperparameters(rule: Rule, group: Group) -> dict[str, Any]:
+    """What the next step of a group uses, as floats; see the method of the optimizers."""
+    known = {name: _known(group[name]) for name in (*rule.numbers, "ema_decay", "base_steps")}
+    group = {**group, **known}
+    kappa = float(group["kappa"])
+    numbers = rule.at_kappa({**group, "kappa": rule_kappa(group, kappa)})
+    ema_decay = scaled_decay(known["ema_decay"], *clock.ema_span(group, kappa))
+    return {**numbers, "ema_decay": ema_decay}
+
+
+def _known(value: Any) -> Any:
+    """A value whose tensors are read, which waits for their device."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_known, value))
+    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _check_switch(name: str, value: Any) -> None:

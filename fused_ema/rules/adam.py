@@ -94,6 +94,19 @@ def scale(group: Group) -> Scaled:
     )
 
 
+def at_kappa(group: Group) -> dict[str, Any]:
+    kappa, lr, weight_decay = group["kappa"], group["lr"], group["weight_decay"]
+    if group["decoupled_weight_decay"]:
+        rule = group["weight_decay_scaling"]
+        weight_decay = scaling.adaptive_weight_decay(lr, weight_decay, kappa, rule)
+    return {
+        "lr": scaling.adaptive_lr(lr, kappa),
+        "betas": tuple(scaling.beta(b, kappa, group["beta_scaling"]) for b in group["betas"]),
+        "eps": scaling.adaptive_eps(group["eps"], kappa),
+        "weight_decay": weight_decay,
+    }
+
+
 def fold(hyper: Scaled, step: Any) -> Scalars:
     """Fold ``1 - beta**step`` in: ``step_size*m/(sqrt(v) + eps)`` is Adam's corrected form."""
     bias_correction1 = -expm1(step * hyper.log_beta1)
@@ -141,6 +154,7 @@ ADAM = Rule(
     },
     variant=variant,
     scale=scale,
+    at_kappa=at_kappa,
     fold=fold,
     update=update,
     scalars=Scalars,

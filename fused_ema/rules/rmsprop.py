@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -70,6 +70,18 @@ def scale(group: Group) -> Scalars:
     )
 
 
+def at_kappa(group: Group) -> dict[str, Any]:
+    """Torch's buffer takes in once what enters this one ``entry`` times."""
+    hyper = scale(group)
+    return {
+        "lr": hyper.lr * hyper.entry,
+        "alpha": scaling.beta(group["alpha"], group["kappa"]),
+        "eps": hyper.eps,
+        "weight_decay": hyper.weight_decay,
+        "momentum": hyper.carry,
+    }
+
+
 def update(param: Values, grad: Values, states: Mapping[str, Values], c: Scalars) -> None:
     """``p <- p - lr*d`` with ``d = g/(sqrt(v) + eps)``, or its momentum ``b <- carry*b + entry*d``.
 
@@ -107,6 +119,7 @@ RMSPROP = Rule(
     },
     variant=variant,
     scale=scale,
+    at_kappa=at_kappa,
     fold=lambda hyper, step: hyper,
     update=update,
     scalars=Scalars,

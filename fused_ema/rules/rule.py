@@ -50,6 +50,8 @@ class Rule:
             keeps, in the kernels' order.
         variant: which of them a group needs.
         scale: hyper-parameters at the group's ``kappa``: float64, floats or tensors of one shape.
+        at_kappa: the same for people: ``numbers`` without ``kappa``, with the values that give
+            torch's namesake the same steps. It takes floats alone.
         fold: the kernels' scalars from ``scale``'s result and the base steps after this step.
         update: one step in place: ``update(param, grad, states, scalars)``; never writes ``grad``.
             ``states`` are those of the variant, by name.
@@ -66,6 +68,7 @@ class Rule:
     variants: Mapping[str, tuple[str, ...]]
     variant: Callable[[Group], str]
     scale: Callable[[Group], Any]
+    at_kappa: Callable[[Group], dict[str, Any]]
     fold: Callable[[Any, Any], Any]
     update: Callable[[Any, Any, Mapping[str, Any], Any], None]
     scalars: Any

@@ -89,6 +89,17 @@ def scale(group: Group) -> Scaled:
     )
 
 
+def at_kappa(group: Group) -> dict[str, Any]:
+    """Torch's buffer takes a gradient in once, where this one takes it in ``entry`` times."""
+    kappa, mu, rule = group["kappa"], group["momentum"], group["momentum_scaling"]
+    return {
+        "lr": scaling.sgd_lr(group["lr"], kappa) * scaling.momentum_entry(mu, kappa, rule),
+        "momentum": scaling.momentum(mu, kappa, rule),
+        "dampening": group["dampening"],
+        "weight_decay": group["weight_decay"],
+    }
+
+
 def fold(hyper: Scaled, step: Any) -> Scalars:
     first = step <= hyper.kappa
     return Scalars(
@@ -121,6 +132,7 @@ SGD = Rule(
     variants={"plain": (), "momentum": ("momentum_buffer",)},
     variant=variant,
     scale=scale,
+    at_kappa=at_kappa,
     fold=fold,
     update=update,
     scalars=Scalars,

@@ -16,6 +16,7 @@ from ..rules.bias import follow_kappa
 from ..rules.rule import Rule, ema_kappa, rule_kappa
 from ..values import SIMPLE, as_given
 from .backends.plan import Scalars
+from .clock import ema_span
 
 # Fields besides the rule's own that decide in which bucket a group's parameters are.
 BUCKETING = (
@@ -237,19 +238,13 @@ class Folder:
         if not self._averaged:
             return ()
         scaled, fields = self._scaled[group], self.groups[group]
-        waited = fields.get("ema_waited", 0.0)
-        if scaled.ema_rates is not None and waited == 0.0:
+        if scaled.ema_rates is not None and fields.get("ema_waited", 0.0) == 0.0:
             return scaled.ema_rates
         if group not in self._scheduled:
             ema_decay, kappa = (
                 without_tensors(fields[name], fields) for name in ("ema_decay", "kappa")
             )
-            begin = fields["base_steps"]
-            if waited != 0.0:  # averages take the steps that they have let pass at once
-                begin, kappa = begin - waited, waited + kappa
-            if fields["kappa_scales"] == "optimizer":  # each as one of the base batch
-                kappa = 1.0 + fields.get("ema_skips", 0)
-            self._scheduled[group] = ema_rates(ema_decay, begin, kappa)
+            self._scheduled[group] = ema_rates(ema_decay, *ema_span(fields, kappa))
         return self._scheduled[group]
 
 
