@@ -9,6 +9,7 @@ from . import posthoc, scaling
 from .build import build_info
 from .ema.decay import CosineDecay, InverseGammaDecay, PowerDecay, WarmUpDecay, decay_from_half_life
 from .ema.migrate import load_ema
+from .ema.young import YoungAverageWarning
 from .optim.adam import FusedScaledAdam, FusedScaledAdamW
 from .optim.any_optimizer import FusedEMA
 from .optim.base import FusedScaledOptimizer
@@ -33,6 +34,7 @@ __all__ = [
     "PowerDecay",
     "ProgressiveScaling",
     "WarmUpDecay",
+    "YoungAverageWarning",
     "build_info",
     "decay_from_half_life",
     "ema_state_dict",

@@ -27,7 +27,7 @@ import fused_ema
 class Both:
     def __init__(self, ours, theirs, **kwargs):
         self.sets = [[torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (3, 5)] for _ in "ab"]
-        self.ours = ours(self.sets[0], ema_decay=0.9, backend="foreach", **kwargs)
+        self.ours = ours(self.sets[0], ema_decay=0.5, backend="foreach", **kwargs)
         self.theirs = theirs(self.sets[1], **kwargs)
         self.average = [p.detach().double() for p in self.sets[1]]
 
@@ -38,7 +38,7 @@ class Both:
         self.ours.step()
         self.theirs.step()
         for a, p in zip(self.average, self.sets[1]):
-            a += (1 - 0.9) * (p.detach() - a)
+            a += (1 - 0.5) * (p.detach() - a)
 
     def check(self):
         for p, q, a in zip(*self.sets, self.average):

@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__
+from .. import YoungAverageWarning, __version__
 from . import agreement, batch_scaling, figure, timing
 from .problem import load_digits
 
@@ -47,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     versions = f"fused_ema {__version__}, torch {torch.__version__}"
     print(f"{versions}, {cpu_name()}, {torch.get_num_threads()} threads")
 
-    with timing.threads(1):  # such a small network gains nothing from more
+    # such a small network gains nothing from more threads
+    with timing.threads(1), warnings.catch_warnings():
+        # the curves begin at the first step, and --quick ends soon after it
+        warnings.simplefilter("ignore", YoungAverageWarning)
         agreed = agreement.run(data, size.agreement_epochs)
         show(agreement.report(agreed))
         curves = batch_scaling.run(data, size.scaling_epochs, options.seeds)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..dtypes import is_fixed, is_there
 from ..sharding import fsdp_modules, is_sharded, reshard
-from . import modules
+from . import modules, young
 from .averages import held_average
 from .buffers import EmaBuffers
 from .decay import decays, ema_keys
@@ -28,6 +28,8 @@ class EmaAccess(Optimizer):
     _buffers: EmaBuffers | None
     _swap_flag: Flag
     _teachers: Teachers
+    # whether the user knows how young an average is: they were warned, or began it elsewhere
+    _knows_of_young = False
 
     def _follow_groups(self) -> None:
         """Add the param groups that another optimizer has gained and this one must follow."""
@@ -51,6 +53,13 @@ class EmaAccess(Optimizer):
         memory. Gradients are the user's: the exit undoes a cast of them, but not a write to them.
         The context keeps no copy of frozen parameters without an average: the exit undoes a cast,
         and raises after a write in place (except one through ``.data``, which cannot be detected).
+
+        An average is of use once it has forgotten the weights that it began with: a decay of 0.9999
+        takes 10,000 base steps, ``1/(1 - rho)``. The first read before that warns with a
+        :class:`~fused_ema.YoungAverageWarning`, once an optimizer (here, in :meth:`ema_state_dict`
+        and :meth:`copy_ema_to`). Shorter runs need a smaller decay, or a schedule that warms up,
+        such as :class:`~fused_ema.WarmUpDecay`. Schedules and teachers, which begin at values of
+        your own, do not warn.
 
         As with all tensors that are modified in place, a graph made outside cannot run backward
         inside, and a graph made inside cannot run backward outside. A graph made before the context
@@ -90,6 +99,7 @@ class EmaAccess(Optimizer):
         self, index: int, model: nn.Module | None, modules: Sequence[nn.Module]
     ) -> Begun:
         by_param = self._averages(index)
+        self._warn_of_young("ema_weights()", index)
         if model is not None and set(by_param).isdisjoint(model.parameters()):
             raise ValueError("model holds none of the optimizer's averaged parameters")
         if not modules and any(map(is_sharded, by_param)):
@@ -122,6 +132,7 @@ class EmaAccess(Optimizer):
         """
         self._check_not_swapped("ema_state_dict()")
         by_param = self._averages(index)
+        self._warn_of_young("ema_state_dict()", index)
         return modules.state_dict(model, by_param, self._averaged_buffers(index))
 
     def copy_ema_to(self, target: nn.Module, index: int = 0, *, buffers: bool = True) -> None:
@@ -152,6 +163,7 @@ class EmaAccess(Optimizer):
         """
         self._check_not_swapped("copy_ema_to()")
         by_param = self._averages(index)
+        self._warn_of_young("copy_ema_to()", index)
         rest = [p for group in self.param_groups for p in group["params"] if p not in by_param]
         held: dict[str, tuple[Tensor, Tensor]] | None = None
         if buffers:
@@ -201,6 +213,22 @@ class EmaAccess(Optimizer):
                 for group in groups
                 for param in filter(is_there, group["params"])
             }
+
+    @_disable_dynamo  # it looks at the callers
+    def _warn_of_young(self, what: str, index: int) -> None:
+        """Warn, once an optimizer, if an average that it began itself has seen too few steps."""
+        if self._knows_of_young:
+            return
+        teachers = self._teachers.tensors if index == 0 else {}
+        groups = [
+            group
+            for group in self._groups_with(index)
+            if any(param not in teachers for param in group["params"])
+        ]
+        found = young.youngest(groups, index)
+        if found is not None:
+            self._knows_of_young = True
+            young.warn(what, found)
 
     def _check_not_swapped(self, what: str) -> None:
         if self._swap_flag.swapped:

@@ -16,6 +16,7 @@ from .access import EmaAccess
 from .averages import begin_average
 from .decay import ema_keys
 from .formats import DTYPES, check_distance, stored, write
+from .modules import state_dict
 
 
 class LoadedEma(NamedTuple):
@@ -138,7 +139,9 @@ def _load(
                 differences[name].hold(value)
             else:
                 held[name].copy_(value)
-    if updates is not None:
+    if updates is None:
+        optimizer._knows_of_young = True  # it does not begin here
+    else:
         _set_base_steps(optimizer, updates)
     return LoadedEma(layout.name, updates, tuple(sorted(entries.keys() - held.keys())))
 
@@ -197,7 +200,8 @@ def _named_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _held(optimizer: EmaAccess, model: nn.Module, index: int) -> dict[str, Tensor]:
     """The tensors of the average that the optimizer holds, not the model."""
-    average, own = optimizer.ema_state_dict(model, index), model.state_dict()
+    averages, buffers = optimizer._averages(index), optimizer._held_buffers(index)
+    average, own = state_dict(model, averages, buffers), model.state_dict()
     return {
         name: value
         for name, value in average.items()

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from .. import FusedScaledAdamW, FusedScaledOptimizer, FusedScaledSGD, ProgressiveScaling
+from .. import (
+    FusedScaledAdamW,
+    FusedScaledOptimizer,
+    FusedScaledSGD,
+    ProgressiveScaling,
+    YoungAverageWarning,
+)
 from ..ema.decay import Decay
 from ..optim.options import EmaOptions
 from .config import option
@@ -99,9 +106,11 @@ def train(config: Config, run: Run, session: Session) -> None:
 
     def evaluate() -> dict[str, float]:
         network, found = place.in_precision(model), {}
-        for index, average in enumerate(averages(config, run)):
-            with optimizer.ema_weights(index):
-                found[average] = score(network, data.test, place, config.workers)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", YoungAverageWarning)  # curves begin at the first step
+            for index, average in enumerate(averages(config, run)):
+                with optimizer.ema_weights(index):
+                    found[average] = score(network, data.test, place, config.workers)
         found["weights"] = score(network, data.test, place, config.workers)
         return {f"{of}_{name}": x for of, values in found.items() for name, x in values.items()}
 

@@ -53,6 +53,7 @@ def ema_state_dict(
     for optimizer in having:
         optimizer._check_not_swapped("ema_state_dict()")
         part = optimizer._averages(index)
+        optimizer._warn_of_young("ema_state_dict()", index)
         twice = next((param for param in part if param in averaged), None)
         if twice is not None:
             name = named(model).get(twice)
