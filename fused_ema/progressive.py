@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from .checks import check_range
+from .wrapped import unwrapped
 
 UNITS = ("epochs", "samples")
 
@@ -28,7 +29,7 @@ class ProgressiveScaling:
 
     Args:
         optimizer: an optimizer with the same ``kappa`` in all its param groups, which this
-            modifies.
+            modifies; a framework's wrapper around one too.
         base_batch_size: the batch size of the base hyper-parameters, ``> 0``. All batch sizes here
             are over all processes.
         batch_sizes: the batch size from each epoch on, as in ``{0: 4096, 60: 24576}``; keys are
@@ -54,6 +55,7 @@ class ProgressiveScaling:
     ) -> None:
         if unit not in UNITS:
             raise ValueError(f"unit={unit!r} is not known; allowed: 'epochs', 'samples'")
+        optimizer = unwrapped(optimizer)
         if not hasattr(optimizer, "kappa"):  # raises ValueError if the groups differ
             raise TypeError(f"optimizer: received a {type(optimizer).__name__}; it has no kappa")
         check_range("base_batch_size", base_batch_size, 0, math.inf, ends=("<", "<"))

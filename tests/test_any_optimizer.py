@@ -367,11 +367,11 @@ def test_a_copy_of_a_removed_one_is_removed():
 def test_a_wrapper_without_hooks_is_refused():
     class Wrapper(torch.optim.Optimizer):
         def __init__(self, optimizer) -> None:
-            self.optimizer = optimizer
+            self.inner = optimizer
 
         @property
         def param_groups(self):
-            return self.optimizer.param_groups
+            return self.inner.param_groups
 
     opt = torch.optim.SGD(parameters(), lr=0.1)
     with pytest.raises(TypeError, match=r"received a Wrapper; allowed: .*step calls hooks"):

@@ -12,6 +12,7 @@ PACKAGE = Path(fused_ema.__file__).parent
 FLOORS = (
     (
         *("checks", "dtypes", "realmath", "values", "names", "together", "sharding", "build"),
+        "wrapped",
         *("extension", "_native", "_native_cuda", "kernels"),
     ),
     ("scaling", "progressive", "posthoc"),
@@ -20,7 +21,7 @@ FLOORS = (
     ("step",),
     ("optim",),
     ("__init__",),
-    ("demo", "experiments", "__main__"),
+    ("demo", "experiments", "integrations", "__main__"),
 )
 # What shows something to a person.
 PROGRAMS = ("demo", "experiments", "__main__")

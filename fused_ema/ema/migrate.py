@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ..dtypes import COMPUTE_DTYPE, weight_of
 from ..names import renamed
+from ..wrapped import unwrapped
 from .access import EmaAccess
 from .averages import begin_average
 from .decay import ema_keys
@@ -73,6 +74,7 @@ def load_ema(
         IndexError: there is no such average.
         RuntimeError: inside ``ema_weights()``.
     """
+    optimizer = unwrapped(optimizer)
     optimizer._check_not_swapped("load_ema()")
     if not isinstance(state, Mapping):
         raise ValueError(f"state: received a {type(state).__name__}; allowed: a state dict")

@@ -25,6 +25,7 @@ from ..ema.formats import EmaFormat
 from ..ema.teacher import Teacher
 from ..rules.frozen import FROZEN
 from ..step.backends import BackendName
+from ..wrapped import unwrapped
 from .base import FusedScaledOptimizer
 from .groups import KAPPA
 from .options import documented
@@ -55,7 +56,8 @@ class FusedEMA(FusedScaledOptimizer):
     dropping the last reference removes its hooks.
 
     Args:
-        optimizer: the optimizer that steps the parameters; only the hook is added to it.
+        optimizer: the optimizer that steps the parameters, or a framework's wrapper around it; only
+            the hook is added to it.
         {ema_decay, teacher, ema_order, ema_every, ema_format, rounding_seed}
         kappa: batch size / base batch size, a number ``> 0``; scales ``rho`` alone.
         {model, ema_buffers, capturable, backend}
@@ -84,7 +86,8 @@ class FusedEMA(FusedScaledOptimizer):
         capturable: bool = False,
         backend: BackendName = "auto",
     ) -> None:
-        # a wrapper may be an Optimizer whose constructor never ran
+        optimizer = unwrapped(optimizer)
+        # some wrappers are an Optimizer whose constructor never ran
         if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, HOOKS):
             raise TypeError(
                 f"optimizer: received a {type(optimizer).__name__}; allowed: a "

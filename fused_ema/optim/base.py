@@ -27,6 +27,7 @@ from ..step.backends import BackendName
 from ..step.state import check_param, reset
 from ..step.stepper import Stepper
 from ..values import as_given, number
+from ..wrapped import forward
 from . import checkpoint
 from .checkpoint import ASKED
 from .groups import KAPPA, agreed, check_groups, scaled_hyperparameters
@@ -57,6 +58,11 @@ class FusedScaledOptimizer(Stepping):
     rule: ClassVar[Rule]
 
     _made = True  # False while the constructor adds its param groups
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "optimizer"):  # a wrapper that has taken the optimizer's class
+            forward(cls, next(c for c in cls.__bases__ if issubclass(c, FusedScaledOptimizer)))
 
     def __init__(
         self,

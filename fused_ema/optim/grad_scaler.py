@@ -10,6 +10,7 @@ import torch
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from ..wrapped import unwrapped
 from .base import FusedScaledOptimizer
 
 # The attribute by which torch's scaler leaves unscaling and skipping to the optimizer's step.
@@ -36,19 +37,20 @@ class GradScaler(torch.amp.GradScaler):
         if not isinstance(optimizer, FusedScaledOptimizer) or not self._enabled:
             return super().step(optimizer, *args, **kwargs)
         states = self._per_optimizer_states[id(optimizer)]
+        inner: FusedScaledOptimizer = unwrapped(optimizer)
         if states["stage"] is not OptState.READY or "closure" in kwargs:
-            with _telling(optimizer):
+            with _telling(inner):
                 return super().step(optimizer, *args, **kwargs)
         self._check_scale_growth_tracker("step")
         scale = self._get_scale_async()
-        given = getattr(optimizer, "grad_scale", None)
+        given = getattr(inner, "grad_scale", None)
         if scale is not None and given is not None:  # as torch
             scale = scale * given
-        measured = optimizer._measure(scale, "step()")
+        measured = inner._measure(scale, "step()")
         found_inf = measured.found_inf
         states["found_inf_per_device"] = {found_inf.device: found_inf}
         told = {"grad_scale": scale, "found_inf": found_inf, "_measured": measured}
-        with _telling(optimizer, **told):
+        with _telling(inner, **told):
             value: float | None = optimizer.step(*args, **kwargs)
         states["stage"] = OptState.STEPPED
         return value

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..ema import modules
 from ..ema.teacher import named
+from ..wrapped import unwrapped
 from .base import FusedScaledOptimizer
 
 
@@ -22,9 +23,9 @@ def ema_state_dict(
 
     Args:
         model: the module whose parameters are optimized. Entries without an average are its own.
-        optimizers: fused optimizers and :class:`~fused_ema.FusedEMA`, in any order. Those without
-            an average ``index`` add nothing. If several hold the same buffer, the first one's is
-            used.
+        optimizers: fused optimizers and :class:`~fused_ema.FusedEMA`, in any order, with or without
+            a framework's wrapper. Those without an average ``index`` add nothing. If several hold
+            the same buffer, the first one's is used.
         index: which average, for optimizers with a tuple ``ema_decay``.
 
     Returns:
@@ -40,7 +41,7 @@ def ema_state_dict(
     """
     averaged: dict[Tensor, Tensor] = {}
     buffers: dict[Tensor, Tensor] = {}
-    given = list(optimizers)
+    given = [unwrapped(optimizer) for optimizer in optimizers]
     for i, optimizer in enumerate(given):
         if not isinstance(optimizer, FusedScaledOptimizer):
             raise TypeError(
