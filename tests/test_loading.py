@@ -300,8 +300,14 @@ def test_buffers_that_are_not_kept_are_told():
     opt = with_buffers(model)
     train(model, opt, 1)
     plain = FusedScaledAdamW(model.parameters(), ema_decay=0.9)
-    with pytest.warns(UserWarning, match="holds averaged buffers, and they are not loaded"):
-        plain.load_state_dict(opt.state_dict())
+    plain.load_state_dict(opt.state_dict())
+    assert str(plain.state_dict()["state"]) == str(opt.state_dict()["state"])
+    with pytest.warns(UserWarning, match="holds averaged buffers, and they are not kept"):
+        train(model, plain, 1)
+    assert "ema_buffers" not in plain.state_dict()["state"][0]
+    left = with_buffers(model, ema_buffers="copy")
+    with pytest.warns(UserWarning, match="holds averaged buffers, and they are not kept"):
+        left.load_state_dict(opt.state_dict())
 
 
 def _meta(value):

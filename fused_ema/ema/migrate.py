@@ -202,7 +202,7 @@ def _named_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _held(optimizer: EmaAccess, model: nn.Module, index: int) -> dict[str, Tensor]:
     """The tensors of the average that the optimizer holds, not the model."""
-    averages, buffers = optimizer._averages(index), optimizer._held_buffers(index)
+    averages, buffers = optimizer._averages(index), optimizer._averaged_buffers(index)
     average, own = state_dict(model, averages, buffers), model.state_dict()
     return {
         name: value

@@ -28,7 +28,7 @@ from ..step.state import check_param, reset
 from ..step.stepper import Stepper
 from ..values import as_given, number
 from ..wrapped import forward
-from . import checkpoint
+from . import attaching, checkpoint
 from .checkpoint import ASKED
 from .groups import KAPPA, agreed, check_groups, scaled_hyperparameters
 from .options import documented
@@ -249,6 +249,35 @@ class FusedScaledOptimizer(Stepping):
             raise
         self._asked.append(asked)
         self._known_params.append(list(group["params"]))
+        self._stepper.forget()
+
+    def attach_model(
+        self,
+        model: nn.Module,
+        *,
+        teacher: Teacher | None = None,
+        ema_buffers: EmaBuffersMode | None = None,
+    ) -> None:
+        """Take ``model=``, ``teacher=`` and ``ema_buffers=`` after construction, once.
+
+        For optimizers that a framework's factory makes from parameters alone. Names and buffers are
+        known from now on, also those of a state that was loaded before. A teacher takes the value
+        of an average that exists already, in place; otherwise the average starts at the teacher.
+
+        Args:
+            model: the student module, which holds the optimizer's parameters.
+            teacher: as in the constructor.
+            ema_buffers: as in the constructor.
+
+        Raises:
+            ValueError: ``model`` holds none of the parameters, the teacher does not match, or
+                ``ema_buffers`` is not known. Nothing changes then.
+            RuntimeError: the optimizer knows its model or a teacher already, or inside
+                :meth:`ema_weights`.
+        """
+        self._check_not_swapped("attach_model()")
+        self._settle()
+        attaching.attach(self, model, teacher, ema_buffers)
         self._stepper.forget()
 
     @torch.no_grad()

@@ -162,16 +162,17 @@ def load(
             state[param] = _entry(rule, group, param, entry, saved.get("ema_format", "full"))
     _warn_about_asked(groups, asked)
     _warn_about_teacher(groups, saved_groups, state, teachers)
-    writes = _Writes(*_teachers_values(groups, state, teachers))
-    if saved_buffers is not None:
+    writes = _Writes(*teachers_values(groups, state, teachers))
+    owner = home(groups)
+    if saved_buffers is not None and buffers is None and owner is not None:
+        # until attach_model() says which module they belong to
+        held = _own("state_dict: 'ema_buffers'", saved_buffers, owner)
+        state.setdefault(owner, {})[BUFFERS] = held
+    elif saved_buffers is not None:
         held, writes.moves = ({}, []) if buffers is None else buffers.loaded(saved_buffers)
         if not held and not writes.moves:
-            warnings.warn(
-                "state_dict: it holds averaged buffers, and they are not loaded; to load them, "
-                "pass model= and ema_buffers='average' to the optimizer",
-                stacklevel=5,
-            )
-        if held and (owner := home(groups)) is not None:
+            warn_about_buffers(stacklevel=5)
+        if held and owner is not None:
             state.setdefault(owner, {})[BUFFERS] = held
     return Loaded(groups, {**rest, **state}, writes)
 
@@ -207,7 +208,7 @@ class _Writes:
         together(moving(self.moves))
 
 
-def _teachers_values(
+def teachers_values(
     groups: Groups, state: Mapping[Any, Any], teachers: Mapping[Tensor, Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The teacher's local tensors and their new values; puts the teacher into the states."""
@@ -342,6 +343,15 @@ def _own(name: str, value: Any, param: Tensor) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_own(name, entry, param) for entry in value)
     return copy.deepcopy(value)
+
+
+def warn_about_buffers(stacklevel: int) -> None:
+    """Warn that averaged buffers of a loaded state dict are dropped."""
+    warnings.warn(
+        "state_dict: it holds averaged buffers, and they are not kept; to keep them, pass model= "
+        "and ema_buffers='average' to the optimizer, or to attach_model() before the next step",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def _warn_about_asked(groups: Groups, asked: Groups) -> None:

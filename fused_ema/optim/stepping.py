@@ -281,6 +281,10 @@ class Stepping(EmaAccess):
                 ensure(self.rule, group, param, self.state[param], teacher)
         if self._buffers is not None:
             self._begin_buffers(self._buffers)
+            return
+        for param in self._params():
+            if self.state.get(param, {}).pop(BUFFERS, None) is not None:
+                checkpoint.warn_about_buffers(stacklevel=2)
 
     def _follow_replaced(self) -> None:
         """Move state to the parameters that have replaced others in the param groups."""
