@@ -215,7 +215,7 @@ def test_averaged_buffers_follow_a_schedule_on_the_device():
             model(torch.randn(8, 4)).square().sum().backward()
         opt.step()
         twin.step()
-    held = zip(opt._buffers.averages[0].values(), twin._buffers.held[0].values(), strict=True)
+    held = zip(opt._buffers.averages[0].values(), twin._buffers.averages[0].values(), strict=True)
     for found, expected in held:
         torch.testing.assert_close(found, expected)
 
