@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,15 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import Extension, find_packages, setup
+
+# Before setup() reads pyproject.toml, which older ones do not understand.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"fused_ema needs setuptools 77 or later to be built; found {setuptools.__version__}. "
+        "First: pip install --upgrade setuptools"
+    )
 
 PACKAGES = {
     "packages": [*find_packages(include=["fused_ema", "fused_ema.*"]), "fused_ema.kernels"],
@@ -38,8 +47,26 @@ def is_set(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
 
 
-if is_set("FUSED_EMA_NO_EXTENSION"):
-    print("fused_ema is built without its extension: FUSED_EMA_NO_EXTENSION is set", flush=True)
+def no_extension() -> str | None:
+    """Why no extension is compiled here, None if it is."""
+    if is_set("FUSED_EMA_NO_EXTENSION"):
+        return "FUSED_EMA_NO_EXTENSION is set"
+    if sys.platform == "win32":
+        return "Microsoft's compiler cannot compile it"
+    if sys.platform == "darwin" and is_apples(shlex.split(os.environ.get("CXX") or "c++")):
+        return "Apple's compiler has no OpenMP; CXX may name GCC, or clang of LLVM"
+    return None
+
+
+def is_apples(compiler: list[str]) -> bool:
+    if shutil.which(compiler[0]) is None:
+        return False
+    told = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
+    return "Apple" in told.stdout
+
+
+if (reason := no_extension()) is not None:
+    print(f"fused_ema is built without its extension: {reason}", flush=True)
     setup(**PACKAGES)
     sys.exit()
 

@@ -184,6 +184,20 @@ def test_an_absent_extension_is_not_warned_of(tmp_path, monkeypatch):
     assert why.startswith("it is not built")
 
 
+@pytest.mark.parametrize(
+    ("platform", "why"),
+    [
+        ("linux", "it is not built: build with pip install --no-build-isolation -e ."),
+        ("win32", "it is not built: Microsoft's compiler cannot"),
+        ("darwin", "-e .; Apple's compiler cannot, GCC can (CXX=g++-14)"),
+    ],
+)
+def test_why_none_is_built(platform, why, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.delenv("FUSED_EMA_NO_EXTENSION", raising=False)
+    assert extension._load("an_extension", tmp_path, "2.11.0")[1].endswith(why)
+
+
 def test_an_extension_of_another_torch_is_refused(monkeypatch):
     folder = Path(fused_ema.__file__).parent
     monkeypatch.delenv("FUSED_EMA_NO_EXTENSION", raising=False)

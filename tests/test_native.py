@@ -78,10 +78,11 @@ def test_the_environment_chooses_the_target(monkeypatch):
 
     monkeypatch.delenv("FUSED_EMA_CPU", raising=False)
     assert target() == TARGETS[0]
-    monkeypatch.setenv("FUSED_EMA_CPU", "baseline")
-    assert target() == "baseline"
+    monkeypatch.setenv("FUSED_EMA_CPU", TARGETS[-1])
+    assert target() == TARGETS[-1]
     monkeypatch.setenv("FUSED_EMA_CPU", "avx1024")
-    with pytest.raises(ValueError, match=r"FUSED_EMA_CPU=avx1024 cannot run here; allowed: .*bas"):
+    message = f"FUSED_EMA_CPU=avx1024 cannot run here; allowed: {', '.join(TARGETS)}"
+    with pytest.raises(ValueError, match=message):
         target()
 
 
@@ -91,6 +92,7 @@ def test_the_environment_chooses_the_target(monkeypatch):
         ("avx512", r"vsqrtp[sd]\s.*%zmm"),
         ("avx2", r"vsqrtp[sd]\s.*%ymm"),
         ("baseline", r"\ssqrtp[sd]\s"),
+        ("neon", r"\sfsqrt\s+v"),
     ],
 )
 def test_every_loop_with_a_root_is_vectorised_and_asks_for_memory(target, instruction):
@@ -98,12 +100,12 @@ def test_every_loop_with_a_root_is_vectorised_and_asks_for_memory(target, instru
         pytest.skip("needs objdump, and a processor with the target")
     if b"__asan_init" in Path(_native.__file__).read_bytes():
         pytest.skip("a sanitized build is not optimized")
-    listing = subprocess.run(
-        ["objdump", "-d", "-C", "--no-show-raw-insn", _native.__file__],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    check_loops("objdump", _native.__file__, target, instruction)
+
+
+def check_loops(objdump: str, file: str | Path, target: str, instruction: str) -> None:
+    command = [objdump, "-d", "-C", "--no-show-raw-insn", file]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = re.split(r"\n(?=[0-9a-f]+ <)", listing)
     for rule in WITH_ROOTS:
         halves = ("fused_ema::BFloat16", "fused_ema::Half")
@@ -115,7 +117,7 @@ def test_every_loop_with_a_root_is_vectorised_and_asks_for_memory(target, instru
             assert bodies, name
             loops = [body for body in bodies if re.search(instruction, body)]
             assert loops, name
-            assert all("prefetch" in body for body in loops), name
+            assert all(re.search(r"prefetch|\bprfm\b", body) for body in loops), name
 
 
 def test_one_native_call_a_bucket_and_step(monkeypatch):

@@ -23,9 +23,18 @@
 #define FUSED_EMA_X86 0
 #endif
 
+// What every processor of the architecture has.
+#if defined(__aarch64__)
+#define FUSED_EMA_BASELINE neon
+#else
+#define FUSED_EMA_BASELINE baseline
+#endif
+#define FUSED_EMA_NAME_OF(target) #target
+#define FUSED_EMA_NAME(target) FUSED_EMA_NAME_OF(target)
+
 namespace fused_ema::cpu {
 
-namespace baseline {
+namespace FUSED_EMA_BASELINE {
 #include "cpu/loop.h"
 }
 
@@ -75,7 +84,8 @@ std::vector<Target> available() {
   if (__builtin_cpu_supports("avx2"))
     found.push_back({"avx2", avx2::find_kernel, avx2::find_squares});
 #endif
-  found.push_back({"baseline", baseline::find_kernel, baseline::find_squares});
+  found.push_back({FUSED_EMA_NAME(FUSED_EMA_BASELINE), FUSED_EMA_BASELINE::find_kernel,
+                   FUSED_EMA_BASELINE::find_squares});
   return found;
 }
 

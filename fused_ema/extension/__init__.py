@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
@@ -70,6 +71,15 @@ def _load_cuda(
     return module, why
 
 
+def _not_built(platform: str) -> str:
+    build = REBUILD.replace("rebuild", "build")
+    if platform == "win32":
+        build = "Microsoft's compiler cannot"
+    if platform == "darwin":
+        build += "; Apple's compiler cannot, GCC can (CXX=g++-14)"
+    return f"it is not built: {build}"
+
+
 def _warn(how: str) -> None:
     warnings.warn(f"fused_ema goes on {how}", RuntimeWarning, stacklevel=3)
 
@@ -79,7 +89,7 @@ def _find(name: str, folder: Path, running: str) -> tuple[ModuleType | None, str
     files = _files(name, folder)
     if PathFinder.find_spec(name, [str(folder)]) is None:
         if not files:
-            return None, f"it is not built: {REBUILD.replace('rebuild', 'build')}", False
+            return None, _not_built(sys.platform), False
         return None, f"{files[0]} is not for this Python ({EXTENSION_SUFFIXES[0]}): {REBUILD}", True
     try:
         module = import_module(name)
