@@ -10,7 +10,7 @@ SHELL := bash
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
-BIN := $(abspath $(VENV))/bin
+BIN := $(abspath $(VENV))/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # So that the build finds the environment's ninja.
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
@@ -23,14 +23,22 @@ CXX_INPUTS := $(CXX_FILES) $(shell find csrc -type d) setup.py
 .PHONY: help
 help: ## show this list
 	@echo "Usage: make TARGET   (Python: $(PYTHON), virtual environment: $(VENV))"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Each stamp in the virtual environment says that a step of the set-up is done.
 LOG := $(VENV)/setup.log
 VENV_MADE := $(VENV)/.made
 TORCH_INSTALLED := $(VENV)/.torch-installed
 PACKAGE_INSTALLED := $(VENV)/.package-installed
-PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
+
+# TORCH=2.11.0 chooses another PyTorch than the one that constraints.txt pins, with what it asks for.
+TORCH ?=
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+OF_TORCH := ^(torch|torchvision|triton|cuda|nvidia)[a-z0-9-]*==
+$(VENV)/constraints.txt: constraints.txt Makefile | $(VENV_MADE)
+	@grep -vE '$(OF_TORCH)' constraints.txt > $@
+	@echo 'torch==$(TORCH)' >> $@
 
 # Shows what is downloaded and compiled, as it happens; everything else is in the log.
 define PROGRESS
@@ -42,8 +50,11 @@ s/^ *(\[[0-9]+\/[0-9]+\]) .* -c [^ ]*\/(csrc\/[^ ]+).*/      \1 compiled \2/p
 endef
 export PROGRESS
 
+# Line by line: GNU's, or another.
+SED := $(if $(shell sed --version 2>/dev/null),sed -unE,sed -lnE)
+
 define logged
-$(1) 2>&1 | tee $(LOG) | sed -unE "$$PROGRESS" \
+$(1) 2>&1 | tee $(LOG) | $(SED) "$$PROGRESS" \
 	|| { echo "failed; the end of $(LOG):"; tail -n 30 $(LOG); exit 1; }
 endef
 
@@ -57,19 +68,19 @@ $(VENV_MADE):
 	$(call stop_unless,$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))',$(NEWER_PYTHON))
 	$(call stop_unless,$(PYTHON) -c 'import ensurepip',$(PYTHON_VENV))
 	$(call stop_unless,test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h",$(PYTHON_HEADERS))
-	$(call stop_unless,$(CXX) --version,$(COMPILER))
+	$(if $(FUSED_EMA_NO_EXTENSION),,$(call stop_unless,$(CXX) --version,$(COMPILER)))
 	@echo "[1/3] Making the virtual environment $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 # First, because the extension is built against the torch that is installed.
-$(TORCH_INSTALLED): constraints.txt pyproject.toml | $(VENV_MADE)
+$(TORCH_INSTALLED): $(CONSTRAINTS) pyproject.toml | $(VENV_MADE)
 	@echo "[2/3] Installing PyTorch (several GB: minutes the first time)"
 	@$(call logged,$(PIP_INSTALL) pip setuptools wheel ninja torch)
 	@touch $@
 
 $(PACKAGE_INSTALLED): $(TORCH_INSTALLED) $(CXX_INPUTS) $(if $(wildcard fused_ema/_native*.so),,no-extension)
-	$(call stop_unless,$(CXX) --version,$(COMPILER))
+	$(if $(FUSED_EMA_NO_EXTENSION),,$(call stop_unless,$(CXX) --version,$(COMPILER)))
 	@echo "[3/3] Installing the tools, building the extension"
 	@$(call logged,$(PIP_INSTALL) --verbose --no-build-isolation --editable ".[dev]")
 	@touch $@
@@ -89,9 +100,12 @@ demo: setup ## run the demonstration
 IN_PARALLEL := --numprocesses auto --dist loadgroup
 
 .PHONY: test
-test: lint docs ## lint, build the docs, then run the tests
-	@$(BIN)/pytest $(IN_PARALLEL) $(ARGS)
+test: lint docs test-suite ## lint, build the docs, then run the tests
 	@$(MAKE) --no-print-directory test-shim
+
+.PHONY: test-suite
+test-suite: setup ## run the tests that need no sanitizer, without lint and docs
+	@$(BIN)/pytest $(IN_PARALLEL) $(ARGS)
 
 SECONDS ?= 600
 
@@ -165,6 +179,43 @@ test-shim: setup ## run the CUDA plan and kernel as C++ on the CPU through the p
 			eager_steps_go_on_after_a_capture a_new_group_leaves_a_graphs_counters_in_place) \
 		test_formats.py::test_device_kernels_draw_the_native_bits \
 		test_state_format.py::test_device_kernels_draw_the_native_bits test_streams.py))
+
+.PHONY: test-standin
+test-standin: ## run tests that need no compiled extension, without one, as on macOS and Windows
+	@FUSED_EMA_NO_EXTENSION=1 $(MAKE) --no-print-directory setup
+	@FUSED_EMA_NO_EXTENSION=1 $(BIN)/pytest --backends=foreach,reference $(addprefix tests/test_,\
+		parity.py amp.py any_optimizer.py ema_access.py errors.py swap.py widest.py) $(ARGS)
+
+PACKAGING_INSTALLED := $(VENV)/.packaging-installed
+$(PACKAGING_INSTALLED): $(CONSTRAINTS) pyproject.toml $(TORCH_INSTALLED)
+	@$(call logged,$(PIP_INSTALL) --group package)
+	@touch $@
+
+.PHONY: package
+package: setup $(PACKAGING_INSTALLED) ## build sdist and wheel into dist, and check them
+	@rm -rf dist build/lib* build/bdist*
+	@$(call logged,$(BIN)/python -m build --no-isolation --sdist --wheel)
+	@$(BIN)/twine check --strict dist/*
+	@$(BIN)/check-wheel-contents dist/*.whl
+	@grep -q '^Repository = ' pyproject.toml || echo "README's links stay relative: pyproject.toml names no Repository"
+	@case "$$($(BIN)/python -c 'import sys; print(sys.platform)')" in linux) \
+		$(MAKE) --no-print-directory repaired WHEEL="$$(echo dist/*.whl)" INTO=dist/manylinux ;; esac
+
+# What every process has once, from PyTorch, CUDA and the system, stays outside.
+AUDITWHEEL ?= $(BIN)/auditwheel
+OUTSIDE := libgomp.so.1 libtorch.so libtorch_cpu.so libtorch_cuda.so libtorch_python.so libc10.so libc10_cuda.so libcudart.so.*
+WHEEL ?=
+INTO ?= dist
+.PHONY: repaired
+repaired:
+	@$(AUDITWHEEL) repair $(foreach lib,$(OUTSIDE),--exclude '$(lib)') --wheel-dir $(INTO) $(WHEEL)
+
+.PHONY: wheels
+wheels: ## build a wheel for every Python into dist, by cibuildwheel, which needs Docker on Linux
+	@$(PYTHON) -m venv $(VENV)-wheels
+	@$(VENV)-wheels/$(notdir $(BIN))/python -m pip install --quiet --upgrade pip
+	@$(VENV)-wheels/$(notdir $(BIN))/python -m pip install --quiet --constraint constraints.txt --group wheels
+	@$(VENV)-wheels/$(notdir $(BIN))/cibuildwheel --output-dir dist
 
 .PHONY: clean
 clean: ## remove what was built and cached, but not the virtual environment

@@ -23,7 +23,25 @@ if int(setuptools.__version__.split(".")[0]) < 77:
         "First: pip install --upgrade setuptools"
     )
 
-PACKAGES = {
+
+def absolute(text: str, address: str) -> str:
+    """Markdown whose relative links lead to files of the repository at ``address``."""
+    files, relative = f"{address}/blob/main/", "(?!https?:|#)"
+    text = re.sub(rf"(!\[[^]]*\]\(){relative}([^)]+)", rf"\1{files}\2?raw=true", text)
+    return re.sub(rf"(\]\(){relative}", rf"\1{files}", text)
+
+
+def readme() -> str:
+    """README.md for other places than the repository, as far as pyproject.toml names that."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    project = Path("pyproject.toml").read_text(encoding="utf-8")
+    address = re.search(r'^Repository = "(.+)"$', project, re.MULTILINE)
+    return absolute(text, address[1]) if address else text
+
+
+PACKAGES: dict[str, Any] = {
+    "long_description": readme(),
+    "long_description_content_type": "text/markdown",
     "packages": [*find_packages(include=["fused_ema", "fused_ema.*"]), "fused_ema.kernels"],
     "package_dir": {"fused_ema.kernels": "kernels"},
 }
@@ -67,6 +85,10 @@ def is_apples(compiler: list[str]) -> bool:
 
 if (reason := no_extension()) is not None:
     print(f"fused_ema is built without its extension: {reason}", flush=True)
+    setup(**PACKAGES)
+    sys.exit()
+
+if {"sdist", "egg_info", "dist_info"} & {*sys.argv}:  # nothing is compiled: no torch is needed
     setup(**PACKAGES)
     sys.exit()
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal, get_args
 
-from fused_ema import _native
-from fused_ema.extension import cuda
+from fused_ema.extension import cuda, native
 from fused_ema.optim import base as optimizer
 from fused_ema.step import backends as package
 from fused_ema.step.backends import dense
@@ -20,7 +19,7 @@ NAME = "shim"
 
 
 def unsupported(bucket) -> str | None:
-    return dense.unsupported(bucket, _native.rule_variants())
+    return dense.unsupported(bucket, native.rule_variants())
 
 
 def register() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,23 @@ def test_another_compiler_on_macos_makes_the_extension(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", compiler(tmp_path, "g++-14 (Homebrew GCC 14.2.0) 14.2.0"))
     names = platform(monkeypatch, "darwin")
     assert names["native_extension"]().name == "fused_ema._native"
+
+
+@pytest.mark.parametrize("command", ["sdist", "egg_info", "dist_info"])
+def test_a_source_distribution_needs_no_torch(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit) as end:
+        names_of_setup(monkeypatch, command)
+    assert end.value.code is None
+    with pytest.raises(SystemExit, match="which does not import here"):
+        names_of_setup(monkeypatch, "bdist_wheel")
+
+
+def test_a_readme_elsewhere_leads_back_to_the_repository(monkeypatch):
+    absolute = names_of_setup(monkeypatch)["absolute"]
+    text = "![plot](docs/a.png) [page](docs/b.md#c) [there](https://host/d) [here](#e)"
+    blob = "https://host/us/it/blob/main"
+    assert absolute(text, "https://host/us/it") == (
+        f"![plot]({blob}/docs/a.png?raw=true) [page]({blob}/docs/b.md#c) [there](https://host/d) "
+        "[here](#e)"
+    )
