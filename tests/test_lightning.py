@@ -8,6 +8,7 @@ import warnings
 import pages
 import pytest
 import torch
+from pages import one_thread  # noqa: F401
 from torch import nn
 from torch.utils.data import DataLoader
 
