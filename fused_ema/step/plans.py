@@ -158,7 +158,7 @@ class Plans:
     def _total(self, device: torch.device) -> Tensor:
         """Sums of squares over all processes and devices, brought to one."""
         own = list(map(_sum_of_squares, self.plans, self._devices))
-        sums = total(own, self._spreads)
+        sums = total(own, self._shardings)
         wide = widest(device)
         return torch.stack([value.to(device, wide, non_blocking=True) for value in sums])
 
