@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..dtypes import is_fixed
+from ..names import renamed
 from ..sharding import reshard
 from .decay import decays
 from .teacher import (
@@ -97,6 +98,21 @@ class Teachers:
             )
         whole = self._whole if isinstance(self._whole, nn.Module) else self._whole.items()
         self.bind(whole, [group], names, among)
+
+    def renew(self, names: Mapping[Tensor, str], state: Mapping[Any, Any]) -> None:
+        """Take the present parameters of a teacher module, which FSDP2 may have replaced.
+
+        Args:
+            names: names of the optimizer's parameters.
+            state: the optimizer's state; a teacher that holds an average already stays.
+        """
+        if not isinstance(self._whole, nn.Module):
+            return
+        present = renamed(dict(self._whole.named_parameters()), names.values())
+        for param in self.tensors:
+            if "ema" not in state.get(param, ()):
+                self.tensors[param] = present.get(names.get(param, ""), self.tensors[param])
+        self._modules = [*dict.fromkeys([*self._modules, *resharding_modules(self._whole)])]
 
     def check_disjoint(self, params: Iterable[Tensor]) -> None:
         """Raise ValueError if a teacher's tensor shares memory with another or a parameter."""

@@ -292,6 +292,7 @@ class Stepping(EmaAccess):
             self._names.update(named(self._buffers.model))
         for group in self.param_groups:
             self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+        self._teachers.renew(self._names, self.state)
         teachers = self._teachers.tensors
         replaced.follow(self._known_params, self.param_groups, self._names, self.state, teachers)
         self._known_params = [list(group["params"]) for group in self.param_groups]
