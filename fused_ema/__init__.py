@@ -6,6 +6,7 @@ scaling rules.
 """
 
 from . import posthoc, scaling
+from .batchnorm import scale_batchnorm_momentum
 from .build import build_info
 from .ema.decay import CosineDecay, InverseGammaDecay, PowerDecay, WarmUpDecay, decay_from_half_life
 from .ema.migrate import load_ema
@@ -40,6 +41,7 @@ __all__ = [
     "ema_state_dict",
     "load_ema",
     "posthoc",
+    "scale_batchnorm_momentum",
     "scaling",
 ]
 

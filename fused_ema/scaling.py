@@ -41,6 +41,26 @@ def ema_rate(ema_decay: float, kappa: float = 1.0) -> float:
     return decay_weight(ema_decay, kappa)
 
 
+def ema_decay(rho: float, kappa: float = 1.0) -> float:
+    """Decay of any running average at another batch size: ``rho**kappa``.
+
+    For averages that the optimizers do not hold: BatchNorm's statistics
+    (:func:`fused_ema.scale_batchnorm_momentum`), DINO's centre, a running mean of rewards. A step
+    at ``kappa`` is then ``average.lerp_(value, 1 - ema_decay(rho, kappa))``, or, with a weight
+    that does not cancel, ``average.lerp_(value, ema_rate(rho, kappa))``.
+
+    Args:
+        rho: decay at the base batch size, in ``[0, 1]``.
+        kappa: batch size / base batch size, ``> 0``.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    check_range("rho", rho, 0.0, 1.0)
+    check_kappa(kappa)
+    return power(rho, kappa)
+
+
 def decay_weight(decay: Real, kappa: Real) -> Real:
     """``1 - decay**kappa`` of floats or tensors, unchecked; exact for ``kappa = 1``."""
     return where(kappa == 1.0, 1.0 - decay, -expm1(kappa * log(decay)))

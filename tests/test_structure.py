@@ -15,7 +15,7 @@ FLOORS = (
         "wrapped",
         *("extension", "_native", "_native_cuda", "kernels"),
     ),
-    ("scaling", "progressive", "posthoc"),
+    ("scaling", "batchnorm", "progressive", "posthoc"),
     ("rules",),
     ("ema",),
     ("step",),

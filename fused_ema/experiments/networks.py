@@ -6,7 +6,6 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..scaling import ema_rate
 from .recipe import Recipe
 
 DIGITS = "resnet-digits"
@@ -69,14 +68,3 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Linear(hidden, outputs),
     )
-
-
-def set_batch_norm(model: nn.Module, samples: float) -> None:
-    """Scale the decay of BatchNorm's running statistics with the samples of a forward pass.
-
-    Torch's 0.1 is for a base batch. A forward pass of ``samples`` base batches over all processes
-    takes ``1 - 0.9**samples`` of the new statistics, as every running average scales.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = ema_rate(0.9, samples)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import FusedScaledOptimizer, ProgressiveScaling
+from .. import FusedScaledOptimizer, ProgressiveScaling, scale_batchnorm_momentum
 from .data import Data, Views, epoch_keys, load, loader, usable
 from .distributed import Group, Place, without_reduction
 from .folder import Folder
-from .networks import check_model, set_batch_norm
+from .networks import check_model
 from .recipe import Recipe
 
 Evaluate = Callable[[], Mapping[str, float]]
@@ -204,7 +204,7 @@ class Training:
         session, recipe = self.session, self.session.recipe
         size, place = round(self.scaling.batch_size), session.place
         micro, parts = session.group.share(size, recipe.per_device_batch)
-        set_batch_norm(self.model, micro * session.group.world / recipe.base_batch)
+        scale_batchnorm_momentum(self.model, micro * session.group.world / recipe.base_batch)
         keys = epoch_keys(len(session.data.train), self.run.seed, self.epoch)
         mine = [
             keys[first : first + micro]
