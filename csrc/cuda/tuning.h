@@ -23,7 +23,8 @@
 #ifndef FUSED_EMA_PERSISTENT
 #define FUSED_EMA_PERSISTENT 1
 #endif
-// Cache hints of 16-byte accesses, as PTX spells them: ".L1::no_allocate", ".cs", ".L1::no_allocate.L2::256B".
+// Cache hints of 16-byte accesses, as PTX spells them: ".L1::no_allocate", ".cs",
+// ".L1::no_allocate.L2::256B".
 #ifndef FUSED_EMA_LOAD_HINT
 #define FUSED_EMA_LOAD_HINT ""
 #endif
