@@ -43,12 +43,13 @@ class Config:
     b: float = option(0.5, "gradient noise: variance b*(a*theta)^2 + c at the base batch")
     c: float = option(0.0, "gradient noise: see b")
     start: float = option(1.0, "start of weights and average (not from the paper)")
-    parabolas: int = option(1024, "independent parabolas of the simulation")
+    parabolas: int = option(256, "independent parabolas of a simulation")
+    groups: int = option(60, "simulations at each kappa, with independent noise")
     seed: int = option(0, "seed of the simulation's noise")
     backend: BackendName = option("auto", "backend of the optimizer", identity=False)
 
     def __post_init__(self) -> None:
-        positive(self, "kappas", "lr", "base_steps", "a", "parabolas")
+        positive(self, "kappas", "lr", "base_steps", "a", "parabolas", "groups")
         if max(self.kappas) > self.base_steps:
             raise ValueError(
                 f"kappas={self.kappas} with base_steps={self.base_steps}; allowed: at least one "
@@ -56,7 +57,7 @@ class Config:
             )
 
 
-PRESETS = {"quick": Config(), "cifar10": Config(), "paper": Config(parabolas=65_536)}
+PRESETS = {"quick": Config(), "cifar10": Config(), "paper": Config(parabolas=4096)}
 
 
 class Moments(NamedTuple):
@@ -106,9 +107,10 @@ def moments(
 
 
 def simulate(config: Config, kappa: int, order: EmaOrder) -> tuple[Tensor, Tensor]:
-    """Weights and averages ``[parabolas]`` at the end of a run of the real optimizer."""
+    """Weights and averages ``[groups, parabolas]`` at the end of a run of the real optimizer."""
     generator = torch.Generator().manual_seed(config.seed)
-    theta = torch.full((config.parabolas,), config.start, dtype=torch.float64)
+    shape = (config.groups, config.parabolas)
+    theta = torch.full(shape, config.start, dtype=torch.float64)
     optimizer = FusedScaledSGD(
         [theta],
         lr=config.lr,
@@ -133,13 +135,13 @@ def error(config: Config, base: list[Moments], kappa: int, weight: float, order:
     return max(abs(config.a * (theirs.ema - ours.ema)) for theirs, ours in pairs)
 
 
-def best_weight(config: Config, base: list[Moments], kappa: int) -> float:
+def best_weight(config: Config, base: list[Moments], kappa: int, order: EmaOrder) -> float:
     """The EMA rate ``1 - rho_hat`` of least error, by a scalar minimiser within a factor of 2."""
     from scipy.optimize import minimize_scalar
 
     rule = ema_rate(config.rho, kappa)
     found = minimize_scalar(
-        lambda factor: error(config, base, kappa, factor * rule, "before"),
+        lambda factor: error(config, base, kappa, factor * rule, order),
         bounds=(0.5, min(2.0, 1.0 / rule)),
         method="bounded",
         options={"xatol": 1e-5},
@@ -147,37 +149,52 @@ def best_weight(config: Config, base: list[Moments], kappa: int) -> float:
     return float(found.x) * rule
 
 
-def deviation(config: Config, kappa: int, order: EmaOrder) -> dict[str, float]:
-    """Distance of the simulated average from its moments, in standard errors."""
+def deviations(config: Config, kappa: int, order: EmaOrder) -> dict[str, list[float]]:
+    """Distances of each simulation's mean and variance from the moments, in standard errors.
+
+    They are standard normal if the optimizer has these moments (and there are many parabolas).
+    """
     *_, expected = moments(config, kappa, ema_rate(config.rho, kappa), order)
     _, ema = simulate(config, kappa, order)
-    centred = (ema - expected.ema) ** 2
     root = math.sqrt(config.parabolas)
-    return {
-        "mean": (ema.mean().item() - expected.ema) / math.sqrt(expected.ema_variance) * root,
-        "variance": (centred.mean().item() - expected.ema_variance) / centred.std().item() * root,
-    }
+    mean = (ema.mean(1) - expected.ema) / math.sqrt(expected.ema_variance) * root
+    squares = (ema - expected.ema) ** 2
+    # one deviation for all simulations, because that of few squares depends on their mean
+    variance = (squares.mean(1) - expected.ema_variance) / squares.std() * root
+    return {"mean": mean.tolist(), "variance": variance.tolist()}
+
+
+def spread_of(values: list[float]) -> dict[str, float]:
+    """Mean and deviation of numbers, and the largest of their magnitudes."""
+    found = torch.tensor(values, dtype=torch.float64)
+    deviation = found.std(unbiased=len(values) > 1).item()
+    largest = found.abs().max().item()
+    return {"mean": found.mean().item(), "deviation": deviation, "largest": largest}
 
 
 def measure(config: Config, base: dict[EmaOrder, list[Moments]], kappa: int) -> dict[str, Any]:
     """A row of the metrics: all measurements at one ``kappa``."""
-    before, rule = base["before"], ema_rate(config.rho, kappa)
-    best = best_weight(config, before, kappa)
+    rule = ema_rate(config.rho, kappa)
+    row: dict[str, Any] = {"kappa": kappa}
+    for order, moments_of_base in base.items():
+        best = best_weight(config, moments_of_base, kappa, order)
+        weights = {
+            "rule": rule,
+            "none": ema_rate(config.rho),
+            "linear": min(kappa * (1 - config.rho), 1.0),
+            "best": best,
+        }
+        for name, weight in weights.items():
+            row[f"error_{name}_{order}"] = error(config, moments_of_base, kappa, weight, order)
+        row[f"best_rho_{order}"] = 1.0 - best
+        row[f"best_weight_over_rule_{order}"] = best / rule
+        found = deviations(config, kappa, order)
+        row[f"deviations_{order}"] = {name: spread_of(values) for name, values in found.items()}
     scaled = list(moments(config, kappa, rule, "before"))
     undivided = list(moments(config, kappa, rule, "before", noise_kappa=1.0))
-    last = (len(scaled) - 1) * kappa
-    row: dict[str, Any] = {"kappa": kappa}
-    row |= {
-        f"error_rule_{order}": error(config, base[order], kappa, rule, order) for order in ORDERS
-    }
-    row["error_none"] = error(config, before, kappa, ema_rate(config.rho), "before")
-    row["error_linear"] = error(config, before, kappa, min(kappa * (1 - config.rho), 1.0), "before")
-    row["error_best"] = error(config, before, kappa, best, "before")
-    row["best_rho"] = 1.0 - best
-    row["best_weight_over_rule"] = best / rule
-    row["variance_ratio"] = scaled[-1].ema_variance / before[last].ema_variance
-    row["variance_ratio_same_noise"] = undivided[-1].ema_variance / before[last].ema_variance
-    row["deviation"] = {order: deviation(config, kappa, order) for order in ORDERS}
+    last = base["before"][(len(scaled) - 1) * kappa].ema_variance
+    row["variance_ratio"] = scaled[-1].ema_variance / last
+    row["variance_ratio_same_noise"] = undivided[-1].ema_variance / last
     return row
 
 
@@ -197,10 +214,8 @@ def trajectories(config: Config, base: list[Moments], kappa: int) -> dict[str, A
 
 SUMMARY = (
     "kappa",
-    "error_rule_before",
-    "error_rule_after",
-    "error_none",
-    "best_rho",
+    *(f"error_{name}_{order}" for order in ORDERS for name in ("rule", "none", "linear", "best")),
+    *(f"best_rho_{order}" for order in ORDERS),
     "variance_ratio",
 )
 
