@@ -6,6 +6,7 @@ neither timm nor weights. Only the sizes and the number of tensors matter to an 
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -108,7 +109,13 @@ def host_cases(hot: bool, elements: int) -> list[Case]:
     return [replace(case, hot=hot, host_only=True) for case in cases]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    about = "Writes the models' shapes, read from timm, into bench/shapes.json."
+    argparse.ArgumentParser(prog="python -m bench.cases", description=about).parse_args()
     fresh = {name: timm_shapes(model) for name, model in MODELS.items()}
     lines = (f'"{name}": {json.dumps(shapes)}' for name, shapes in fresh.items())
     SHAPES.write_text("{" + ",\n".join(lines) + "}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,13 +2,12 @@
 
 ``python -m bench.ema_error`` measures it on weights that travel to an independent target, and in
 the training of a small network on scikit-learn's digits. Then it measures how the error of long
-averages adds up on weights that never rest. It takes about two and a half minutes. ``--long`` runs
-only the last part.
+averages adds up on weights that never rest. It takes about two and a half minutes.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -112,14 +111,17 @@ def percent(value: float) -> str:
     return f"{100 * value:.2g} %" if value >= 1e-5 else "< 0.001 %"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.ema_error", description=__doc__)
+    parser.add_argument("--long", action="store_true", help="run only the last part")
+    long = parser.parse_args(argv).long
     warnings.simplefilter("ignore")  # the warning is about long averages, which are measured here
     tables = (
         ("travelling weights", travelling, RHOS),
         ("digits, AdamW", training, RHOS),
         ("weights that never rest, 100,000 steps", unresting, LONG_RHOS),
     )
-    for title, run, rhos in tables[2 if "--long" in sys.argv else 0 :]:
+    for title, run, rhos in tables[2 if long else 0 :]:
         print(f"| {title} | " + " | ".join(f"ρ = {rho}" for rho in rhos) + " |")
         print("|---|" + "---|" * len(rhos))
         for kind in KINDS:

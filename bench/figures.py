@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from .rows import Results, Row, timed, unique
+from .rows import Results, Row, passes_ms, timed, unique
 from .spec import STEP
-from .titles import SMALL, TITLES, number_of, processor, title
+from .titles import SMALL, number_of, processor, title
 
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
@@ -53,7 +53,7 @@ def limit(results: Results) -> Figure | None:
         return None
     providers = unique(row.provider for row in rows)
     figure, own = axes(
-        (7.5, 1.6 + 0.27 * len(providers)),
+        (7.5, 2.0 + 0.27 * len(providers)),
         f"AdamW + EMA: time of a step over the time to move {rows[0].bytes_per_param} bytes a "
         "parameter",
         results,
@@ -77,7 +77,7 @@ def limit(results: Results) -> Figure | None:
     own.set_yticks(range(len(providers)), providers)
     own.invert_yaxis()
     own.grid(axis="x", which="both", alpha=0.25)
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -88,21 +88,21 @@ def plain_ticks(axis: Any) -> None:
 
 
 def host(results: Results) -> Figure | None:
-    """Draw lines through the medians, with the range from p10 to p90."""
-    rows = timed(results.host)
+    """Draw lines through the medians with new gradients, with the range from p10 to p90."""
+    rows = [row for row in timed(results.host) if "hot" not in row.case]
     if not rows:
         return None
     figure, own = axes(
-        (7.5, 4.2), "AdamW + EMA: host time of a step, tensors of hardly any elements", results
+        (7.5, 4.2),
+        "AdamW + EMA: host time of a step, tensors of hardly any elements, new gradients",
+        results,
     )
     for i, provider in enumerate(unique(row.provider for row in rows)):
-        for hot, style in ((False, "-"), (True, "--")):
-            chosen = [r for r in rows if r.provider == provider and ("hot" in r.case) == hot]
-            counts = [int(row.case.rpartition("_")[2]) for row in chosen]
-            label = f"{provider}, {'same' if hot else 'new'} gradients"
-            own.plot(counts, micro(chosen, "median_ms"), style, color=COLORS[i], label=label)
-            low, high = micro(chosen, "p10_ms"), micro(chosen, "p90_ms")
-            own.fill_between(counts, low, high, color=COLORS[i], alpha=0.15, linewidth=0)
+        chosen = [row for row in rows if row.provider == provider]
+        counts = [int(row.case.rpartition("_")[2]) for row in chosen]
+        own.plot(counts, micro(chosen, "median_ms"), "o-", color=COLORS[i], ms=4, label=provider)
+        low, high = micro(chosen, "p10_ms"), micro(chosen, "p90_ms")
+        own.fill_between(counts, low, high, color=COLORS[i], alpha=0.15, linewidth=0)
     own.set_xscale("log")
     own.set_yscale("log")
     for axis in (own.xaxis, own.yaxis):
@@ -119,23 +119,33 @@ def micro(rows: list[Row], name: str) -> list[float]:
 
 
 def training(results: Results) -> Figure | None:
-    """Draw bars of the share that optimizer and average take."""
+    """Draw bars of the time of optimizer and average, a panel for each model."""
     rows = timed(results.training)
     if not rows:
         return None
-    figure, own = axes(
-        (7.5, 1.4 + 0.27 * len(rows)), "Share of a training step spent in optimizer + EMA", results
-    )
-    labels = [f"{title(row.case)}, {number_of(row.batch, 'image')}: {row.provider}" for row in rows]
-    shares = [100.0 * (row.number("step_share") or 0.0) for row in rows]
-    models = list(TITLES)
-    colors = [COLORS[models.index(row.case) % len(COLORS)] for row in rows]
-    own.barh(range(len(rows)), shares, color=colors, height=0.7)
-    for i, (row, share) in enumerate(zip(rows, shares, strict=True)):
-        text = f" {share:.1f} % of {row.number('median_ms'):,.0f} ms"
-        own.annotate(text, (share, i), va="center", fontsize=8)
-    own.set_yticks(range(len(rows)), labels)
-    own.invert_yaxis()
-    own.set_xlim(0, 1.35 * max(shares))
-    own.set_xlabel("% of the step (forward, backward, optimizer, average)")
+    models = unique(row.case for row in rows)
+    counts = [sum(row.case == model for row in rows) for model in models]
+    figure = Figure(figsize=(7.5, 1.3 + 0.6 * len(models) + 0.27 * len(rows)), layout="constrained")
+    heading = "Training: time of optimizer + EMA after the same forward and backward passes"
+    figure.suptitle(f"{heading}\n{where(results)}", x=0.01, ha="left", fontsize=9)
+    panels = figure.subplots(len(models), 1, sharex=True, height_ratios=counts, squeeze=False)
+    for own, model in zip(panels[:, 0], models, strict=True):
+        draw_training(own, [row for row in rows if row.case == model])
+    longest = max(row.step_ms for row in rows)
+    panels[-1, 0].set_xlim(0, 1.1 * longest)
+    panels[-1, 0].set_xlabel("ms of optimizer + EMA in a training step")
     return figure
+
+
+def draw_training(own: Any, rows: list[Row]) -> None:
+    colors = [COLORS[0] if row.is_ours else "tab:gray" for row in rows]
+    own.barh(range(len(rows)), [row.step_ms for row in rows], color=colors, height=0.7)
+    for i, row in enumerate(rows):
+        own.annotate(f" {row.step_ms:.0f} ms", (row.step_ms, i), va="center", fontsize=8)
+    own.set_yticks(range(len(rows)), [row.provider for row in rows])
+    own.invert_yaxis()
+    first = rows[0]
+    about = f"{title(first.case)}, {number_of(first.batch, 'image')}"
+    own.set_title(
+        f"{about}: {passes_ms(rows):,.0f} ms of forward and backward", fontsize=9, loc="left"
+    )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 
 from .record import FIT_CASE, TRAINING
 from .spec import STEP
@@ -39,6 +40,11 @@ class Row:
     @property
     def is_bound(self) -> bool:
         return self.provider.endswith(BOUND)
+
+    @property
+    def step_ms(self) -> float:
+        """Training: the time of optimizer and average."""
+        return (self.number("median_ms") or 0.0) * (self.number("step_share") or 0.0)
 
     @property
     def over_limit(self) -> float | None:
@@ -98,6 +104,11 @@ def unique(values: Iterable[str]) -> list[str]:
 
 def timed(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.median_ms]
+
+
+def passes_ms(rows: Iterable[Row]) -> float:
+    """Training: the time of forward and backward passes, which are the same for all providers."""
+    return median((row.number("median_ms") or 0.0) - row.step_ms for row in timed(rows))
 
 
 def everything() -> list[Results]:

@@ -9,6 +9,7 @@ import pytest
 from bench import record, report
 from bench.rows import Results, everything
 
+TRAINING = {"scenario": "training", "batch": "8", "p10_ms": "90", "p90_ms": "110"}
 SHARED = {"commit": "abc1234", "cpu": "Some CPU", "cores": "2", "threads": "2", "device": "cpu"}
 
 
@@ -27,7 +28,8 @@ def results(tmp_path):
         row("stream (bound)", "8", "0.8", share_of_bound="1"),
         row("fused_ema native", "5", "1", case="host_62", p10_ms="4", p90_ms="6"),
         row("fused_ema native", "", "", case="host_fit", host_us="3.5", host_us_per_tensor="0.125"),
-        row("fused_ema native", "100", "1", scenario="training", batch="8", step_share="0.025"),
+        row("fused_ema native", "100", "1", step_share="0.025", **TRAINING),
+        row("torch fused + lerp", "97", "0.97", step_share="0.05", **TRAINING),
     ]
     path = tmp_path / "machine.csv"
     with path.open("w", newline="") as file:
@@ -58,7 +60,8 @@ def test_page_shows_losses_and_who_has_no_time(results):
     assert "| torch foreach + lerp | 4.02× |" in page
     assert "| of the bound, ours | 80 % |" in page
     assert "| fused_ema native | new | 3.50 | 0.125 |" in page
-    assert "2.5 %" in page
+    assert "| fused_ema native | 2.50 ms | 2.5 % | 94.8 ms | 100 ms |" in page
+    assert "Faster than ours over them: torch fused + lerp on ResNet-18 (0.97), although" in page
 
 
 def test_readme_is_replaced_between_its_comments(results):
@@ -67,7 +70,8 @@ def test_readme_is_replaced_between_its_comments(results):
     assert new.startswith("before\n")
     assert new.endswith("\nafter\n")
     assert "old" not in new
-    assert "| ResNet-18 (62 tensors, 11.7 M) | 10.0 ms | 80 % | 0.90× | 4.02× |" in new
+    assert "12 to 12 million parameters, in multiples of our time: torch fused + lerp 0.90." in new
+    assert "Faster than ours: torch fused + lerp on ResNet-18 (0.90)." in new
     assert report.readme(new, [results]) == new
     with pytest.raises(ValueError, match="lacks the comment"):
         report.readme("before", [results])
