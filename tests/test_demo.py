@@ -153,6 +153,14 @@ def test_table_is_aligned():
     ]
 
 
+def test_without_times_there_are_two_parts(tmp_path, capsys):
+    out = tmp_path / "figure.png"
+    assert command.main(["--quick", "--no-timing", "--out", str(out)]) == 0
+    assert "3. Timing" not in capsys.readouterr().out
+    height, width, _ = image.imread(out).shape
+    assert (width, height) == (1140, 600)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

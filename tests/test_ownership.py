@@ -293,6 +293,8 @@ def test_what_several_optimizers_cannot_mean():
         ema_state_dict(model, [sgd], index=1)
     with pytest.raises(IndexError, match="index=0: no optimizer"):
         ema_state_dict(model, [])
+    with pytest.raises(IndexError, match=r"index=0: no optimizer .*made without ema_decay"):
+        ema_state_dict(model, [FusedScaledSGD(rest)])
     with pytest.raises(ValueError, match="model holds none"):
         ema_state_dict(Net(), [sgd])
 

@@ -35,7 +35,7 @@ QUICK = Size(train_size=640, agreement_epochs=1, scaling_epochs=1, timing_rounds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the three parts, print their tables, and write the figure.
+    """Run the parts, print their tables, and write the figure.
 
     Returns:
         The exit status: 0, or 1 if the results of part 1 do not agree.
@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         show(agreement.report(agreed))
         curves = batch_scaling.run(data, size.scaling_epochs, options.seeds)
         show(batch_scaling.report(curves, data, size.scaling_epochs))
-    timings = timing.run(size.timing_rounds, size.resnet_width)
-    show(timing.report(timings))
+    timings = timing.run(size.timing_rounds, size.resnet_width) if options.timing else []
+    if timings:
+        show(timing.report(timings))
 
     figure.draw(curves, timings, options.out)
     print(f"Figure: {options.out} ({time.perf_counter() - start:.0f} s in all)")
@@ -86,6 +87,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--quick", action="store_true", help="a few seconds: shows that it works, no results"
+    )
+    parser.add_argument(
+        "--no-timing",
+        dest="timing",
+        action="store_false",
+        help="leave out the times of a step, so that the figure is the same on every machine",
     )
     options = parser.parse_args(argv)
     if options.seeds is None:

@@ -13,7 +13,7 @@ from .timing import CROWDED, OURS, Timing, describe, milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import SubFigure
+    from matplotlib.figure import FigureBase, SubFigure
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish
 COLOURS = {1: "#000000", 4: "#0072B2", 16: "#D55E00"}
@@ -23,7 +23,7 @@ DASHED = (0, (4, 2))
 
 
 def draw(curves: Sequence[Curves], timings: Sequence[Timing], out: Path) -> None:
-    """Write the figure; the file's suffix gives the format."""
+    """Write the figure, without times if there are none; the file's suffix gives the format."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -31,17 +31,25 @@ def draw(curves: Sequence[Curves], timings: Sequence[Timing], out: Path) -> None
         mpl.rc("font", size=11)
         mpl.rc("axes", titlelocation="left", titlesize=12)
         mpl.rc("axes.spines", top=False, right=False)
-        figure = Figure(figsize=(15, 6), layout="constrained")
-        grid = figure.add_gridspec(1, 2, width_ratios=(1.7, 1), wspace=0.03)
-        left, right = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
-        draw_scores(left, curves)
-        for axes, timing in zip(right.subplots(len(timings), 1), timings, strict=True):
-            draw_timing(axes, timing)
-        right.suptitle("Time of a step, AdamW + EMA (a quick look)", weight="bold")
+        if timings:
+            figure = Figure(figsize=(15, 6), layout="constrained")
+            grid = figure.add_gridspec(1, 2, width_ratios=(1.7, 1), wspace=0.03)
+            draw_scores(figure.add_subfigure(grid[0]), curves)
+            draw_timings(figure.add_subfigure(grid[1]), timings)
+        else:
+            figure = Figure(figsize=(9.5, 5), layout="constrained")
+            draw_scores(figure, curves)
         figure.savefig(out, dpi=120)
 
 
-def draw_scores(figure: SubFigure, curves: Sequence[Curves]) -> None:
+def draw_timings(figure: SubFigure, timings: Sequence[Timing]) -> None:
+    """Draw a panel for each network."""
+    for axes, timing in zip(figure.subplots(len(timings), 1), timings, strict=True):
+        draw_timing(axes, timing)
+    figure.suptitle("Time of a step, AdamW + EMA (a quick look)", weight="bold")
+
+
+def draw_scores(figure: FigureBase, curves: Sequence[Curves]) -> None:
     """Draw test loss and accuracy of the averages over samples seen."""
     from matplotlib.ticker import LogLocator, NullLocator
 

@@ -43,11 +43,11 @@ class EmaAccess(Optimizer):
 
         ``with opt.ema_weights(): evaluate(model)``. The exit restores the weights bit by bit, even
         if an exception or a signal handler that raises at any time ends the body, and whatever has
-        happened to the module
-        inside: dtype casts, moves, writes in place. It restores the buffers of a known module too
-        (``model=`` here or in the constructor); averaged buffers take their place meanwhile.
-        Averages and masters are not touched. Before the first step the average is the weights (or
-        the teacher), and no state is created. FSDP2's modules are resharded on entry and exit.
+        happened to the module inside: dtype casts, moves, writes in place. It restores the buffers
+        of a known module too (``model=`` here or in the constructor); averaged buffers take their
+        place meanwhile. Averages and masters are not touched. Before the first step the average is
+        the weights (or the teacher), and no state is created. FSDP2's modules are resharded on
+        entry and exit.
 
         While it is open, the context holds a copy of the weights and buffers. Parameters keep their
         memory. Gradients are the user's: the exit undoes a cast of them, but not a write to them.

@@ -50,7 +50,9 @@ def ema_state_dict(
             )
     having = [optimizer for optimizer in given if optimizer._groups_with(index)]
     if not having:
-        raise IndexError(f"index={index}: no optimizer has that average; see ema_decay")
+        without = given and all(optimizer._num_emas() == 0 for optimizer in given)
+        why = "they were made without ema_decay" if without else "see ema_decay"
+        raise IndexError(f"index={index}: no optimizer has that average; {why}")
     for optimizer in having:
         optimizer._check_not_swapped("ema_state_dict()")
         part = optimizer._averages(index)
