@@ -23,6 +23,11 @@ ELSEWHERE = {
     "docs/migrating.md": "test_migrating.py",
     "docs/schedules.md": "test_schedules.py",
     "docs/api/averages.md": "test_ownership.py",
+    "docs/frameworks/accelerate.md": "test_accelerate.py",
+    "docs/frameworks/lightning.md": "test_lightning.py",
+    "docs/frameworks/step-in-backward.md": "test_step_in_backward.py",
+    "docs/frameworks/timm.md": "test_timm.py",
+    "docs/frameworks/trainer.md": "test_trainer.py",
 }
 
 

@@ -61,7 +61,7 @@ def test_pseudo_labels_are_better_than_labels_alone():
 
 
 def test_diffusion_samples_digits():
-    found = load("diffusion").main(steps=500)
+    found = load("diffusion").main(steps=1000)
     assert found["average"] < found["weights"]
     assert found["samples to train"] < 1.6 * found["test to train"]
 
@@ -77,6 +77,8 @@ def test_fsdp2_trains_in_two_processes(tmp_path, monkeypatch):
 
 
 def test_the_page_shows_every_example():
+    """Those of the frameworks are on their pages, with their tests."""
     page = (FOLDER.parent / "docs" / "examples.md").read_text()
     shown = re.findall(r'--8<-- "examples/(\w+)\.py"', page)
-    assert sorted(shown) == sorted(path.stem for path in FOLDER.glob("*.py"))
+    stems = {path.stem for path in FOLDER.glob("*.py")}
+    assert sorted(shown) == sorted(stem for stem in stems if not stem.startswith("train_"))
