@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..dtypes import is_fixed
 from ..names import renamed
-from ..sharding import reshard
+from ..sharding import is_sharded, reshard
 from .decay import decays
 from .teacher import (
     Teacher,
@@ -109,9 +109,11 @@ class Teachers:
         if not isinstance(self._whole, nn.Module):
             return
         present = renamed(dict(self._whole.named_parameters()), names.values())
-        for param in self.tensors:
-            if "ema" not in state.get(param, ()):
-                self.tensors[param] = present.get(names.get(param, ""), self.tensors[param])
+        for param, old in self.tensors.items():
+            new = present.get(names.get(param, ""), old)
+            # whole again for a while, as after a forward pass, it is not the module's own
+            if "ema" not in state.get(param, ()) and (is_sharded(new) or not is_sharded(old)):
+                self.tensors[param] = new
         self._modules = [*dict.fromkeys([*self._modules, *resharding_modules(self._whole)])]
 
     def check_disjoint(self, params: Iterable[Tensor]) -> None:

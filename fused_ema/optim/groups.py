@@ -75,7 +75,8 @@ def scaled_hyperparameters(rule: Rule, group: Group) -> dict[str, Any]:
     group = {**group, **known}
     kappa = float(group["kappa"])
     numbers = rule.at_kappa({**group, "kappa": rule_kappa(group, kappa)})
-    ema_decay = scaled_decay(known["ema_decay"], *clock.ema_span(group, kappa))
+    to_go = max(1, int(group["ema_every"]) - int(group.get("ema_skips", 0)))
+    ema_decay = scaled_decay(known["ema_decay"], *clock.ema_span(group, kappa, to_go))
     return {**numbers, "ema_decay": ema_decay}
 
 

@@ -93,16 +93,16 @@ def is_due(groups: Sequence[Mapping[str, Any]], every: int) -> bool:
     return every == 1 or not groups or int(groups[0].get("ema_skips", 0)) + 1 >= every
 
 
-def ema_span(group: Mapping[str, Any], kappa: Any) -> tuple[Any, Any]:
-    """The base steps that the averages' next move covers: the first of them, and their number.
+def ema_span(group: Mapping[str, Any], kappa: Any, to_go: int = 1) -> tuple[Any, Any]:
+    """The base steps that a move of the averages covers: the first of them, and their number.
 
     Args:
         group: a param group.
         kappa: its ``kappa``, a number or a tensor on the device.
+        to_go: in how many steps the averages move; 1 is the step at hand.
     """
     begin, waited = group["base_steps"], group.get("ema_waited", 0.0)
     skips = group.get("ema_skips", 0)
-    to_go = max(1, int(group["ema_every"]) - skips)
     past = waited
     if group["kappa_scales"] == "optimizer":  # each step as one of the base batch
         kappa, past = 1.0, float(skips)
