@@ -324,6 +324,13 @@ class Interrupt(Exception):
     pass
 
 
+def in_finalizer(frame) -> bool:
+    """Python drops what is raised there."""
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
+
+
 def interrupted(action, nth: int, frames=None) -> bool:
     """Run it and raise at the nth event of a bytecode, a line or a call; False: there are fewer.
 
@@ -332,7 +339,7 @@ def interrupted(action, nth: int, frames=None) -> bool:
     left = [nth]
 
     def trace(frame, event, arg):
-        if frames is not None and frame.f_code not in frames:
+        if (frames is not None and frame.f_code not in frames) or in_finalizer(frame):
             return None
         frame.f_trace_opcodes = True
         left[0] -= 1
