@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fused_ema.experiments.distributed import processes
+
 
 def main(group: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    with open(tmp_path / f"passed-{os.environ['RANK']}", "w") as passed:
+    with processes(), open(tmp_path / f"passed-{os.environ['RANK']}", "w") as passed:
         for scenario in importlib.import_module(f"distributed_{group}").SCENARIOS:
             scenario(tmp_path)
             print(scenario.__name__, file=passed)
-    dist.barrier()
-    dist.destroy_process_group()
+        dist.barrier()
 
 
 if __name__ == "__main__":

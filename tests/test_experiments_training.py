@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,34 @@ def test_paper_preset_in_two_processes(images, tmp_path):
     # one writer: three runs of two evaluations and an end
     assert len(rows) == 9
     assert {row["samples"] for row in rows if "samples" in row} == {0, 64}
+
+
+LEAVES = """
+import os
+import torch
+from fused_ema.experiments.distributed import Group, Place, processes
+
+def waits():
+    tasks = [f"/proc/self/task/{task}/comm" for task in os.listdir("/proc/self/task")]
+    return any("gloo" in open(task).read() for task in tasks)
+
+with processes() as group:
+    place = Place(Group(world=2), torch.device("cpu"), "fp32")  # as with others
+    place.wrap(torch.nn.Linear(3, 3))(torch.ones(1, 3)).sum().backward()
+    assert waits()
+del place
+assert not waits()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' list of threads")
+def test_no_thread_outlives_the_group():
+    """One that communicates while Python ends aborts the process."""
+    alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    alone |= {"MASTER_PORT": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", LEAVES]
+    done = subprocess.run(command, env=os.environ | alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def stop_after(monkeypatch, steps):

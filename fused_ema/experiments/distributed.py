@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions keep the group that is the default when they are imported, as their arguments'
+# defaults. DistributedDataParallel imports it: too late, a group that is kept cannot be left.
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -141,7 +145,10 @@ def without_reduction(model: nn.Module, last: bool) -> AbstractContextManager[No
 
 @contextmanager
 def processes() -> Iterator[Group]:
-    """Join the processes that torchrun started, if it did, and leave them at the end."""
+    """Join the processes that torchrun started, if it did, and leave them at the end.
+
+    Leaving ends the threads that communicate. Those that live on while Python ends abort it.
+    """
     if "WORLD_SIZE" not in os.environ:
         yield Group()
         return
