@@ -173,8 +173,8 @@ test-asan: setup ## run the tests on an extension built with address and undefin
 test-shim: setup ## run the CUDA plan and kernel as C++ on the CPU through the parity suite, sanitized
 	@echo "Building the CUDA kernel for the CPU, sanitized"
 	$(call test_sanitized,FUSED_EMA_CUDA_SHIM=1,shim,--backends=shim $(addprefix $(CURDIR)/tests/,\
-		test_parity.py test_plans.py test_gradients.py test_norm.py test_launches.py test_master_weights.py \
-		test_device_folding.py \
+		test_parity.py test_plans.py test_plans_layouts.py test_gradients.py test_norm.py test_launches.py \
+		test_master_weights.py test_device_folding.py \
 		$(addprefix test_capturable.py::test_,steps_and_trajectory_match_the_oracle a_replayed_graph_goes_on \
 			eager_steps_go_on_after_a_capture a_new_group_leaves_a_graphs_counters_in_place) \
 		test_formats.py::test_device_kernels_draw_the_native_bits \
