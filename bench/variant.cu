@@ -52,7 +52,7 @@ const char* variant_step(const int32_t* chunks, int64_t num_chunks, const int64_
   launch.device = device;
   launch.stream = stream;
   try {
-    cuda::launch_step<Rule, Plain<float>, EmaFormat::full>(launch);
+    cuda::launch_step<Rule, NoMaster<float>, EmaFormat::full>(launch);
   } catch (const std::exception& error) {
     refused = error.what();
     return refused.c_str();

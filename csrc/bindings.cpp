@@ -6,6 +6,7 @@
 #include "collected.h"
 #include "cpu/plan.h"
 #include "gradients.h"
+#include "memory.h"
 #include "rules.h"
 #include "slots_bindings.h"
 #include "swap.h"

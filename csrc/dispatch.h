@@ -26,7 +26,7 @@ void with_stored_type(StoredType stored, Visit visit) {
 // What Storage stands for, in types. Weight is what the rule steps, Param what gradients belong to,
 // State what the rule keeps.
 template <class Stored>
-struct Plain {
+struct NoMaster {
   static constexpr bool has_master = false;
   static constexpr bool rounded_states = false;
   using Param = Stored;
@@ -61,7 +61,7 @@ void with_layout(Storage storage, Visit visit) {
   };
   with_stored_type(storage.type, [&](auto value) {
     using Stored = decltype(value);
-    if (!storage.master) return consider(Plain<Stored>{});
+    if (!storage.master) return consider(NoMaster<Stored>{});
     if constexpr (sizeof(Stored) < sizeof(Compute<Stored>) && !std::is_same_v<Rule, Frozen>)
       consider(Master<Stored>{});
   });

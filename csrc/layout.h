@@ -31,7 +31,7 @@ struct RowLayout {
   int num_emas;
   bool rounds;
 
-  constexpr int first_weight() const { return num_scalars; }
+  constexpr int first_ema_rate() const { return num_scalars; }
   constexpr int seed() const { return num_scalars + num_emas; }
   constexpr int size() const { return seed() + rounds; }
 };

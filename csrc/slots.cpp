@@ -2,13 +2,15 @@
 
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/impl/COW.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
+
+#include "dtypes.h"
+#include "memory.h"
 
 namespace fused_ema {
 
@@ -84,46 +86,6 @@ inline bool equal(c10::IntArrayRef a, c10::IntArrayRef b) {
       "allowed: between steps");
 }
 
-StoredType stored_type(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return StoredType::float32;
-    case at::kDouble:
-      return StoredType::float64;
-    case at::kBFloat16:
-      return StoredType::bfloat16;
-    case at::kHalf:
-      return StoredType::float16;
-    default:
-      throw std::invalid_argument(std::string("no kernel for dtype ") + at::toString(dtype));
-  }
-}
-
-bool is_rounded(at::ScalarType state, at::ScalarType weight) {
-  if (state == weight) return false;
-  if (state == at::kBFloat16 && weight == at::kFloat) return true;
-  throw std::invalid_argument(std::string("no kernel for states of dtype ") + at::toString(state) +
-                              " beside weights of " + at::toString(weight));
-}
-
-EmaFormat ema_format(at::ScalarType average, at::ScalarType arithmetic) {
-  if (average == arithmetic) return EmaFormat::full;
-  if (average == at::kBFloat16 && arithmetic == at::kFloat) return EmaFormat::bf16;
-  if (average == at::kHalf && arithmetic == at::kFloat) return EmaFormat::delta;
-  throw std::invalid_argument(std::string("no kernel for averages of dtype ") +
-                              at::toString(average) + " in arithmetic of " +
-                              at::toString(arithmetic));
-}
-
-// Whether a tensor is dense memory to the dispatcher and nothing besides.
-bool has_plain_keys(const at::Tensor& tensor) {
-  const c10::DispatchKeySet besides = tensor.key_set() -
-                                      c10::DispatchKeySet(c10::DispatchKey::Dense) -
-                                      c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView) -
-                                      c10::autograd_dispatch_keyset - c10::autocast_dispatch_keyset;
-  return besides.highestFunctionalityKey() == c10::DispatchKey::Undefined;
-}
-
 // Whether both tensors put their elements in the same places; the strides of dimensions of size one
 // do not matter.
 bool same_order(const at::Tensor& a, const at::Tensor& b) {
@@ -131,28 +93,6 @@ bool same_order(const at::Tensor& a, const at::Tensor& b) {
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] != 1 && a_strides[d] != b_strides[d]) return false;
   return true;
-}
-
-const void* first(py::handle tensor) {
-  const c10::TensorImpl& impl = *THPVariable_Unpack(tensor.ptr()).unsafeGetTensorImpl();
-  const c10::Storage& storage = impl.unsafe_storage();
-  if (!storage) return nullptr;
-  const auto itemsize = static_cast<int64_t>(impl.dtype().itemsize());
-  return static_cast<const char*>(storage.data()) + impl.storage_offset() * itemsize;
-}
-
-std::pair<uintptr_t, uintptr_t> span(const at::Tensor& tensor) {
-  if (!tensor.has_storage() || tensor.layout() != at::kStrided || tensor.numel() == 0)
-    return {0, 0};
-  const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-  const c10::Storage& storage = impl.unsafe_storage();
-  const void* const data = storage.data();
-  if (data == nullptr || c10::impl::cow::is_cow_data_ptr(storage.data_ptr())) return {0, 0};
-  int64_t last = 0;
-  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
-  const auto itemsize = static_cast<int64_t>(tensor.itemsize());
-  const auto begin = reinterpret_cast<uintptr_t>(data) + impl.storage_offset() * itemsize;
-  return {begin, begin + (last + 1) * itemsize};
 }
 
 // The word of a slot's k-th tensor beside the parameter and its step: a state or an average.
@@ -185,8 +125,8 @@ Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bo
     throw std::invalid_argument("params: received " + std::to_string(params.size()) +
                                 " tensors; allowed: " + std::to_string(WordLayout::most_slots));
   const at::ScalarType average = at::toOpMathType(stored_.dtype);
-  for (const auto* held : {&states[0], &emas[0]})
-    for (const py::object& tensor : *held) kinds_.emplace_back(unpack(tensor).scalar_type());
+  for (const auto* like : {&states[0], &emas[0]})
+    for (const py::object& tensor : *like) kinds_.emplace_back(unpack(tensor).scalar_type());
   const at::ScalarType weight = master ? kinds_[2].dtype : stored_.dtype;
   storage_ = {stored_type(stored_.dtype), master,
               num_states() > 0 && is_rounded(kinds_[1 + num_states_].dtype, weight),
@@ -215,7 +155,7 @@ Slots::Slots(int num_scalars, bool frozen, bool takes_grads, bool capturable, bo
 }
 
 bool Slots::prepare(const py::object& fold) {
-  if (held_)
+  if (hold_lives_)
     throw std::runtime_error("step() is under way in another thread; allowed: one at a time");
   const auto advances = fold.attr("advances").cast<std::vector<double>>();
   rows_.clear();
@@ -293,9 +233,9 @@ inline bool Slots::read_pointers(size_t i) {
     return false;
   counters_[i] = counter;
   for (size_t k = 2; k < num_tensors(); ++k) {
-    const c10::TensorImpl& held = impl(tensor[k]);
-    if (!as_planned(held, kinds_[k], shape)) return false;
-    new_slots_ |= put(words[word_of(k)], address(held, kinds_[k].itemsize));
+    const c10::TensorImpl& other = impl(tensor[k]);
+    if (!as_planned(other, kinds_[k], shape)) return false;
+    new_slots_ |= put(words[word_of(k)], address(other, kinds_[k].itemsize));
   }
   return true;
 }
@@ -348,13 +288,14 @@ void Slots::fold_rows(const py::object& fold) {
   for (const Row& row : rows_) {
     const py::object step = row.active ? py::object(py::float_(row.step)) : py::object(py::none());
     const py::tuple folded = fold(row.group, step);
-    const py::tuple scalars = folded[0], weights = folded[1];
+    const py::tuple scalars = folded[0], ema_rates = folded[1];
     if (py::ssize_t(scalars.size()) != (row.active ? num_scalars_ : 0) ||
-        (num_emas_ > 0 && py::ssize_t(weights.size()) != num_emas_))
+        (num_emas_ > 0 && py::ssize_t(ema_rates.size()) != num_emas_))
       throw std::runtime_error("a rule folds " + std::to_string(scalars.size()) +
                                " scalars, its kernel takes " + std::to_string(num_scalars_));
     for (size_t k = 0; k < scalars.size(); ++k) out[k] = scalars[k].cast<double>();
-    for (int k = 0; k < num_emas_; ++k) out[layout.first_weight() + k] = weights[k].cast<double>();
+    for (int k = 0; k < num_emas_; ++k)
+      out[layout.first_ema_rate() + k] = ema_rates[k].cast<double>();
     if (rounds_) out[layout.seed()] = fold.attr("seed")(row.group).cast<double>();
     out += layout.size();
   }
@@ -458,7 +399,7 @@ Slots::Hold::Hold(OwnedSlots slots_to_hold) : slots_(std::move(slots_to_hold)) {
   for (const py::object& tensor : slots.tensors_) add(unpack(tensor).storage());
   for (const at::Tensor& grad : slots.grads_held_)
     if (grad.defined()) add(grad.storage());
-  slots_->held_ = true;
+  slots_->hold_lives_ = true;
 }
 
 void Slots::Hold::release() {
@@ -466,39 +407,16 @@ void Slots::Hold::release() {
   for (c10::StorageImpl* storage : resizable_)
     if (storage->allocator() != nullptr) storage->set_resizable(true);
   storages_.clear();
-  slots_->held_ = false;
+  slots_->hold_lives_ = false;
 }
 
 void Slots::Hold::add(const c10::Storage& storage) {
-  c10::StorageImpl* const held = storage.unsafeGetStorageImpl();
-  if (held->resizable()) {
-    held->set_resizable(false);
-    resizable_.push_back(held);
+  c10::StorageImpl* const found = storage.unsafeGetStorageImpl();
+  if (found->resizable()) {
+    found->set_resizable(false);
+    resizable_.push_back(found);
   }
   storages_.push_back(storage);
-}
-
-bool is_plain(const at::Tensor& tensor) {
-  return has_plain_keys(tensor) && tensor.has_storage() && !tensor.is_inference();
-}
-
-Addresses::Addresses(const py::list& tensors) {
-  for (const py::handle tensor : tensors) first_.push_back(first(tensor));
-}
-
-bool Addresses::unchanged(const py::list& tensors) const {
-  const auto count = static_cast<Py_ssize_t>(first_.size());
-  bool same = PyList_GET_SIZE(tensors.ptr()) == count;
-  for (Py_ssize_t i = 0; same && i < count; ++i)
-    same = first_[i] == first(PyList_GET_ITEM(tensors.ptr(), i));
-  return same;
-}
-
-std::vector<std::pair<uintptr_t, uintptr_t>> spans(const std::vector<at::Tensor>& tensors) {
-  std::vector<std::pair<uintptr_t, uintptr_t>> found;
-  found.reserve(tensors.size());
-  for (const at::Tensor& tensor : tensors) found.push_back(span(tensor));
-  return found;
 }
 
 }  // namespace fused_ema

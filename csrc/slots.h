@@ -190,7 +190,7 @@ class Slots {
   std::vector<Row> rows_;
   std::vector<at::Tensor> grads_held_;  // or copies laid out like their parameter; undefined: none
 
-  bool held_ = false;  // a Hold lives
+  bool hold_lives_ = false;
 
   // since the last pack()
   bool new_table_ = true;
@@ -231,23 +231,5 @@ class Slots::Hold {
   std::vector<c10::Storage> storages_;
   std::vector<c10::StorageImpl*> resizable_;  // of those, as they were found
 };
-
-// Whether a tensor is nothing but memory of its own, which may be written: no subclass, no lazy
-// negation or conjugation, no zeros without memory.
-bool is_plain(const at::Tensor& tensor);
-
-// Where tensors lay when they were looked at.
-class Addresses {
- public:
-  explicit Addresses(const py::list& tensors);
-  bool unchanged(const py::list& tensors) const;
-
- private:
-  std::vector<const void*> first_;
-};
-
-// First address of each tensor's memory and the one behind its last, 0 and 0 where it has none that
-// another one may share: no elements, no storage, or one that is copied when it is written to.
-std::vector<std::pair<uintptr_t, uintptr_t>> spans(const std::vector<at::Tensor>& tensors);
 
 }  // namespace fused_ema

@@ -23,13 +23,13 @@ CSRC = Path(__file__).parents[1] / "csrc"
 MAX_REGISTERS = 64
 # float, double and the halves, in symbols, and how they are stored
 TYPES = ("f", "d", "NS_8BFloat16E", "NS_4HalfE")
-PLAIN = [f"NS_5PlainI{stored}EE" for stored in TYPES]
+NO_MASTER = [f"NS_8NoMasterI{stored}EE" for stored in TYPES]
 MASTER = [f"NS_6MasterI{stored}EE" for stored in TYPES[2:]]
-ROUNDED_STATES = [f"NS_13RoundedStatesI{layout}EE" for layout in (PLAIN[0], *MASTER)]
+ROUNDED_STATES = [f"NS_13RoundedStatesI{layout}EE" for layout in (NO_MASTER[0], *MASTER)]
 # averages in full, in bfloat16, as differences
 FORMATS = [f"LNS_9EmaFormatE{k}E" for k in range(3)]
 KERNEL = re.compile(
-    rf"_ZN9fused_ema4cuda(?:4step(INS_\w+?E)({'|'.join([*PLAIN, *MASTER, *ROUNDED_STATES])})"
+    rf"_ZN9fused_ema4cuda(?:4step(INS_\w+?E)({'|'.join([*NO_MASTER, *MASTER, *ROUNDED_STATES])})"
     rf"({'|'.join(FORMATS)})|7squares(I)({'|'.join(TYPES)})|4fold(INS_\w+?E))Li\d+EE\w+"
 )
 FOLD = "4cuda4fold"  # in double, by functions of CUDA's that approximate and fuse
@@ -115,7 +115,7 @@ def test_every_kernel_is_built_for_every_architecture(sass):
         for count in variants.values()
     ]
     count, with_states = len(states), len([k for k in states if k > 0])
-    full = count * len([*PLAIN, *MASTER]) + len(PLAIN)
+    full = count * len([*NO_MASTER, *MASTER]) + len(NO_MASTER)
     rounded = 2 * (full - count - 1)  # averages of two formats, but not of float64
     for names in built.values():
         kinds = Counter(KERNEL.match(name).groups() for name in names)
@@ -131,13 +131,13 @@ def test_every_kernel_is_built_for_every_architecture(sass):
 # Bytes of a thread's memory, where kernels lack registers of those that leave room for four blocks.
 STACKS = {
     "sm_100": {
-        "INS_4AdamILb0EEENS_5PlainIdEE": 8,
-        "INS_7RmspropILb1ELb0EEENS_5PlainIdEE": 32,
-        "INS_7RmspropILb1ELb1EEENS_5PlainIdEE": 8,
+        "INS_4AdamILb0EEENS_8NoMasterIdEE": 8,
+        "INS_7RmspropILb1ELb0EEENS_8NoMasterIdEE": 32,
+        "INS_7RmspropILb1ELb1EEENS_8NoMasterIdEE": 8,
     },
     "sm_120": {
-        "INS_7RmspropILb1ELb0EEENS_5PlainIdEE": 16,
-        "INS_7RmspropILb1ELb1EEENS_5PlainIdEE": 24,
+        "INS_7RmspropILb1ELb0EEENS_8NoMasterIdEE": 16,
+        "INS_7RmspropILb1ELb1EEENS_8NoMasterIdEE": 24,
     },
 }
 
@@ -171,7 +171,7 @@ def widest(key: tuple[str, str]) -> int:
     """Bits of the weights that a kernel takes at once: half as many where registers are scarce."""
     arch, name = key
     three = ("AdamILb1E", "RmspropILb1ELb1E")  # states
-    many = any(kind in name for kind in (*PLAIN[2:], *three))
+    many = any(kind in name for kind in (*NO_MASTER[2:], *three))
     return 64 if int(arch[3:]) >= 100 and FORMATS[2] in name and many else 128
 
 

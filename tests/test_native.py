@@ -109,8 +109,8 @@ def check_loops(objdump: str, file: str | Path, target: str, instruction: str) -
     functions = re.split(r"\n(?=[0-9a-f]+ <)", listing)
     for rule in WITH_ROOTS:
         halves = ("fused_ema::BFloat16", "fused_ema::Half")
-        plain = [f"fused_ema::Plain<{stored}>" for stored in ("float", "double", *halves)]
-        for layout in (*plain, *(f"fused_ema::Master<{stored}>" for stored in halves)):
+        no_master = [f"fused_ema::NoMaster<{stored}>" for stored in ("float", "double", *halves)]
+        for layout in (*no_master, *(f"fused_ema::Master<{stored}>" for stored in halves)):
             name = f"cpu::{target}::step_piece<fused_ema::{rule}, {layout} >"
             loop = f"cpu::{target}::rule_loop<fused_ema::{rule}, {layout} >"
             bodies = [f for f in functions if name in f[:300] or loop in f[:300]]

@@ -5,27 +5,27 @@
 constexpr int64_t block = 128;
 
 // Elements between two requests for memory: a few lines of each tensor.
-constexpr int64_t part = 64;
+constexpr int64_t tile = 64;
 // How far ahead memory is asked for. By itself a core does not see so far: arithmetic stands
 // between its loads, and what it asks for unasked ends with every page.
 constexpr int64_t ahead = 512;
 
-// Asks for the memory of the part that begins at an element, which may be beyond the last one.
+// Asks for the memory of the tile that begins at an element, which may be beyond the last one.
 // Inlined by force, as GCC would drop the call of a function that does nothing else.
 template <class T>
 FUSED_EMA_INLINE void ask_for(const T* tensor, int64_t begin) {
   constexpr uintptr_t line = 64;
   const uintptr_t first = reinterpret_cast<uintptr_t>(tensor) + begin * sizeof(T);
-  for (uintptr_t at = 0; at < part * sizeof(T); at += line)
+  for (uintptr_t at = 0; at < tile * sizeof(T); at += line)
     __builtin_prefetch(reinterpret_cast<const void*>(first + at));
 }
 
 constexpr Exact exact;
 
-// Calls visit with the bounds of one part after another.
+// Calls visit with the bounds of one tile after another.
 template <class Visit>
-void for_each_part(int64_t count, Visit visit) {
-  for (int64_t begin = 0; begin < count; begin += part) visit(begin, std::min(count, begin + part));
+void for_each_tile(int64_t count, Visit visit) {
+  for (int64_t begin = 0; begin < count; begin += tile) visit(begin, std::min(count, begin + tile));
 }
 
 // Scalars by value: behind a reference the stores might change them, and nothing would vectorise.
@@ -45,7 +45,7 @@ void rule_loop(void* const* pointers, const void* grads, int64_t begin, int64_t 
     state[k] = static_cast<State*>(pointers[first + 1 + k]) + begin;
   RandomBits bits[num_states + 1];
   for (int k = 0; k < num_states; ++k) bits[k] = RandomBits(key, first_state_key + k, begin);
-  for_each_part(count, [&](int64_t first, int64_t last) {
+  for_each_tile(count, [&](int64_t first, int64_t last) {
     ask_for(weight, first + ahead);
     ask_for(grad, first + ahead);
     if constexpr (Layout::has_master) ask_for(param, first + ahead);
@@ -72,7 +72,7 @@ void rule_loop(void* const* pointers, const void* grads, int64_t begin, int64_t 
 template <class Average, class Weight, class Move>
 FUSED_EMA_INLINE void average_loop(Average* average, const Weight* param, int64_t count,
                                    Move move) {
-  for_each_part(count, [&](int64_t first, int64_t last) {
+  for_each_tile(count, [&](int64_t first, int64_t last) {
     ask_for(average, first + ahead);
     ask_for(param, first + ahead);
     FUSED_EMA_INDEPENDENT
