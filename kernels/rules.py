@@ -1,6 +1,6 @@
 """The optimizers' maths, once for Triton: one function per variant of a rule, and the EMA.
 
-``csrc/rules.h`` and :mod:`fused_ema.rules` hold the same formulas under the same names.
+``csrc/rules`` and :mod:`fused_ema.rules` hold the same formulas under the same names.
 Operations are in the order of the C++ rules, so that both give the same bits. A rule takes and
 returns values:
 ``(param, grad, states, scalars) -> (param, states)``. States and scalars are tuples in the order of

@@ -17,7 +17,7 @@ from fused_ema import FusedScaledAdamW, FusedScaledSGD, _native
 
 TARGETS = _native.cpu_targets()
 BOOLS = ("false", "true")
-# The functors of csrc/rules.h that take roots.
+# The functors of csrc/rules that take roots.
 WITH_ROOTS = (
     *(f"Adam<{amsgrad}>" for amsgrad in BOOLS),
     *(f"Rmsprop<{momentum}, {centered}>" for momentum in BOOLS for centered in BOOLS),

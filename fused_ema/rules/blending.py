@@ -1,6 +1,6 @@
 """Averages of two values, right also where their difference is not finite: tensors, element-wise.
 
-``csrc/rules.h`` and ``kernels/rules.py`` hold the same operations under the same names.
+``csrc/rules/blending.h`` and ``kernels/rules.py`` hold the same operations under the same names.
 """
 
 from __future__ import annotations

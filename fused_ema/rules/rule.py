@@ -6,7 +6,7 @@ costs only its bias corrections: ``scale`` applies the batch-size rules of
 tensors, the specification that every kernel follows. A
 :class:`~fused_ema.rules.tensorlist.TensorList` takes its place where no value is so large that a
 square or a difference may overflow.
-``csrc/rules.h`` holds the same formulas in C++ under the same names.
+``csrc/rules`` holds the same formulas in C++ under the same names.
 """
 
 from __future__ import annotations
