@@ -20,7 +20,33 @@ FUSED_EMA_INLINE void ask_for(const T* tensor, int64_t begin) {
     __builtin_prefetch(reinterpret_cast<const void*>(first + at));
 }
 
-constexpr Exact exact;
+// The highest bit is set where a value is infinite or none. In integers, which vectorise.
+FUSED_EMA_INLINE uint32_t not_finite(float value) {
+  return (as_bits(value) & 0x7fffffffu) + 0x00800000u;
+}
+
+FUSED_EMA_INLINE uint64_t not_finite(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return (bits & ~(uint64_t{1} << 63)) + (uint64_t{1} << 52);
+}
+
+template <class T>
+using Flags = decltype(not_finite(T{}));
+
+template <class T>
+FUSED_EMA_INLINE bool any_set(T flags) {
+  return flags >> (8 * sizeof(T) - 1) != 0;
+}
+
+// Whether a rule's update may blend directly.
+template <class Rule, class Scalars, class Value>
+bool weights_are_low(const Scalars& scalars, Value value) {
+  Value states[Rule::num_states + 1] = {};
+  Weights weights;
+  Rule::update(value, value, states, scalars, weights);
+  return weights.low();
+}
 
 // Calls visit with the bounds of one tile after another.
 template <class Visit>
@@ -28,80 +54,171 @@ void for_each_tile(int64_t count, Visit visit) {
   for (int64_t begin = 0; begin < count; begin += tile) visit(begin, std::min(count, begin + tile));
 }
 
-// Scalars by value: behind a reference the stores might change them, and nothing would vectorise.
+// What the rule reads and writes of a block.
 template <class Rule, class Layout>
-void rule_loop(void* const* pointers, const void* grads, int64_t begin, int64_t count,
-               typename Rule::template Scalars<Compute<typename Layout::Weight>> scalars,
-               uint32_t key) {
+struct Block {
   using Param = typename Layout::Param;
   using Weight = typename Layout::Weight;
   using State = typename Layout::State;
-  constexpr int num_states = Rule::num_states, first = Layout::has_master;
-  Param* param = static_cast<Param*>(pointers[0]) + begin;
-  Weight* weight = static_cast<Weight*>(pointers[first]) + begin;
-  const Param* grad = static_cast<const Param*>(grads) + begin;
-  State* state[num_states + 1] = {};
-  for (int k = 0; k < num_states; ++k)
-    state[k] = static_cast<State*>(pointers[first + 1 + k]) + begin;
+  static constexpr int num_states = Rule::num_states;
+
+  Param* param;
+  Weight* weight;
+  const Param* grad;
+  State* state[num_states + 1];
   RandomBits bits[num_states + 1];
-  for (int k = 0; k < num_states; ++k) bits[k] = RandomBits(key, first_state_key + k, begin);
-  for_each_tile(count, [&](int64_t first, int64_t last) {
-    ask_for(weight, first + ahead);
-    ask_for(grad, first + ahead);
-    if constexpr (Layout::has_master) ask_for(param, first + ahead);
-    for (int k = 0; k < num_states; ++k) ask_for(state[k], first + ahead);
-    FUSED_EMA_INDEPENDENT
-    for (int64_t i = first; i < last; ++i) {
-      Compute<Weight> states[num_states + 1];
-      for (int k = 0; k < num_states; ++k) states[k] = load(state[k][i]);
-      Compute<Weight> value = load(weight[i]);
-      Rule::update(value, load(grad[i]), states, scalars, exact);
-      weight[i] = store<Weight>(value);
-      if constexpr (Layout::has_master) param[i] = store<Param>(value);
-      for (int k = 0; k < num_states; ++k) {
-        if constexpr (Layout::rounded_states)
-          state[k][i] = round_bfloat16(states[k], bits[k][i]);
-        else
-          state[k][i] = store<State>(states[k]);
-      }
+
+  Block(const Piece& piece, int64_t begin) : state(), bits() {
+    constexpr int master = Layout::has_master;
+    param = static_cast<Param*>(piece.pointers[0]) + begin;
+    weight = static_cast<Weight*>(piece.pointers[master]) + begin;
+    grad = static_cast<const Param*>(piece.grad) + begin;
+    for (int k = 0; k < num_states; ++k) {
+      state[k] = static_cast<State*>(piece.pointers[master + 1 + k]) + begin;
+      bits[k] = RandomBits(piece.key, first_state_key + k, begin);
     }
+  }
+
+  FUSED_EMA_INLINE void ask_for_tile(int64_t begin) const {
+    ask_for(weight, begin);
+    ask_for(grad, begin);
+    if constexpr (Layout::has_master) ask_for(param, begin);
+    for (int k = 0; k < num_states; ++k) ask_for(state[k], begin);
+  }
+};
+
+// Values of a tile before it was stepped.
+template <class Rule, class Layout>
+struct Old {
+  typename Layout::Weight weight[tile];
+  typename Layout::State state[Rule::num_states + 1][tile];
+
+  void restore(const Block<Rule, Layout>& to, int64_t first, int64_t last) const {
+    std::copy(weight, weight + (last - first), to.weight + first);
+    for (int k = 0; k < Rule::num_states; ++k)
+      std::copy(state[k], state[k] + (last - first), to.state[k] + first);
+  }
+};
+
+// Steps a tile; where directly, returns whether all came out finite, and keeps what it was.
+// Scalars by value: behind a reference the stores might change them, and nothing would vectorise.
+template <class How, class Rule, class Layout, class Scalars>
+FUSED_EMA_INLINE bool step_tile(Block<Rule, Layout> to, int64_t first, int64_t last,
+                                Scalars scalars, Old<Rule, Layout>& old) {
+  using Param = typename Layout::Param;
+  using Weight = typename Layout::Weight;
+  using State = typename Layout::State;
+  using Value = Compute<Weight>;
+  constexpr int num_states = Rule::num_states;
+  constexpr bool direct = std::is_same_v<How, Direct<Value>>;
+  Flags<Value> flags = 0;
+  FUSED_EMA_INDEPENDENT
+  for (int64_t i = first; i < last; ++i) {
+    Value states[num_states + 1];
+    for (int k = 0; k < num_states; ++k) {
+      const State state = to.state[k][i];
+      if constexpr (direct) old.state[k][i - first] = state;
+      states[k] = load(state);
+    }
+    const Weight weight = to.weight[i];
+    if constexpr (direct) old.weight[i - first] = weight;
+    Value value = load(weight);
+    How how;
+    Rule::update(value, load(to.grad[i]), states, scalars, how);
+    if constexpr (direct) flags |= not_finite(how.seen());
+    to.weight[i] = store<Weight>(value);
+    if constexpr (Layout::has_master) to.param[i] = store<Param>(value);
+    for (int k = 0; k < num_states; ++k) {
+      if constexpr (Layout::rounded_states)
+        to.state[k][i] = round_bfloat16(states[k], to.bits[k][i]);
+      else
+        to.state[k][i] = store<State>(states[k]);
+    }
+  }
+  return !any_set(flags);
+}
+
+// A tile is blended directly where weights are low, and once more exactly, from what it was, where
+// not all of it comes out finite.
+template <class Rule, class Layout>
+void rule_loop(const Piece& piece, int64_t begin, int64_t count,
+               typename Rule::template Scalars<Compute<typename Layout::Weight>> scalars,
+               bool low) {
+  const Block<Rule, Layout> to(piece, begin);
+  Old<Rule, Layout> old;
+  for_each_tile(count, [=, &old](int64_t first, int64_t last) {
+    to.ask_for_tile(first + ahead);
+    if (low) {
+      if (step_tile<Direct<Compute<typename Layout::Weight>>>(to, first, last, scalars, old))
+        return;
+      old.restore(to, first, last);
+    }
+    step_tile<Exact>(to, first, last, scalars, old);
   });
 }
 
-// Moves an average's elements one by one, whatever its format.
-template <class Average, class Weight, class Move>
-FUSED_EMA_INLINE void average_loop(Average* average, const Weight* param, int64_t count,
-                                   Move move) {
-  for_each_tile(count, [&](int64_t first, int64_t last) {
+// Moves an average's elements one by one, whatever its format: `move` computes what `stored` keeps;
+// directly or exactly, as rules are stepped.
+template <class How, class Rate, class Average, class Move, class Stored>
+FUSED_EMA_INLINE bool average_tile(Average* average, int64_t first, int64_t last, Move move,
+                                   Stored stored, Average* old) {
+  constexpr bool direct = std::is_same_v<How, Direct<Rate>>;
+  Flags<Rate> flags = 0;
+  FUSED_EMA_INDEPENDENT
+  for (int64_t i = first; i < last; ++i) {
+    const Average before = average[i];
+    if constexpr (direct) old[i - first] = before;
+    How how;
+    const Rate moved = move(load(before), i, how);
+    if constexpr (direct) flags |= not_finite(how.seen());
+    average[i] = stored(moved, i);
+  }
+  return !any_set(flags);
+}
+
+template <class Average, class Weight, class Rate, class Move, class Stored>
+FUSED_EMA_INLINE void average_loop(Average* average, const Weight* param, int64_t count, Rate rate,
+                                   Move move, Stored stored) {
+  Average old[tile];
+  for_each_tile(count, [=, &old](int64_t first, int64_t last) {
     ask_for(average, first + ahead);
     ask_for(param, first + ahead);
-    FUSED_EMA_INDEPENDENT
-    for (int64_t i = first; i < last; ++i) average[i] = move(i);
+    if (is_low(rate)) {
+      if (average_tile<Direct<Rate>, Rate>(average, first, last, move, stored, old)) return;
+      std::copy(old, old + (last - first), average + first);
+    }
+    average_tile<Exact, Rate>(average, first, last, move, stored, old);
   });
 }
 
 template <class Weight>
 void ema_loop(Compute<Weight>* average, const Weight* param, int64_t count, Compute<Weight> rate) {
-  average_loop(average, param, count,
-               [=](int64_t i) { return ema(average[i], load(param[i]), rate, exact); });
+  average_loop(
+      average, param, count, rate,
+      [=](Compute<Weight> held, int64_t i, auto& how) {
+        return ema(held, load(param[i]), rate, how);
+      },
+      [](Compute<Weight> value, int64_t) { return value; });
 }
 
 template <class Weight>
 void rounded_ema_loop(BFloat16* average, const Weight* param, int64_t count, float rate,
                       RandomBits bits) {
-  average_loop(average, param, count, [=](int64_t i) {
-    const float value = ema(load(average[i]), load(param[i]), rate, exact);
-    return round_bfloat16(value, bits[i]);
-  });
+  average_loop(
+      average, param, count, rate,
+      [=](float held, int64_t i, auto& how) { return ema(held, load(param[i]), rate, how); },
+      [=](float value, int64_t i) { return round_bfloat16(value, bits[i]); });
 }
 
 template <bool before, class Weight>
 void delta_loop(Half* delta, const float* old, const Weight* param, int64_t count, float rate,
                 RandomBits bits) {
-  average_loop(delta, param, count, [=](int64_t i) {
-    const float value = ema_delta<before>(load(delta[i]), old[i], load(param[i]), rate, exact);
-    return round_half(value, bits[i]);
-  });
+  average_loop(
+      delta, param, count, rate,
+      [=](float held, int64_t i, auto& how) {
+        return ema_delta<before>(held, old[i], load(param[i]), rate, how);
+      },
+      [=](float value, int64_t i) { return round_half(value, bits[i]); });
 }
 
 template <class Layout>
@@ -142,6 +259,7 @@ template <class Rule, class Layout>
 void step_piece(const Piece& piece) {
   using Value = Compute<typename Layout::Weight>;
   const auto scalars = scalars_of<Rule, Value>(piece.row, piece.grad_factor);
+  const bool low = weights_are_low<Rule>(scalars, Value(0));
   const double* ema_rates = piece.row + Rule::scalars.size();
   void* const* emas = piece.pointers + 1 + Layout::has_master + Rule::num_states;
   int64_t count = 0;
@@ -149,8 +267,7 @@ void step_piece(const Piece& piece) {
     // blocks begin at multiples of their size, so that none crosses one of 2^32
     count = std::min(piece.end - begin, block - begin % block);
     const auto step = [&] {
-      if (piece.grad != nullptr)
-        rule_loop<Rule, Layout>(piece.pointers, piece.grad, begin, count, scalars, piece.key);
+      if (piece.grad != nullptr) rule_loop<Rule, Layout>(piece, begin, count, scalars, low);
     };
     if (piece.ema_format == EmaFormat::delta) {
       delta_block<Layout>(piece, emas, ema_rates, begin, count, step);

@@ -4,6 +4,7 @@
 // addition, multiplication, division and square root are correctly rounded at every vector width.
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <type_traits>
 

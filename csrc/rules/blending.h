@@ -57,15 +57,65 @@ struct Exact {
   FUSED_EMA_INLINE void look(float) const {}
 };
 
+// As Exact where weights are below a half and seen() is finite: what differs leaves no finite sum.
+template <class T>
+class Direct {
+ public:
+  FUSED_EMA_INLINE T blend(T from, T to, T, T weight) { return see(from + weight * (to - from)); }
+  FUSED_EMA_INLINE T moved(T from, T to) { return see(to - from); }
+  FUSED_EMA_INLINE T shrunk(T value, T weight) { return see(value - weight * value); }
+
+  FUSED_EMA_INLINE bool finite(T value) {
+    see(value);
+    return true;
+  }
+
+  FUSED_EMA_INLINE void look(T) const {}
+
+  // The sum of all that was blended.
+  FUSED_EMA_INLINE T seen() const { return seen_; }
+
+ private:
+  FUSED_EMA_INLINE T see(T value) {
+    seen_ += value;
+    return value;
+  }
+
+  T seen_ = 0;
+};
+
+template <class T>
+FUSED_EMA_INLINE bool is_low(T weight) {
+  return weight < T(0.5);
+}
+
+// Blends nothing, and sees whether Direct may: the weights do not depend on the values.
+class Weights {
+ public:
+  template <class T>
+  FUSED_EMA_INLINE T blend(T from, T, T, T weight) {
+    low_ = low_ && is_low(weight);
+    return from;
+  }
+
+  template <class T>
+  FUSED_EMA_INLINE bool finite(T) const {
+    return true;
+  }
+
+  FUSED_EMA_INLINE bool low() const { return low_; }
+
+ private:
+  bool low_ = true;
+};
+
 // As Exact, if right() says so afterwards: where weights are below a half, and differences finite.
 // A GPU so looks once for the values of a pack, where a CPU would no longer vectorise.
 class Quick {
  public:
-  static FUSED_EMA_INLINE bool low(float weight) { return weight < 0.5f; }
-
   FUSED_EMA_INLINE float blend(float from, float to, float, float weight) {
     const float change = to - from;
-    low_ = low_ && low(weight);
+    low_ = low_ && is_low(weight);
     finite(change);
     return from + weight * change;
   }
@@ -73,7 +123,7 @@ class Quick {
   FUSED_EMA_INLINE float moved(float from, float to) const { return to - from; }
 
   FUSED_EMA_INLINE float shrunk(float value, float weight) {
-    low_ = low_ && low(weight);
+    low_ = low_ && is_low(weight);
     return value - weight * value;
   }
 
