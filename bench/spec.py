@@ -14,13 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_ema import FusedScaledAdamW, FusedScaledSGD, scaling
+from fused_ema import (
+    FusedScaledAdamW,
+    FusedScaledLAMB,
+    FusedScaledLARS,
+    FusedScaledSGD,
+    scaling,
+)
+
+from .layerwise import PerTensorLAMB, PerTensorLARS
 
 # Large enough that the check notices after a few steps if any one is left out; a step's time does
 # not depend on them.
 KAPPA = 2.0
 EMA_DECAYS = (0.9, 0.8, 0.95)
 LR, BETAS, EPS, MOMENTUM, WEIGHT_DECAY = 1e-2, (0.9, 0.99), 1e-2, 0.9, 0.1
+TRUST_COEFFICIENT = 1.0
 LOSS_SCALE = 1024.0
 
 Parameters = list[nn.Parameter]
@@ -123,6 +132,8 @@ class Spec:
     base: arguments of our optimizer, at the base batch size.
     scaled: arguments of torch's at ``KAPPA`` times that, for a base learning rate.
     num_states: number of state tensors that a step reads and writes.
+    num_measured: number of arrays besides the gradients of which a pass before the step takes
+        norms; torch's is then a loop over tensors of ours, because torch has none.
     """
 
     name: str
@@ -131,20 +142,23 @@ class Spec:
     base: Mapping[str, Any]
     scaled: Callable[[float], Mapping[str, Any]]
     num_states: int
+    num_measured: int = 0
     scenario: Scenario = STEP
 
     @property
     def bytes_per_param(self) -> int:
         """The bytes a step must move: each array read once, and all but the gradients written once.
 
-        Clipping needs the norm first, so it reads gradients twice. Parameters that are copies of
-        their masters are only written.
+        Clipping needs the norm first, so it reads gradients once more, and trust ratios need norms.
+        Parameters that are copies of their masters are only written.
         """
         full, own = torch.float32.itemsize, self.scenario.dtype.itemsize
         averages = self.scenario.num_averages * own
         if not self.scenario.rule:
             return full + 2 * averages
         gradients = own * (2 if self.scenario.clip else 1)
+        if self.num_measured:
+            gradients += own + self.num_measured * full
         copies = own if self.scenario.master else 0
         return 2 * (full + self.num_states * full + averages) + gradients + copies
 
@@ -178,12 +192,28 @@ def scaled_sgd(base_lr: float) -> Mapping[str, Any]:
     return {**SGD, "lr": scaling.sgd_lr(base_lr, KAPPA)}
 
 
+def scaled_lars(base_lr: float) -> Mapping[str, Any]:
+    return {**LARS, "lr": scaling.sgd_lr(base_lr, KAPPA)}
+
+
+def scaled_lamb(base_lr: float) -> Mapping[str, Any]:
+    return {
+        "lr": scaling.adaptive_lr(base_lr, KAPPA),
+        "betas": tuple(1.0 - scaling.beta_weight(beta, KAPPA) for beta in BETAS),
+        "eps": scaling.adaptive_eps(EPS, KAPPA),
+        "weight_decay": scaling.normalized_weight_decay(WEIGHT_DECAY, KAPPA),
+    }
+
+
 ADAMW = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 SGD = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+LARS = {**SGD, "trust_coefficient": TRUST_COEFFICIENT, "eps": EPS}
 OPTIMIZERS = {
     spec.name: spec
     for spec in (
         Spec("adamw", FusedScaledAdamW, torch.optim.AdamW, ADAMW, scaled_adamw, num_states=2),
         Spec("sgd", FusedScaledSGD, torch.optim.SGD, SGD, scaled_sgd, num_states=1),
+        Spec("lars", FusedScaledLARS, PerTensorLARS, LARS, scaled_lars, 1, num_measured=1),
+        Spec("lamb", FusedScaledLAMB, PerTensorLAMB, ADAMW, scaled_lamb, 2, num_measured=3),
     )
 }

@@ -135,6 +135,10 @@ EMA_PYTORCH = Averaging("ema-pytorch", ema_pytorch)
 
 def torch_optimizer(**flags: bool) -> MakeOptimizer:
     def make(groups: Groups, spec: Spec) -> torch.optim.Optimizer:
+        if spec.num_measured and (spec.scenario.graphed or any(flags.values())):
+            raise NotOfferedError("torch has no such optimizer; a loop over tensors is compared")
+        if spec.num_measured:
+            return spec.make_torch(groups)
         # torch's SGD has no step count, and can be captured as it is
         counts = spec.scenario.graphed and spec.name != "sgd"
         return spec.make_torch(groups, **flags, **({"capturable": True} if counts else {}))

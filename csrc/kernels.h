@@ -31,6 +31,7 @@ struct Storage {
 //   row: the rule's scalars, then a weight per average
 //   grad_factor: what gradients are multiplied by
 //   key: of the random bits, where something is rounded by them
+//   ratio: the parameter's trust ratio, of a rule that takes norms
 struct Piece {
   void* const* pointers;
   const void* grad;
@@ -42,9 +43,17 @@ struct Piece {
   bool ema_before;
   EmaFormat ema_format;
   uint32_t key;
+  double ratio = 1;
 };
 
 using Kernel = void (*)(const Piece&);
+
+// Of a piece that has not been stepped yet, the sums of squares of the weights and of what steps
+// them, in this order.
+using Measure = void (*)(const Piece&, double* sums);
+
+// The trust ratio of a parameter with such sums, and whose row of scalars this is.
+using Ratio = double (*)(const double* sums, const double* row);
 
 // The sum of the squares of elements [begin, end) of a gradient.
 using Squares = double (*)(const void* grad, int64_t begin, int64_t end);
@@ -52,6 +61,8 @@ using Squares = double (*)(const void* grad, int64_t begin, int64_t end);
 struct KernelInfo {
   Kernel kernel = nullptr;
   int num_scalars = 0;
+  Measure measure = nullptr;  // of a rule that takes norms
+  Ratio ratio = nullptr;
 };
 
 // Which rule of rules.h: its name and variant, and how many states a bucket holds for it.

@@ -9,6 +9,8 @@
 #include "rules/adam.h"
 #include "rules/blending.h"
 #include "rules/frozen.h"
+#include "rules/lamb.h"
+#include "rules/lars.h"
 #include "rules/rmsprop.h"
 #include "rules/sgd.h"
 
@@ -18,8 +20,8 @@ template <class... Rules>
 struct RuleList {};
 
 // Every rule that the backends compile; a new rule is named here.
-using AllRules =
-    RuleList<Frozen, Sgd<false>, Sgd<true>, Adam<false>, Adam<true>, Rmsprop<false, false>,
-             Rmsprop<true, false>, Rmsprop<false, true>, Rmsprop<true, true>>;
+using AllRules = RuleList<Frozen, Sgd<false>, Sgd<true>, Adam<false>, Adam<true>,
+                          Rmsprop<false, false>, Rmsprop<true, false>, Rmsprop<false, true>,
+                          Rmsprop<true, true>, Lars<false>, Lars<true>, Lamb>;
 
 }  // namespace fused_ema

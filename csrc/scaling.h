@@ -22,6 +22,10 @@ FUSED_EMA_INLINE double sgd_lr(double lr, double kappa) { return kappa * lr; }
 FUSED_EMA_INLINE double adaptive_lr(double lr, double kappa) { return std::sqrt(kappa) * lr; }
 FUSED_EMA_INLINE double adaptive_eps(double eps, double kappa) { return eps / std::sqrt(kappa); }
 
+FUSED_EMA_INLINE double normalized_weight_decay(double weight_decay, double kappa) {
+  return std::sqrt(kappa) * weight_decay;
+}
+
 FUSED_EMA_INLINE double beta_weight(double beta, double kappa, bool linear) {
   return linear ? kappa * (1 - beta) : decay_weight(beta, kappa);
 }

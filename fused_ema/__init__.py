@@ -15,10 +15,13 @@ from .optim.adam import FusedScaledAdam, FusedScaledAdamW
 from .optim.any_optimizer import FusedEMA
 from .optim.base import FusedScaledOptimizer
 from .optim.grad_scaler import GradScaler
+from .optim.lamb import FusedScaledLAMB
+from .optim.lars import FusedScaledLARS
 from .optim.options import EmaOptions
 from .optim.rmsprop import FusedScaledRMSprop
 from .optim.several import ema_state_dict
 from .optim.sgd import FusedScaledSGD
+from .optim.trust import trust_groups
 from .progressive import ProgressiveScaling
 
 __all__ = [
@@ -27,6 +30,8 @@ __all__ = [
     "FusedEMA",
     "FusedScaledAdam",
     "FusedScaledAdamW",
+    "FusedScaledLAMB",
+    "FusedScaledLARS",
     "FusedScaledOptimizer",
     "FusedScaledRMSprop",
     "FusedScaledSGD",
@@ -43,6 +48,7 @@ __all__ = [
     "posthoc",
     "scale_batchnorm_momentum",
     "scaling",
+    "trust_groups",
 ]
 
 __version__ = "0.1.0"

@@ -184,3 +184,15 @@ def adaptive_weight_decay(
     if scaled_lr == 0.0:  # the limit
         return sqrt(kappa) * weight_decay
     return decoupled_decay(lr, scaled_lr, weight_decay, kappa, rule) / scaled_lr
+
+
+def normalized_weight_decay(weight_decay: Real, kappa: Real) -> Real:
+    """``sqrt(kappa) * weight_decay`` for LAMB, whose steps have the length of the learning rate.
+
+    A step removes about ``lr*weight_decay*|w|/|u|`` of a weight, of which ``|w|/|u|`` hardly
+    depends on the batch size, because the noise of Adam's normalized gradient does not. So with
+    ``sqrt(kappa)*lr`` a step removes what ``kappa`` base steps do, and the decay keeps its size
+    beside the mean of the normalized gradient, which also grows by ``sqrt(kappa)``. It is the first
+    order of :func:`decoupled_decay`. The rule is ours: no paper is known that has one.
+    """
+    return sqrt(kappa) * weight_decay

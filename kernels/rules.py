@@ -1,4 +1,4 @@
-"""The optimizers' maths, once for Triton: one function per variant of a rule, and the EMA.
+"""The optimizers' maths, once for Triton: one function per variant of a rule.
 
 ``csrc/rules`` and :mod:`fused_ema.rules` hold the same formulas under the same names.
 Operations are in the order of the C++ rules, so that both give the same bits. A rule takes and
@@ -8,6 +8,8 @@ the records in :mod:`fused_ema.rules`; flags are 0.0 or 1.0.
 
 Attributes:
     RULES: the functions by the names of rule and variant.
+    TRUST: of rules that take norms, what a pass before the step measures besides the weights, and
+        the ratio of both norms, in float64. A step finds it in the place of its last scalar.
     FOLDS: what folds each rule's scalars where they are used: from a group's numbers, in the order
         of the records, the last of which is ``kappa``, its flags as bits, and the base steps.
 """
@@ -16,91 +18,17 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from .blending import div, is_finite, lerp, lerp_square, sqrt, trust_ratio
 from .interpreter import device
 from .scaling import (
     beta_weight,
+    bias_correction,
     decay_weight,
     decoupled_decay,
-    expm1,
-    log1p,
     momentum,
     momentum_entry,
+    momentum_weights,
 )
-
-INFINITY = tl.constexpr(float("inf"))
-
-
-@device
-def div(numerator, denominator):
-    """The correctly rounded quotient; ``/`` is an approximation in float32."""
-    if numerator.dtype == tl.float32:
-        return tl.div_rn(numerator, denominator)
-    return numerator / denominator
-
-
-@device
-def sqrt(value):
-    """The correctly rounded root; ``tl.sqrt`` is an approximation in float32."""
-    if value.dtype == tl.float32:
-        return tl.sqrt_rn(value)
-    return tl.sqrt(value)
-
-
-@device
-def is_finite(value):
-    """Whether ``value`` is neither infinite nor a NaN."""
-    return tl.abs(value) < INFINITY
-
-
-@device
-def blend(start, end, part, weight):
-    """``start + weight*(end - start)``, or from the shares where the difference is not finite.
-
-    ``part`` is ``weight*end``. Weight 0 leaves ``start``, weight 1 gives ``end``, whatever the
-    other is, and a constant stays what it is, an infinity too.
-    """
-    change = end - start
-    rest = 1.0 - weight
-    near = tl.where(weight < 0.5, start + weight * change, end - change * rest)
-    shares = tl.where(weight != 1.0, rest * start + part, part)
-    shares = tl.where(weight != 0.0, shares, start)
-    return tl.where(is_finite(change), near, shares)
-
-
-@device
-def lerp(start, end, weight):
-    """``start + weight*(end - start)``."""
-    return blend(start, end, weight * end, weight)
-
-
-@device
-def lerp_square(start, value, weight):
-    """``lerp(start, value*value, weight)``, also where only the weighted square is finite."""
-    return blend(start, value * value, weight * value * value, weight)
-
-
-@device
-def moved(start, end):
-    """How far a value has moved: nowhere also where it stays infinite."""
-    return tl.where(start == end, 0.0, end - start)
-
-
-@device
-def ema(average, param, rate):
-    """``ema <- ema + rate * (param - ema)``, with the EMA rate ``1 - rho**kappa``."""
-    return lerp(average, param, rate)
-
-
-@device
-def ema_delta(delta, change, rate, BEFORE: tl.constexpr):
-    """Move the scaled difference ``d = ema - param`` of a param that has moved by ``change``.
-
-    ``d <- (1 - rate)*(d - change)``, or ``(1 - rate)*d - change`` where the average takes the
-    parameter from before the step.
-    """
-    rest = delta if BEFORE else delta - change
-    kept = lerp(rest, 0.0, rate)
-    return kept - change if BEFORE else kept
 
 
 @device
@@ -125,13 +53,20 @@ def sgd(param, grad, states, scalars):
 
 
 @device
+def carried(grad, momentum_buffer, momentum, carry, grad_weight, nesterov):
+    """The direction of SGD's momentum, and ``b <- carry*b + grad_weight*g``."""
+    momentum_buffer = carry * momentum_buffer + grad_weight * grad
+    grad = tl.where(nesterov != 0, grad + momentum * momentum_buffer, momentum_buffer)
+    return grad, momentum_buffer
+
+
+@device
 def sgd_momentum(param, grad, states, scalars):
     """``b <- carry*b + grad_weight*g``; ``p <- p - lr*(g + momentum*b if nesterov else b)``."""
     grad_factor, weight_decay, momentum, carry, grad_weight, nesterov, lr = scalars
     (momentum_buffer,) = states
     grad = directed(grad, param, grad_factor, weight_decay)
-    momentum_buffer = carry * momentum_buffer + grad_weight * grad
-    grad = tl.where(nesterov != 0, grad + momentum * momentum_buffer, momentum_buffer)
+    grad, momentum_buffer = carried(grad, momentum_buffer, momentum, carry, grad_weight, nesterov)
     return param - lr * grad, (momentum_buffer,)
 
 
@@ -244,6 +179,73 @@ def rmsprop_centered_momentum(param, grad, states, scalars):
     return param - change, (square_avg, buffer, grad_avg)
 
 
+@device
+def lars(param, grad, states, scalars):
+    """``p <- p - lr*trust*g``."""
+    grad_factor, weight_decay, _, _, _, _, lr, _, _, trust = scalars
+    grad = directed(grad, param, grad_factor, weight_decay) * trust
+    return param - lr * grad, states
+
+
+@device
+def lars_momentum(param, grad, states, scalars):
+    """As :func:`sgd_momentum`, by ``trust*g``."""
+    grad_factor, weight_decay, momentum, carry, grad_weight, nesterov, lr, _, _, trust = scalars
+    (momentum_buffer,) = states
+    grad = directed(grad, param, grad_factor, weight_decay) * trust
+    grad, momentum_buffer = carried(grad, momentum_buffer, momentum, carry, grad_weight, nesterov)
+    return param - lr * grad, (momentum_buffer,)
+
+
+@device
+def lars_measured(param, grad, states, scalars):
+    """The gradient, without the penalty."""
+    grad_factor, _, _, _, _, _, _, _, _, _ = scalars
+    return grad_factor * grad
+
+
+@device
+def lars_ratio(weight, step, scalars):
+    """``trust_coefficient*|p|/(|g| + weight_decay*|p| + eps)``."""
+    _, weight_decay, _, _, _, _, _, trust_coefficient, eps, _ = scalars
+    return trust_ratio(weight, step, weight * weight_decay + step + eps, trust_coefficient)
+
+
+@device
+def lamb_direction(param, grad, exp_avg, exp_avg_sq, scalars):
+    """``u = correction*m/(sqrt(v) + eps) + weight_decay*p``, and the moments that it is made of."""
+    grad_factor, weight_decay, weight1, weight2, correction, eps, _, _ = scalars
+    grad = grad_factor * grad
+    exp_avg = lerp(exp_avg, grad, weight1)
+    exp_avg_sq = lerp_square(exp_avg_sq, grad, weight2)
+    change = div(correction * exp_avg, sqrt(exp_avg_sq) + eps)
+    decayed = tl.where(is_finite(param), change + weight_decay * param, change)
+    return tl.where(weight_decay != 0, decayed, change), exp_avg, exp_avg_sq
+
+
+@device
+def lamb(param, grad, states, scalars):
+    """``p <- p - lr*trust*u``, with :func:`lamb_direction`."""
+    _, _, _, _, _, _, lr, trust = scalars
+    exp_avg, exp_avg_sq = states
+    change, exp_avg, exp_avg_sq = lamb_direction(param, grad, exp_avg, exp_avg_sq, scalars)
+    return param - lr * (change * trust), (exp_avg, exp_avg_sq)
+
+
+@device
+def lamb_measured(param, grad, states, scalars):
+    """The direction."""
+    exp_avg, exp_avg_sq = states
+    change, _, _ = lamb_direction(param, grad, exp_avg, exp_avg_sq, scalars)
+    return change
+
+
+@device
+def lamb_ratio(weight, step, scalars):
+    """``|p|/|u|``."""
+    return trust_ratio(weight, step, step, 1.0)
+
+
 RULES = {
     "frozen": {"plain": frozen},
     "sgd": {"plain": sgd, "momentum": sgd_momentum},
@@ -254,7 +256,10 @@ RULES = {
         "centered": rmsprop_centered,
         "centered_momentum": rmsprop_centered_momentum,
     },
+    "lars": {"plain": lars, "momentum": lars_momentum},
+    "lamb": {"plain": lamb},
 }
+TRUST = {"lars": (lars_measured, lars_ratio), "lamb": (lamb_measured, lamb_ratio)}
 
 
 @device
@@ -279,17 +284,16 @@ def fold_frozen(numbers, flags, step):
 def fold_sgd(numbers, flags, step):
     """The scalars of :func:`sgd` after ``step`` base steps, in float64."""
     base_lr, mu, dampening, weight_decay, kappa = numbers
-    nesterov, exact = is_set(flags, 0), is_set(flags, 2)
-    carry = momentum(mu, kappa, exact)
-    entry = momentum_entry(mu, kappa, exact)
+    nesterov = is_set(flags, 0)
+    weights = momentum_weights(mu, dampening, kappa, nesterov, is_set(flags, 2), step)
+    beside, carry, grad_weight, entry = weights
     lr = kappa * base_lr
-    first = step <= kappa
     return (
         sign(is_set(flags, 1)),
         weight_decay,
-        tl.where(nesterov, carry / entry, carry),
-        tl.where(first, 0.0, carry),
-        tl.where(first, entry, entry * (1.0 - dampening)),
+        beside,
+        carry,
+        grad_weight,
         tl.where(nesterov, 1.0, 0.0).to(tl.float64),
         tl.where(nesterov, lr * entry, lr),
     )
@@ -304,8 +308,8 @@ def fold_adam(numbers, flags, step):
     lr = root * base_lr
     weight1, weight2 = beta_weight(beta1, kappa, linear), beta_weight(beta2, kappa, linear)
     decay = decoupled_decay(base_lr, lr, weight_decay, kappa, unscaled)
-    bias_correction1 = -expm1(step * (log1p(-weight1) / kappa))
-    bias_correction2_sqrt = sqrt(-expm1(step * (log1p(-weight2) / kappa)))
+    bias_correction1 = bias_correction(weight1, kappa, step)
+    bias_correction2_sqrt = sqrt(bias_correction(weight2, kappa, step))
     return (
         sign(is_set(flags, 2)),
         tl.where(decoupled, 0.0, weight_decay),
@@ -333,4 +337,53 @@ def fold_rmsprop(numbers, flags, step):
     )
 
 
-FOLDS = {"frozen": fold_frozen, "sgd": fold_sgd, "adam": fold_adam, "rmsprop": fold_rmsprop}
+@device
+def fold_lars(numbers, flags, step):
+    """The scalars of :func:`lars_momentum` after ``step`` base steps, in float64."""
+    base_lr, mu, weight_decay, trust_coefficient, eps, kappa = numbers
+    nesterov = is_set(flags, 0)
+    weights = momentum_weights(mu, 0.0, kappa, nesterov, is_set(flags, 2), step)
+    beside, carry, grad_weight, entry = weights
+    lr = kappa * base_lr
+    return (
+        sign(is_set(flags, 1)),
+        weight_decay,
+        beside,
+        carry,
+        grad_weight,
+        tl.where(nesterov, 1.0, 0.0).to(tl.float64),
+        tl.where(nesterov, lr * entry, lr),
+        trust_coefficient,
+        eps,
+        tl.where(is_set(flags, 3), 1.0, 0.0).to(tl.float64),
+    )
+
+
+@device
+def fold_lamb(numbers, flags, step):
+    """The scalars of :func:`lamb` after ``step`` base steps, in float64."""
+    base_lr, beta1, beta2, eps, weight_decay, kappa = numbers
+    linear, root = is_set(flags, 1), sqrt(kappa)
+    weight1, weight2 = beta_weight(beta1, kappa, linear), beta_weight(beta2, kappa, linear)
+    bias_correction1 = bias_correction(weight1, kappa, step)
+    bias_correction2_sqrt = sqrt(bias_correction(weight2, kappa, step))
+    return (
+        sign(is_set(flags, 0)),
+        root * weight_decay,
+        weight1,
+        weight2,
+        bias_correction2_sqrt / bias_correction1,
+        eps / root * bias_correction2_sqrt,
+        root * base_lr,
+        tl.where(is_set(flags, 2), 1.0, 0.0).to(tl.float64),
+    )
+
+
+FOLDS = {
+    "frozen": fold_frozen,
+    "sgd": fold_sgd,
+    "adam": fold_adam,
+    "rmsprop": fold_rmsprop,
+    "lars": fold_lars,
+    "lamb": fold_lamb,
+}

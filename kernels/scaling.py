@@ -79,3 +79,23 @@ def decoupled_decay(lr, scaled_lr, weight_decay, kappa, unscaled):
     """Share of a weight that AdamW's decay removes in one scaled step."""
     exact = -expm1(kappa * log1p(-lr * weight_decay))
     return tl.where(unscaled | (kappa == 1.0), scaled_lr * weight_decay, exact)
+
+
+@device
+def momentum_weights(mu, dampening, kappa, nesterov, exact, step):
+    """SGD's ``momentum``, ``carry`` and ``grad_weight`` of a step, and a gradient's entry."""
+    carry = momentum(mu, kappa, exact)
+    entry = momentum_entry(mu, kappa, exact)
+    first = step <= kappa
+    return (
+        tl.where(nesterov, carry / entry, carry),
+        tl.where(first, 0.0, carry),
+        tl.where(first, entry, entry * (1.0 - dampening)),
+        entry,
+    )
+
+
+@device
+def bias_correction(weight, kappa, step):
+    """One minus the product of the betas of all steps."""
+    return -expm1(step * (log1p(-weight) / kappa))

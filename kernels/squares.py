@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .blending import is_finite, sqrt
 from .interpreter import bound, device
 from .launching import Launch
-from .rules import is_finite, sqrt
 from .step import TYPES, block_size, compile_options, launch_options, pointer
 from .tuning import CHUNK, THREADS
 

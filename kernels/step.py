@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from .blending import ema, ema_delta, moved
 from .interpreter import bound, device, interpreted
 from .launching import Launch
 from .rounding import (
@@ -27,7 +28,7 @@ from .rounding import (
     round_bfloat16,
     round_float16,
 )
-from .rules import RULES, ema, ema_delta, frozen, moved
+from .rules import RULES, TRUST, frozen
 from .tuning import CHUNK, ELEMENTS, MAX_REGISTERS, THREADS
 
 TYPES = {
@@ -66,11 +67,16 @@ def load_each(p_first, COUNT: tl.constexpr):
 
 
 @device
-def rule_scalars(p_row, factor, COMPUTE: tl.constexpr, COUNT: tl.constexpr):
-    """Load a rule's scalars, of which the first multiplies gradients, as ``factor`` does."""
+def rule_scalars(
+    p_row, factor, p_ratio, COMPUTE: tl.constexpr, COUNT: tl.constexpr, TRUSTS: tl.constexpr
+):
+    """Load a rule's scalars, of which the first multiplies gradients, as ``factor`` does.
+
+    If the rule TRUSTS, the parameter's ratio takes the place of the last.
+    """
     values = ()
     for k in tl.static_range(COUNT):
-        value = tl.load(p_row + k)
+        value = tl.load(p_ratio if TRUSTS and k == COUNT - 1 else p_row + k)
         if k == 0:
             value *= factor
         values += (value.to(COMPUTE),)
@@ -214,7 +220,7 @@ def step_slot(
         step_block(RULE, EMA_BEFORE, DTYPES, TAIL, False, slot, i, end)
 
 
-POINTERS = ["p_control", "p_scalars", "p_indices", "p_grads", "p_slots", "p_chunks"]
+POINTERS = ["p_control", "p_scalars", "p_indices", "p_grads", "p_slots", "p_chunks", "p_ratios"]
 
 
 # The pointers are not specialized: they point into one buffer, at addresses of any alignment.
@@ -226,7 +232,9 @@ def step_kernel(
     p_grads,
     p_slots,
     p_chunks,
+    p_ratios,
     RULE: tl.constexpr,
+    TRUSTS: tl.constexpr,
     NUM_SCALARS: tl.constexpr,
     SLOT: tl.constexpr,
     EMA_BEFORE: tl.constexpr,
@@ -263,7 +271,8 @@ def step_kernel(
     key = chunk_key(tl.load(p_row + WIDTH), tl.load(p_slot + INDEX_AT), start) if ROUNDS else ()
     if grad != 0:
         states = load_each(p_slot + STATES_AT, AVERAGES_AT - STATES_AT)
-        scalars = rule_scalars(p_row, tl.load(p_control), COMPUTE, NUM_SCALARS)
+        factor, p_ratio = tl.load(p_control), p_ratios + i_slot if TRUSTS else p_row
+        scalars = rule_scalars(p_row, factor, p_ratio, COMPUTE, NUM_SCALARS, TRUSTS)
         moving = (param, copy, grad, states, averages, scalars, ema_rates, key)
         step_slot(RULE, EMA_BEFORE, DTYPES, BLOCK, moving, start, end)
     else:
@@ -324,10 +333,11 @@ def launcher(
         indices: int16, each slot's row, without a sign.
         grads: int64, the address of each slot's gradient, 0 for none: then the averages alone move.
         slots: int64, laid out as ``slot`` says.
+        ratios: float64, each slot's trust ratio; None for a rule that takes no norms.
     """
     stored, compute = TYPES[dtype]
     constants = (
-        *(RULES[rule][variant], num_scalars, tuple(slot), ema_before),
+        *(RULES[rule][variant], rule in TRUST, num_scalars, tuple(slot), ema_before),
         dtypes(stored, compute, master, rounded_states, average),
         *(block_size(compute), CHUNK),
     )
@@ -335,8 +345,13 @@ def launcher(
     step = Launch(step_kernel, len(chunks), chunks.device, constants, options)
 
     def launch(
-        control: Tensor, scalars: Tensor, indices: Tensor, grads: Tensor, slots: Tensor
+        control: Tensor,
+        scalars: Tensor,
+        indices: Tensor,
+        grads: Tensor,
+        slots: Tensor,
+        ratios: Tensor | None = None,
     ) -> None:
-        step(control, scalars, indices, grads, slots, chunks)
+        step(control, scalars, indices, grads, slots, chunks, ratios)
 
     return launch

@@ -158,8 +158,13 @@ RMSPROP_BASE = {
     **{"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-1, "ema_decay": 0.99},
     **{"momentum": 0.9, "centered": True},
 }
+LARS_BASE = {"lr": 0.5, "weight_decay": 0.05, "trust_coefficient": 0.02, "ema_decay": 0.99}
+LAMB_BASE = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-2, "ema_decay": 0.99}
 # For every optimizer: what the cases that each rule has start from.
-BASES = {"SGD": SGD_BASE, "Adam": ADAM_BASE, "AdamW": ADAMW_BASE, "RMSprop": RMSPROP_BASE}
+BASES = {
+    **{"SGD": SGD_BASE, "Adam": ADAM_BASE, "AdamW": ADAMW_BASE, "RMSprop": RMSPROP_BASE},
+    **{"LARS": LARS_BASE, "LAMB": LAMB_BASE},
+}
 THREE = (0.9, warm_up, 0.9999)
 
 
@@ -216,6 +221,15 @@ SCALED_CASES = (
         scaled("scaled-groups", "SGD", groups=SCALED_SGD_GROUPS),
         scaled("scaled-groups", "AdamW", groups=SCALED_ADAMW_GROUPS),
         scaled("scaled-groups", "RMSprop", groups=SCALED_RMSPROP_GROUPS),
+        scaled("exact", "LARS", **EXACT, kappa=4.0),
+        scaled("exact-changes", "LARS", **EXACT, nesterov=True, kappas={4: 6.0, 20: 0.5}),
+        scaled("plain", "LARS", momentum=0.0, eps=1e-2, trust_coefficient=0.1),
+        scaled("maximize", "LARS", maximize=True, weight_decay=0.0),
+        scaled("adapt", "LARS", groups=({}, {"adapt": False, "lr": 1e-2}, {"kappa": 3.0})),
+        scaled("linear", "LAMB", **LINEAR, kappa=8.0),
+        scaled("maximize", "LAMB", maximize=True, weight_decay=0.0),
+        scaled("zero-beta1", "LAMB", betas=(0.0, 0.99), eps=1e-3),
+        scaled("adapt", "LAMB", groups=({}, {"adapt": False, "lr": 3e-3}, {"kappa": 3.0})),
     )
 )
 
@@ -231,6 +245,8 @@ LARGE_CASES = (
     by_name("Adam-amsgrad-decay-maximize"),
     by_name("AdamW-triple"),
     by_name("RMSprop-triple"),
+    by_name("LARS-triple"),
+    by_name("LAMB-triple"),
 )
 SHAPE_CASES = (
     *LARGE_CASES,

@@ -19,14 +19,14 @@ from distributed_case import (
     train,
     whole,
 )
-from optimizers import OPTIMIZERS
+from optimizers import SHARDABLE
 from torch.distributed.tensor import DTensor
 
 
 def averages_are_evaluated_in_place_of_the_weights(tmp_path: Path) -> None:
     """Forward passes within and after see what the shards hold, also of the root."""
     x, _ = batch(100)
-    for name in OPTIMIZERS:
+    for name in SHARDABLE:
         model, other = shard(make_model(), line()), make_model()
         opt, twin = optimizer(name, model, model=model), optimizer(name, other)
         train(model, opt, range(3), mine)
@@ -103,7 +103,7 @@ def averages_are_not_swapped_unless_the_module_is_known(tmp_path: Path) -> None:
 
 def a_sharded_teacher_is_stepped_and_used(tmp_path: Path) -> None:
     """Its forward passes have no backward, after which FSDP2 would drop the root's full copies."""
-    for name in OPTIMIZERS:
+    for name in SHARDABLE:
         model, other = shard(make_model(), line()), make_model()
         teacher, theirs = shard(make_model(1), line()), make_model(1)
         teacher(batch(0)[0])

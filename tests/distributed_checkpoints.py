@@ -19,7 +19,7 @@ from distributed_case import (
     shard,
     train,
 )
-from optimizers import OPTIMIZERS
+from optimizers import SHARDABLE
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dsd
 from torch.distributed.tensor import DTensor
@@ -38,7 +38,7 @@ def load(model: nn.Module, opt, path: Path, alone: bool = False) -> None:
 
 
 def checkpoints_go_from_two_processes_to_one_and_back(tmp_path: Path) -> None:
-    for name in OPTIMIZERS:
+    for name in SHARDABLE:
         other = make_model()
         twin = optimizer(name, other)
         train(other, twin, range(6), torch.clone)
@@ -62,7 +62,7 @@ def checkpoints_go_from_two_processes_to_one_and_back(tmp_path: Path) -> None:
 
 
 def resuming_is_bit_exact(tmp_path: Path) -> None:
-    for name in OPTIMIZERS:
+    for name in SHARDABLE:
         model = shard(make_model(), line())
         opt = optimizer(name, model)
         train(model, opt, range(3), mine)

@@ -27,7 +27,7 @@ from distributed_case import (
     train,
     whole,
 )
-from optimizers import OPTIMIZERS
+from optimizers import OPTIMIZERS, SHARDABLE
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -65,7 +65,7 @@ def ddp_rounds_averages_alike(tmp_path: Path) -> None:
 def fsdp_is_training_on_the_joined_batch(tmp_path: Path) -> None:
     """With one norm over all shards, counted once where a mesh dimension repeats them."""
     meshes = [line(), grid(2, 1), grid(1, 2)]
-    for name in OPTIMIZERS:
+    for name in SHARDABLE:
         other = make_model()
         twin = optimizer(name, other)
         expected = train(other, twin, range(5), torch.clone)
@@ -211,7 +211,7 @@ def states_placed_otherwise_are_moved(tmp_path: Path) -> None:
 
 
 def scaler_skips_for_all_if_one_process_overflows(tmp_path: Path) -> None:
-    for name, fused in itertools.product(OPTIMIZERS, (None, True)):
+    for name, fused in itertools.product(SHARDABLE, (None, True)):
         model, other = shard(make_model(), line()), make_model()
         opt, twin = optimizer(name, model, fused=fused), optimizer(name, other)
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)

@@ -39,6 +39,8 @@ class Graph(TorchDispatchMode):
                 patch.setattr(plan, "_squares", self.recorded(plan._squares))
             for folder in (p._folder for p in launching if p._folder is not None):
                 patch.setattr(folder, "_launch", self.recorded(folder._launch))
+            for trust in (p._trust for p in launching if p._trust is not None):
+                patch.setattr(trust, "_launch", self.recorded(trust._launch))
             for plan in (p for p in opt._stepper.plans if hasattr(p, "_plan")):
                 for name in ("norm", "run"):
                     patch.setattr(plan, name, self.recorded_by_shim(getattr(plan, name)))

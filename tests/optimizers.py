@@ -11,6 +11,8 @@ import pytest
 import torch
 from oracles import OracleConfig
 from oracles.adam import Adam, AdamW
+from oracles.lamb import Lamb
+from oracles.lars import Lars
 from oracles.rmsprop import Rmsprop
 from oracles.sgd import Sgd
 
@@ -105,6 +107,26 @@ def draw_rmsprop(rng: Random) -> dict[str, Any]:
         "momentum": rng.choice((0.0, 0.9)),
         "centered": rng.random() < 0.4,
         "momentum_scaling": rng.choice(("none", "exact")),
+    }
+
+
+def draw_lars(rng: Random) -> dict[str, Any]:
+    momentum = rng.choice((0.0, 0.9))
+    return {
+        "momentum": momentum,
+        "nesterov": momentum > 0 and rng.random() < 0.4,
+        "trust_coefficient": rng.choice((0.1, 0.02)),
+        "eps": rng.choice((1e-2, 1e-8)),
+        "momentum_scaling": rng.choice(("none", "exact")),
+        "adapt": rng.random() < 0.8,
+    }
+
+
+def draw_lamb(rng: Random) -> dict[str, Any]:
+    return {
+        "eps": rng.choice((1e-2, 1e-3)),
+        "betas": rng.choice(((0.9, 0.999), (0.5, 0.9), (0.0, 0.99))),
+        "adapt": rng.random() < 0.8,
     }
 
 
@@ -212,7 +234,61 @@ RMSPROP = Optimizer(
     draw=draw_rmsprop,
 )
 
-OPTIMIZERS = {optimizer.name: optimizer for optimizer in (SGD, ADAM, ADAMW, RMSPROP)}
+LARS = Optimizer(
+    ours=fused_ema.FusedScaledLARS,
+    theirs=None,
+    oracle=Lars,
+    settings={
+        "momentum": {"weight_decay": 0.1, "trust_coefficient": 0.02},
+        "nesterov": {"nesterov": True, "momentum": 0.8, "eps": 1e-2},
+        "plain": {"momentum": 0.0, "maximize": True, "trust_coefficient": 0.02},
+    },
+    numbers={
+        **{"lr": 0.1, "weight_decay": 0.2, "momentum": 0.7},
+        **{"trust_coefficient": 0.5, "eps": 0.1},
+    },
+    numbers_in_torch=(),
+    settings_in_torch=(),
+    formulas=({}, {"nesterov": True}, {"momentum_scaling": "exact"}),
+    scalars=(
+        (1.0, 0.0, 0.9, 0.7, 0.8, 0.0, 0.1, 0.02, 1e-8, 1.0),
+        (-1.0, 0.2, 0.6, 0.5, 0.4, 1.0, 0.03, 0.5, 1e-3, 1.0),
+        (0.3, 0.3, 0.9, 0.0, 1.0, 1.0, 0.5, 1.0, 0.0, 0.0),
+    ),
+    folded=(
+        {"lr": 0.125, "momentum": 0.9, "weight_decay": 0.1},
+        {"lr": 1e-3, "momentum": 0.99, "trust_coefficient": 0.02, "eps": 1e-3},
+        {"lr": 0.5, "momentum": 1.0, "trust_coefficient": 1.0},
+    ),
+    adaptive=False,
+    draw=draw_lars,
+)
+LAMB = Optimizer(
+    ours=fused_ema.FusedScaledLAMB,
+    theirs=None,
+    oracle=Lamb,
+    settings={
+        "decay": {"weight_decay": 0.1},
+        "maximize": {"maximize": True, "eps": 1e-3},
+        "alone": {"adapt": False},
+    },
+    numbers={"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.2, "eps": 0.1},
+    numbers_in_torch=(),
+    settings_in_torch=(),
+    formulas=({}, {"maximize": True}, {"beta_scaling": "linear"}, {"adapt": False}),
+    scalars=(
+        (1.0, 0.2, 0.1, 0.001, 0.6, 1e-6, 0.01, 1.0),
+        (-1.0, 0.0, 0.7, 0.6, 1.3, 1e-3, 0.03, 1.0),
+        (0.3, 0.3, 0.5, 0.1, 0.9, 0.0, 0.7, 0.0),
+    ),
+    folded=ADAM.folded,
+    adaptive=True,
+    draw=draw_lamb,
+)
+
+OPTIMIZERS = {o.name: o for o in (SGD, ADAM, ADAMW, RMSPROP, LARS, LAMB)}
+# Those that step the parts of parameters that are sharded.
+SHARDABLE = {name: o for name, o in OPTIMIZERS.items() if not o.ours.rule.takes_norms}
 SETTINGS = {
     f"{optimizer}-{name}": (optimizer, options)
     for optimizer in OPTIMIZERS.values()

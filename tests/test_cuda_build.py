@@ -30,7 +30,8 @@ ROUNDED_STATES = [f"NS_13RoundedStatesI{layout}EE" for layout in (NO_MASTER[0], 
 FORMATS = [f"LNS_9EmaFormatE{k}E" for k in range(3)]
 KERNEL = re.compile(
     rf"_ZN9fused_ema4cuda(?:4step(INS_\w+?E)({'|'.join([*NO_MASTER, *MASTER, *ROUNDED_STATES])})"
-    rf"({'|'.join(FORMATS)})|7squares(I)({'|'.join(TYPES)})|4fold(INS_\w+?E))Li\d+EE\w+"
+    rf"({'|'.join(FORMATS)})|7squares(I)({'|'.join(TYPES)})|4fold(INS_\w+?E)"
+    rf"|5trust(INS_\w+?E)({'|'.join([*NO_MASTER, *MASTER, *ROUNDED_STATES])}))Li\d+EE\w+"
 )
 FOLD = "4cuda4fold"  # in double, by functions of CUDA's that approximate and fuse
 
@@ -117,13 +118,21 @@ def test_every_kernel_is_built_for_every_architecture(sass):
     count, with_states = len(states), len([k for k in states if k > 0])
     full = count * len([*NO_MASTER, *MASTER]) + len(NO_MASTER)
     rounded = 2 * (full - count - 1)  # averages of two formats, but not of float64
+    norms = [
+        count
+        for name, variants in _native.rule_variants().items()
+        if _native.rule_scalars()[name][-1:] == ["trust"]
+        for count in variants.values()
+    ]
+    num_trusts = len(norms) * len([*NO_MASTER, *MASTER])
+    num_trusts += len([k for k in norms if k > 0]) * len(ROUNDED_STATES)
     for names in built.values():
         kinds = Counter(KERNEL.match(name).groups() for name in names)
         # with small and with large parameters; those that round take the large ones
         sizes = Counter(kinds.values())
         folds = {KERNEL.match(name)[6] for name in names if FOLD in name}
         assert len(folds) == len(_native.rule_scalars())
-        assert sizes[2] == full + len(TYPES) + len(folds)
+        assert sizes[2] == full + len(TYPES) + len(folds) + num_trusts
         assert sizes[1] == rounded + with_states * len(ROUNDED_STATES) * len(FORMATS)
         assert len(sizes) == 2
 

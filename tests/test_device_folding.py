@@ -226,7 +226,8 @@ def test_the_last_of_several_buckets_counts_base_steps(device_backend):
         torch.testing.assert_close(opt.state[p]["ema"], twin.state[q]["ema"])
 
 
-# Launches of a captured step; one of them copies Triton's addresses to the device.
+# Launches of a captured step, without the one that takes norms; one of them copies Triton's
+# addresses to the device.
 MOST_LAUNCHES = 3
 
 
@@ -250,7 +251,7 @@ def test_launches_of_a_captured_step(optimizer, num_groups, device_backend, monk
         opt.step()
     graph = Graph(monkeypatch)
     graph.capture(opt)
-    assert 2 <= len(graph.calls) <= MOST_LAUNCHES
+    assert 2 <= len(graph.calls) <= MOST_LAUNCHES + optimizer.ours.rule.takes_norms
 
 
 @pytest.mark.parametrize("num_groups", [1, 50])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from typing import Any
 
@@ -11,6 +12,7 @@ import twins
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fused_ema
+from fused_ema.extension import cuda
 from fused_ema.step import stepper
 
 SHAPES = ((7,), (5, 3), (4100,))
@@ -32,8 +34,9 @@ class Launches(TorchDispatchMode):
         # kernels go on, which a mode would not see
         monkeypatch.setattr(stepper, "dispatch_modes", lambda: 0)
         for plan in opt._stepper.plans:
-            for name in ("_launch", "_squares"):
-                if hasattr(plan, name):  # Triton's interpreter computes by operators
+            for name in ("_launch", "_squares", "_trust"):
+                # Triton's interpreter computes by operators
+                if getattr(plan, name, None) is not None:
                     monkeypatch.setattr(plan, name, unseen(getattr(plan, name)))
         opt._stepper.latest.plans = [Watched(plan, self.found) for plan in opt._stepper.plans]
 
@@ -50,7 +53,7 @@ class Launches(TorchDispatchMode):
 def unseen(launch):
     def call(**arguments):
         with _disable_current_modes():
-            launch(**arguments)
+            return launch(**arguments)
 
     return call
 
@@ -141,3 +144,40 @@ def test_a_plain_step_takes_one_launch(device_backend, monkeypatch):
     opt, _ = stepped(device_backend)
     found = launches(opt, monkeypatch, opt.step)
     assert found == Counter(run=1, copy=copies(device_backend))
+
+
+def num_kernels(backend, monkeypatch, step) -> int:
+    """How many kernels a step launches."""
+    if backend == "shim":
+        shim = ctypes.CDLL(cuda.__file__)
+        before = shim.shim_num_launches()
+        step()
+        return shim.shim_num_launches() - before
+    from fused_ema.kernels.launching import Launch
+
+    launched = []
+    run = Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda *given: launched.append(run(*given)))
+    step()
+    return len(launched)
+
+
+@pytest.mark.parametrize("cls", [fused_ema.FusedScaledLARS, fused_ema.FusedScaledLAMB])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 2),
+        ({"max_grad_norm": 1.0}, 3),
+        ({"capturable": True}, 3),
+        ({"max_grad_norm": 1.0, "capturable": True}, 4),
+    ],
+    ids=["plain", "clip", "capturable", "capturable-clip"],
+)
+def test_trust_ratios_take_one_launch_more(options, expected, cls, device_backend, monkeypatch):
+    """Whatever the number of tensors and groups."""
+    params = twins.parameters(SHAPES, torch.float32)
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.1, "adapt": False}]
+    opt = cls(groups, ema_decay=0.9, backend=device_backend, **options)
+    twins.set_gradients(0, params)
+    opt.step()
+    assert num_kernels(device_backend, monkeypatch, opt.step) == expected

@@ -20,6 +20,7 @@ BOOLS = ("false", "true")
 # The functors of csrc/rules that take roots.
 WITH_ROOTS = (
     *(f"Adam<{amsgrad}>" for amsgrad in BOOLS),
+    "Lamb",
     *(f"Rmsprop<{momentum}, {centered}>" for momentum in BOOLS for centered in BOOLS),
 )
 

@@ -105,6 +105,7 @@ def check_complete(parts: Mapping[str, Mapping[str, Any]], specified: Mapping[st
 
 def test_every_rule_is_complete():
     check_complete(PARTS, SPECIFIED)
+    assert kernels.TRUST.keys() == {name for name, rule in rules.RULES.items() if rule.takes_norms}
     assert {rule.number_names[-1] for rule in rules.RULES.values()} == {
         "kappa"
     }  # where kernels look

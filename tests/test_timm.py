@@ -82,8 +82,18 @@ def assert_close(found, expected, **tolerances) -> None:
         torch.testing.assert_close(found[name], value, msg=name, **tolerances)
 
 
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_ratios_are_for_groups_with_decay_as_timms(name):
+    given = optimizer_kwargs(arguments(opt=f"fused{name}"))
+    opt = create_optimizer_v2(network(), **given)
+    adapts = [(group["weight_decay"] != 0.0, group["adapt"]) for group in opt.param_groups]
+    assert sorted(adapts) == [(False, False), (True, True)]
+    own = integration.without_decay_alone(type(opt), network().parameters(), adapt=False, lr=0.1)
+    assert [group["adapt"] for group in own.param_groups] == [False]
+
+
 def test_the_factory_knows_every_optimizer():
-    names = {f"fused{name}" for name in ("sgd", "adam", "adamw", "rmsprop")}
+    names = {f"fused{name}" for name in ("sgd", "adam", "adamw", "rmsprop", "lars", "lamb")}
     assert names <= set(list_optimizers("fused*"))
     opt = create_optimizer_v2(network(), **optimizer_kwargs(arguments(opt="fusedsgd")))
     assert type(opt) is FusedScaledSGD

@@ -15,8 +15,9 @@ from triton.backends.compiler import GPUTarget
 
 from fused_ema import _native, rules
 from fused_ema.ema import formats
-from fused_ema.kernels import step
+from fused_ema.kernels import step, trust
 from fused_ema.kernels.interpreter import interpreted
+from fused_ema.kernels.rules import TRUST
 from fused_ema.step import layout
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
@@ -188,7 +189,29 @@ def launch(
         torch.tensor(chunks, dtype=torch.int32).view(-1, 2),
     )
     control = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    step_slots(control, scalars.view(torch.float64), indices.view(torch.int16), *others)
+    given = (control, scalars.view(torch.float64), indices.view(torch.int16), *others)
+    ratios = None
+    if variant.rule in TRUST:
+        ratios = torch.ones(len(words), dtype=torch.float64)
+        take_ratios(variant, chunks, ratios)(*given)
+    step_slots(*given, ratios)
+
+
+def take_ratios(variant: Variant, chunks: Sequence[tuple[int, int]], ratios: Tensor):
+    num_scalars = len(SCALARS[variant.rule][0])
+    return trust.launcher(
+        variant.rule,
+        variant.dtype,
+        False,
+        variant.rounded_states,
+        num_scalars,
+        len(variant.row(0)),
+        layout.slot(False, variant.states, variant.averages),
+        torch.tensor(chunks, dtype=torch.int32).view(-1, 2),
+        ratios,
+        torch.zeros(2 * len(chunks), dtype=torch.float64),
+        torch.zeros(len(ratios), dtype=torch.int32),
+    )
 
 
 def step_interpreted(variant: Variant, slots: list[Slot]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import triton.language as tl
 from optimizers import ADAPTIVE_RULES
-from triton_targets import FOLDS, SQUARES, TARGETS, VARIANTS, Row, Variant
+from triton_targets import FOLDS, RATIOS, SQUARES, TARGETS, VARIANTS, Row, Variant
 
 from fused_ema.kernels import step
 
@@ -116,6 +116,21 @@ def test_half_of_the_threads_fit_and_nothing_spills(rows):
 def test_threads_exchange_nothing(rows):
     for row in rows:
         assert row.shared == 0 or row.variant.rule == SQUARES, row
+
+
+def test_ratios_are_taken_in_the_widest_accesses(all_rows):
+    found = [row for row in all_rows if row.variant in RATIOS]
+    assert len(found) == len(TARGETS) * len(RATIOS)
+    for row in found:
+        v = row.variant
+        if row.target != "gfx942":  # which reads what else there is in words, too
+            measured = [v.state] * v.states if "lamb" in v.rule else []
+            expected = expected_accesses(v, v.weight, v.types[0], *measured)
+            assert accesses(row, row.loads) == expected, row
+            assert row.fused == 0, row
+        assert row.occupancy >= OCCUPANCY, row
+        assert not row.inexact, row
+        assert row.spilled == 0, row
 
 
 def test_folding_takes_no_memory_of_a_thread(all_rows):

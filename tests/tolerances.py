@@ -22,6 +22,10 @@ for-loop and foreach optimizers, with or without fused multiply-add.
     RMSProp's direction  g / D      1 |direction| (division); its update is SGD's
     weights  p - update             1 |p'| + 1 |update| for Adam (inner sum)
     decoupled decay                 3 |p| (scalar, product, difference)
+    LAMB's u = m / D + l p          that of m / D, and 2 |l p| (scalar, product) + 1 |u| (sum)
+    trust ratio                     1 ratio; its norms are those of rounded vectors
+    LAMB's update  lr ratio u       3 |update| (scalar, two products)
+    LARS's gradient  ratio g        1 |ratio g|, and 1 |g| in the norm (factor)
 
 The buffer b is the stored one: c is 1, or (1 - mu^kappa)/(1 - mu) where momentum scales, and it
 is c times what a run at this kappa alone would hold.
@@ -35,6 +39,9 @@ times (running error analysis). With the recursions linear (momentum, EMA, decay
 most 1) errors add up at most linearly in T. Adam's division amplifies an error of the square
 average by |update| / (2 sqrt(v) D) and of the mean by step / D: both are evaluated on the
 trajectory, with the smallest denominator that the error of D allows.
+
+Norms of trust ratios are summed in float64 whatever the compute format, which leaves a relative
+error of TRUST in the ratio of two. The norm of an error vector bounds the error of a norm.
 
 A format narrower than the compute format adds half a unit in its last place, once, on store.
 """
@@ -73,6 +80,8 @@ FORMAT = {
 
 # A norm's relative error: a square, at most 256 sums in the compute format, halved by the root.
 NORM = 129
+# A trust ratio's, of two norms in float64: in squares, sums, roots and the division.
+TRUST = 3 * NORM * UNIT[torch.float64]
 GRADIENT_DECAY, GRADIENT_SUM = 2, 1
 LERP_NEW, LERP_OLD = 5, 3
 SQUARE = 1
@@ -81,6 +90,8 @@ DENOMINATOR = 4
 ADAM_UPDATE, SGD_UPDATE = 4, 2
 VARIANCE, RMSPROP_DENOMINATOR, RMSPROP_DIRECTION = 2, 3, 1
 WEIGHT_SUM, INNER_SUM, DECAY = 1, 1, 3
+LAMB_DECAY, LAMB_SUM, LAMB_UPDATE = 2, 1, 3
+RATIO, LARS_NORM, LARS_PRODUCT = 1, 1, 1
 FOLD = 4 * UNIT[torch.float64]
 # Error of a scalar that a device has folded: several functions, each off by a few units in the last
 # place. Compiled as C++ for the host, they are the host's functions. `ABSOLUTE` is the error of a
@@ -149,6 +160,17 @@ def root_bound(square: Array, error: Array) -> Array:
     root = np.sqrt(square)
     span = root + np.sqrt(np.maximum(square - error, 0))
     return np.divide(error, span, out=np.zeros_like(error), where=span > 0)
+
+
+def ratio_bound(weight: Array, weight_error: Array, step: Array, step_error: Array) -> float:
+    """Relative error of |weight| / |step|, both of which are not 0; without its rounding."""
+    total = TRUST
+    for values, error in ((weight, weight_error), (step, step_error)):
+        size, change = np.linalg.norm(values), np.linalg.norm(error)
+        if not change < size:
+            raise ValueError("test data make a norm indistinguishable from zero")
+        total += change / (size - change)
+    return total
 
 
 def ema_bounds(

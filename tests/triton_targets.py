@@ -27,8 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_ema import rules
-from fused_ema.kernels import fold, squares, step
-from fused_ema.kernels.rules import RULES
+from fused_ema.kernels import fold, squares, step, trust
+from fused_ema.kernels.rules import RULES, TRUST
 from fused_ema.step import layout
 
 TARGETS = {
@@ -38,9 +38,11 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 NUM_SCALARS = {name: len(rule.scalars._fields) for name, rule in rules.RULES.items()}
-ARGUMENTS = ("*fp64", "*fp64", "*i16", "*i64", "*i64", "*i32")
+ARGUMENTS = ("*fp64", "*fp64", "*i16", "*i64", "*i64", "*i32", "*fp64")
 SQUARES = "squares"  # the kernel that sums gradients' squares, which is no rule's
 FOLD = "fold "  # what stands before the rule of a kernel that folds its scalars
+TAKING = "trust "  # and before that of a kernel that takes its trust ratios
+TAKING_ARGUMENTS = (*ARGUMENTS, "*fp64", "*i32")
 FOLD_ARGUMENTS = ("*i64", "*i32", "*fp64", "*fp64", "*i32", "i32", "i32")
 # Gradients, slots, chunks and how many, part, ticket; sums and how many, control; three numbers,
 # two of which are a scaler's.
@@ -67,7 +69,7 @@ class Variant:
     @property
     def states(self) -> int:
         """The number of the rule's states."""
-        rule = rules.RULES.get(self.rule)
+        rule = rules.RULES.get(self.rule.removeprefix(TAKING))
         return len(rule.variants[self.variant]) if rule else 0
 
     @property
@@ -123,6 +125,11 @@ VARIANTS = (
     ),
     *(Variant(SQUARES, dtype=dtype, averages=0) for dtype in DTYPES),
 )
+RATIOS = tuple(
+    Variant(f"{TAKING}{rule}", "plain", dtype, 1, False, master)
+    for rule in TRUST
+    for dtype, master in (*((dtype, False) for dtype in DTYPES), ("bfloat16", True))
+)
 FOLDS = tuple(
     Variant(f"{FOLD}{rule}", averages=2, rounded_average="bfloat16") for rule in rules.RULES
 )
@@ -163,6 +170,8 @@ class Row:
 def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.CompiledKernel:
     if variant.rule.startswith(FOLD):
         return compile_fold(variant, target)
+    if variant.rule.startswith(TAKING):
+        return compile_trust(variant, target)
     stored, compute = variant.types
     constants = (compute, step.block_size(compute), step.CHUNK)
     if variant.rule == SQUARES:
@@ -171,7 +180,8 @@ def compile_kernel(variant: Variant, target: GPUTarget) -> triton.compiler.Compi
         constants = (True, True, True, True, 2, stored, *constants, squares.WIDTH)
     else:
         kernel, pointers = step.step_kernel, ARGUMENTS
-        scalars = (RULES[variant.rule][variant.variant], NUM_SCALARS[variant.rule])
+        rule = variant.rule
+        scalars = (RULES[rule][variant.variant], rule in TRUST, NUM_SCALARS[rule])
         slot = layout.slot(variant.master, variant.states, variant.averages)
         kind = (*scalars, tuple(slot), variant.ema_before, variant.dtypes)
         constants = (*kind, *constants[1:])
@@ -185,6 +195,16 @@ def compile_fold(variant: Variant, target: GPUTarget) -> triton.compiler.Compile
     constants = (fold.FOLDS[name], *sizes, variant.averages, variant.rounds, fold.SLOTS)
     options = fold.compile_options(target)
     return compiled(fold.fold_kernel, FOLD_ARGUMENTS, constants, target, options)
+
+
+def compile_trust(variant: Variant, target: GPUTarget) -> triton.compiler.CompiledKernel:
+    name = variant.rule.removeprefix(TAKING)
+    count, (_, compute) = NUM_SCALARS[name], variant.types
+    slot = layout.slot(variant.master, variant.states, variant.averages)
+    kind = (*TRUST[name], count, count + variant.averages, tuple(slot), variant.dtypes)
+    constants = (*kind, step.block_size(compute), step.CHUNK, trust.WIDTH)
+    options = step.compile_options(target)
+    return compiled(trust.trust_kernel, TAKING_ARGUMENTS, constants, target, options)
 
 
 def compiled(
@@ -280,7 +300,7 @@ def amd_occupancy(registers: int) -> float:
 
 
 def compile_all() -> Iterable[Row]:
-    jobs = [(target, variant) for target in TARGETS for variant in (*VARIANTS, *FOLDS)]
+    jobs = [(target, variant) for target in TARGETS for variant in (*VARIANTS, *RATIOS, *FOLDS)]
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("fork")) as pool:
         yield from pool.map(make_row, *zip(*jobs, strict=True))
 

@@ -258,7 +258,7 @@ void delta_block(const Piece& piece, void* const* emas, const double* ema_rates,
 template <class Rule, class Layout>
 void step_piece(const Piece& piece) {
   using Value = Compute<typename Layout::Weight>;
-  const auto scalars = scalars_of<Rule, Value>(piece.row, piece.grad_factor);
+  const auto scalars = scalars_of<Rule, Value>(piece.row, piece.grad_factor, piece.ratio);
   const bool low = weights_are_low<Rule>(scalars, Value(0));
   const double* ema_rates = piece.row + Rule::scalars.size();
   void* const* emas = piece.pointers + 1 + Layout::has_master + Rule::num_states;
@@ -303,6 +303,46 @@ double squares(const void* grad, int64_t begin, int64_t end) {
   return is_finite(total) ? total : sum_of_squares<double>(from, end - begin);
 }
 
+// As Measure says; in double, so that hardly a bit of a ratio depends on the order.
+template <class Rule, class Layout>
+void measure_piece(const Piece& piece, double* sums) {
+  using Param = typename Layout::Param;
+  using Weight = typename Layout::Weight;
+  using State = typename Layout::State;
+  using Value = Compute<Weight>;
+  constexpr int num_states = Rule::num_measured, first = Layout::has_master, lanes = 16;
+  const auto scalars = scalars_of<Rule, Value>(piece.row, piece.grad_factor, 1);
+  const int64_t count = piece.end - piece.begin;
+  const Weight* weight = static_cast<const Weight*>(piece.pointers[first]) + piece.begin;
+  const Param* grad = static_cast<const Param*>(piece.grad) + piece.begin;
+  const State* state[num_states + 1] = {};
+  for (int k = 0; k < num_states; ++k)
+    state[k] = static_cast<const State*>(piece.pointers[first + 1 + k]) + piece.begin;
+  double weights[lanes] = {}, steps[lanes] = {};
+  const auto add = [&](int64_t i, int lane) {
+    Value states[num_states + 1] = {};
+    for (int k = 0; k < num_states; ++k) states[k] = load(state[k][i]);
+    const Value value = load(weight[i]);
+    const double step = Rule::measured(value, Value(load(grad[i])), states, scalars);
+    weights[lane] += double{value} * double{value};
+    steps[lane] += step * step;
+  };
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes)
+    for (int lane = 0; lane < lanes; ++lane) add(i + lane, lane);
+  for (int lane = 0; i < count; ++i, ++lane) add(i, lane);
+  sums[0] = sums[1] = 0;
+  for (int lane = 0; lane < lanes; ++lane) {
+    sums[0] += weights[lane];
+    sums[1] += steps[lane];
+  }
+}
+
+template <class Rule>
+double ratio_of(const double* sums, const double* row) {
+  return trust_of<Rule>(sums[0], sums[1], row);
+}
+
 Squares find_squares(StoredType stored) {
   Squares found = nullptr;
   with_stored_type(stored, [&](auto value) { found = squares<decltype(value)>; });
@@ -315,6 +355,10 @@ KernelInfo find_kernel(const RuleId& rule, Storage storage) {
     using Rule = decltype(candidate);
     with_layout<Rule>(storage, [&](auto layout) {
       found = {step_piece<Rule, decltype(layout)>, static_cast<int>(Rule::scalars.size())};
+      if constexpr (takes_norms<Rule>) {
+        found.measure = measure_piece<Rule, decltype(layout)>;
+        found.ratio = ratio_of<Rule>;
+      }
     });
   });
   return found;

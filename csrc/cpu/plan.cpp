@@ -26,7 +26,8 @@ Plan::Plan(const std::string& rule, const std::string& variant, OwnedSlots slots
       squares_(find_squares(target_, slots->storage().type)),
       ema_before_(ema_before),
       slots_(std::move(slots)),
-      chunks_(slots_->chunks(sum_size)) {}
+      chunks_(slots_->chunks(sum_size)),
+      ratios_(slots_->size(), 1) {}
 
 void Plan::norm(const std::optional<at::Tensor>& partial_sums,
                 const std::optional<GivenEnding>& given) {
@@ -63,14 +64,52 @@ void Plan::run(const std::optional<at::Tensor>& control) {
   slots_->begin();
   std::optional<Slots::Hold> hold;
   if (total < grain) {
+    take_ratios(grad_factor);
     run_elements(0, total, grad_factor);
   } else {
     hold.emplace(slots_);
     const py::gil_scoped_release released;
+    take_ratios(grad_factor);
     at::parallel_for(0, total, grain,
                      [&](int64_t begin, int64_t end) { run_elements(begin, end, grad_factor); });
   }
   slots_->advance();
+}
+
+// The trust ratios of the parameters that are stepped: the sums of chunks, added up in their order.
+void Plan::take_ratios(double grad_factor) {
+  if (kernel_.measure == nullptr) return;
+  const auto takes = [&](size_t i) {
+    return slots_->grad(i) != nullptr && slots_->row(i)[kernel_.num_scalars - 1] != 0;
+  };
+  const int32_t* chunks = chunks_.const_data_ptr<int32_t>();
+  const int64_t num_chunks = chunks_.size(0);
+  std::vector<double> sums(2 * num_chunks, 0.0), totals(2 * slots_->size(), 0.0);
+  at::parallel_for(0, num_chunks, grain / sum_size, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t slot = chunks[2 * k], first = chunks[2 * k + 1] * sum_size;
+      const int64_t last = std::min(first + sum_size, slots_->numel(slot));
+      if (takes(slot)) kernel_.measure(piece(slot, first, last, grad_factor), &sums[2 * k]);
+    }
+  });
+  for (int64_t k = 0; k < num_chunks; ++k)
+    for (int which : {0, 1}) totals[2 * chunks[2 * k] + which] += sums[2 * k + which];
+  for (size_t i = 0; i < ratios_.size(); ++i)
+    ratios_[i] = takes(i) ? kernel_.ratio(&totals[2 * i], slots_->row(i)) : 1;
+}
+
+Piece Plan::piece(size_t slot, int64_t begin, int64_t end, double grad_factor) const {
+  return {slots_->pointers(slot),
+          slots_->grad(slot),
+          begin,
+          end,
+          slots_->row(slot),
+          grad_factor,
+          slots_->num_emas(),
+          ema_before_,
+          slots_->storage().ema_format,
+          slots_->key(slot),
+          ratios_[slot]};
 }
 
 // Shares out elements, not tensors: threads get equal bytes however unequal the tensors are.
@@ -80,9 +119,7 @@ void Plan::run_elements(int64_t begin, int64_t end, double grad_factor) const {
   for (; begin < end; ++i) {
     const int64_t stop = std::min(end, offsets[i + 1]);
     if (stop == begin) continue;
-    kernel_.kernel({slots_->pointers(i), slots_->grad(i), begin - offsets[i], stop - offsets[i],
-                    slots_->row(i), grad_factor, slots_->num_emas(), ema_before_,
-                    slots_->storage().ema_format, slots_->key(i)});
+    kernel_.kernel(piece(i, begin - offsets[i], stop - offsets[i], grad_factor));
     begin = stop;
   }
 }

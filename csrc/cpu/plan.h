@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "ending.h"
 #include "slots.h"
@@ -40,6 +41,8 @@ class Plan {
 
  private:
   double sum_of_squares();
+  void take_ratios(double grad_factor);
+  Piece piece(size_t slot, int64_t begin, int64_t end, double grad_factor) const;
   void run_elements(int64_t begin, int64_t end, double grad_factor) const;
 
   std::string target_;
@@ -47,7 +50,8 @@ class Plan {
   Squares squares_;
   bool ema_before_;
   OwnedSlots slots_;
-  at::Tensor chunks_;  // of gradients, as they are summed
+  at::Tensor chunks_;           // of gradients, as they are summed
+  std::vector<double> ratios_;  // trust ratios; of rules that take no norms 1
 };
 
 }  // namespace fused_ema::cpu

@@ -46,16 +46,16 @@ int resident_blocks(Function* kernel, int device) {
   return blocks;
 }
 
-template <class Rule, class Layout, EmaFormat format, int bytes>
-void launch_sized(const Launch& launch) {
+template <int bytes>
+void launch_sized(void (*kernel)(Parameters<bytes>), const Launch& launch) {
   Parameters<bytes> parameters;
-  parameters.task = {launch.chunks,   launch.num_chunks, launch.slots,     launch.scalars,
-                     launch.words,    launch.control,    launch.num_slots, launch.num_rows,
-                     launch.num_emas, launch.ema_before};
+  parameters.task = {launch.chunks,    launch.num_chunks, launch.slots,    launch.scalars,
+                     launch.words,     launch.control,    launch.ratios,   launch.arrivals,
+                     launch.num_slots, launch.num_rows,   launch.num_emas, launch.row_size,
+                     launch.ema_before};
   if (launch.words == nullptr)
     std::memcpy(parameters.words, launch.host_words, launch.num_words * sizeof(int64_t));
   void* arguments[] = {&parameters};
-  const auto kernel = step<Rule, Layout, format, bytes>;
   const int64_t blocks =
       persistent ? std::min<int64_t>(launch.num_chunks, resident_blocks(kernel, launch.device))
                  : launch.num_chunks;
@@ -64,18 +64,24 @@ void launch_sized(const Launch& launch) {
         "to launch the step kernel");
 }
 
-template <class Rule, class Layout, EmaFormat format>
-void launch_step(const Launch& launch) {
-  if (launch.num_chunks == 0) return;
+// Whether a launch needs the large parameters.
+inline bool is_large(const Launch& launch) {
   const bool by_value = launch.words == nullptr;
   if (by_value && !fits(launch.num_words))
     throw std::runtime_error("too many words to pass by value");
+  return by_value && launch.num_words > Parameters<small>::capacity;
+}
+
+template <class Rule, class Layout, EmaFormat format>
+void launch_step(const Launch& launch) {
+  if (launch.num_chunks == 0) return;
+  const bool needs_large = is_large(launch);
   if constexpr (Chunk<Rule, Layout, format>::rounds)  // many already: they take one size
-    launch_sized<Rule, Layout, format, large>(launch);
-  else if (by_value && launch.num_words > Parameters<small>::capacity)
-    launch_sized<Rule, Layout, format, large>(launch);
+    launch_sized<large>(step<Rule, Layout, format, large>, launch);
+  else if (needs_large)
+    launch_sized<large>(step<Rule, Layout, format, large>, launch);
   else
-    launch_sized<Rule, Layout, format, small>(launch);
+    launch_sized<small>(step<Rule, Layout, format, small>, launch);
 }
 
 template <bool rounds, class Rule, class Layout>

@@ -29,6 +29,9 @@ constexpr int64_t chunk_elements(StoredType stored) {
 //   words:      a device copy of host_words, or null: then they travel by value, see fits()
 //   scalars:    device, num_rows of a RowLayout, or null: then they are the first of the words
 //   control:    device: what gradients are multiplied by; not 0 where nothing shall move
+//   row_size:   of a RowLayout
+//   ratios:     device, of a rule that takes norms: a trust ratio a slot, then two sums a chunk
+//   arrivals:   device, of such a rule: how many chunks of each slot are summed, 0 between launches
 // The caller has made `device` the current one, and the stream is a cudaStream_t of it.
 struct Launch {
   const int32_t* chunks;
@@ -37,12 +40,15 @@ struct Launch {
   int num_slots;
   int num_rows;
   int num_emas;
+  int row_size;
   bool ema_before;
   const double* scalars;
   const int64_t* words;
   const int64_t* host_words;
   int64_t num_words;
   const double* control;
+  double* ratios;
+  uint32_t* arrivals;
   int device;
   void* stream;
 };
@@ -62,6 +68,10 @@ struct KernelInfo {
 // The kernel for a rule; a null kernel where there is none.
 // Throws std::invalid_argument where the rule keeps another number of states.
 KernelInfo find_kernel(const RuleId& rule, Storage storage);
+
+// What takes the trust ratios of a bucket before its step, by one launch; null for a rule that
+// takes no norms.
+Kernel find_trust(const RuleId& rule, Storage storage);
 
 // A pass over a bucket's gradients, from the last chunk to the first: a step, which goes the other
 // way, finds in the L2 cache what the pass has read last.

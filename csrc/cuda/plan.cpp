@@ -19,6 +19,7 @@ KernelInfo find(const RuleId& rule, const Slots& slots) {
 
 Plan::Plan(const std::string& rule, const std::string& variant, OwnedSlots slots, bool ema_before)
     : kernel_(find({rule, variant, slots->num_states()}, *slots)),
+      trust_(find_trust({rule, variant, slots->num_states()}, slots->storage())),
       squares_(find_squares(slots->storage().type)),
       ema_before_(ema_before),
       slots_(std::move(slots)),
@@ -29,6 +30,11 @@ Plan::Plan(const std::string& rule, const std::string& variant, OwnedSlots slots
       uploads_(slots_->device()) {
   const c10::DeviceGuard guard(slots_->device());
   stream_ = current_stream(slots_->device()).handle;
+  if (trust_ == nullptr) return;
+  const at::TensorOptions there(slots_->device());
+  const auto num_slots = static_cast<int64_t>(slots_->size());
+  ratios_ = at::zeros({num_slots + 2 * chunks_.size(0)}, there.dtype(at::kDouble));
+  arrivals_ = at::zeros({num_slots}, there.dtype(at::kInt));
 }
 
 void Plan::norm(const std::optional<at::Tensor>& partial_sums,
@@ -67,11 +73,28 @@ void Plan::run(const std::optional<at::Tensor>& control, const std::optional<std
   pack(stream.capturing);
   const auto* how = (control ? *control : neutral_).const_data_ptr<double>();
   const double* scalars = folder_ ? folder_->run(groups.value(), *slots_, how, stream) : nullptr;
-  kernel_.kernel({chunks_.const_data_ptr<int32_t>(), chunks_.size(0),
-                  slot_table_.const_data_ptr<int64_t>(), static_cast<int>(slots_->size()),
-                  slots_->num_rows(), slots_->num_emas(), ema_before_, scalars, device_words(),
-                  words_.data(), slots_->layout().slots(), how, slots_->device().index(),
-                  stream.handle});
+  Launch launch{};
+  launch.chunks = chunks_.const_data_ptr<int32_t>();
+  launch.num_chunks = chunks_.size(0);
+  launch.slots = slot_table_.const_data_ptr<int64_t>();
+  launch.num_slots = static_cast<int>(slots_->size());
+  launch.num_rows = slots_->num_rows();
+  launch.num_emas = slots_->num_emas();
+  launch.row_size = slots_->row_layout().size();
+  launch.ema_before = ema_before_;
+  launch.scalars = scalars;
+  launch.words = device_words();
+  launch.host_words = words_.data();
+  launch.num_words = slots_->layout().slots();
+  launch.control = how;
+  launch.device = slots_->device().index();
+  launch.stream = stream.handle;
+  if (trust_ != nullptr) {
+    launch.ratios = ratios_.mutable_data_ptr<double>();
+    launch.arrivals = static_cast<uint32_t*>(arrivals_.mutable_data_ptr());
+    trust_(launch);
+  }
+  kernel_.kernel(launch);
   slots_->advance();
 }
 
@@ -80,7 +103,8 @@ void Plan::run(const std::optional<at::Tensor>& control, const std::optional<std
 Stream Plan::enter() {
   const Stream stream = current_stream(slots_->device());
   if (std::exchange(stream_, stream.handle) != stream.handle) {
-    for (const at::Tensor* kept : {&chunks_, &ticket_, &neutral_, &slot_table_, &changing_})
+    for (const at::Tensor* kept :
+         {&chunks_, &ticket_, &neutral_, &slot_table_, &changing_, &ratios_, &arrivals_})
       if (kept->defined()) record_reader(*kept);
     if (folder_) folder_->record_reader();
   }

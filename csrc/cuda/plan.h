@@ -1,4 +1,5 @@
-// A bucket of dense tensors on a GPU, ready to step by one launch.
+// A bucket of dense tensors on a GPU, ready to step by one launch, or by two if its rule takes
+// norms.
 #pragma once
 
 #include <optional>
@@ -57,18 +58,20 @@ class Plan {
   at::Tensor upload(const int64_t* words, int64_t count, bool capturing);
 
   KernelInfo kernel_;
+  Kernel trust_;  // null for a rule that takes no norms
   Squares squares_;
   bool ema_before_;
   OwnedSlots slots_;
   std::optional<Folder> folder_;  // of a capturable bucket
   at::Tensor chunks_;
-  at::Tensor ticket_;           // see SquaresLaunch
-  at::Tensor neutral_;          // the control of a step that takes gradients as they are
-  at::Tensor slot_table_;       // the slots' words on the device
-  at::Tensor changing_;         // the words before them there, where they are too many to pass
-  void* stream_;                // every one of these is its own, or known to be read there
-  std::vector<int64_t> words_;  // as packed
-  bool packed_ = false;         // since they were prepared
+  at::Tensor ticket_;             // see SquaresLaunch
+  at::Tensor neutral_;            // the control of a step that takes gradients as they are
+  at::Tensor slot_table_;         // the slots' words on the device
+  at::Tensor ratios_, arrivals_;  // of a rule that takes norms; see Launch
+  at::Tensor changing_;           // the words before them there, where they are too many to pass
+  void* stream_;                  // every one of these is its own, or known to be read there
+  std::vector<int64_t> words_;    // as packed
+  bool packed_ = false;           // since they were prepared
   Uploads uploads_;
 };
 

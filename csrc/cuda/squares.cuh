@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/step.cuh"
+#include "cuda/sums.cuh"
 
 namespace fused_ema::cuda {
 
@@ -38,19 +39,6 @@ __device__ Value chunk_squares(const Stored* grad, int count, bool aligned) {
   return sum;
 }
 
-// The sum over a block's threads, in the first of them.
-__device__ inline double block_sum(double value) {
-  __shared__ double sums[threads];
-  const unsigned thread = threadIdx.x;
-  sums[thread] = value;
-#pragma unroll 1
-  for (unsigned half = threads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (thread < half) sums[thread] += sums[thread + half];
-  }
-  return sums[thread];
-}
-
 // The squares of a thread's elements: added up in float within a chunk (in double where that
 // overflows), and in double over its chunks.
 template <class Stored>
@@ -73,25 +61,8 @@ __device__ double thread_squares(const GradTask& task, const int64_t* grads) {
   return total;
 }
 
-// Whether all other blocks have come here before. The fences put their sums before their tickets,
-// and this block's reading behind its own.
-__device__ inline bool is_last(uint32_t* ticket) {
-  __shared__ bool last;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(ticket, 1u) == gridDim.x - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  return last;
-}
-
 __device__ inline void end(const Ending& ending) {
-  const volatile double* sums = ending.sums;  // not what this block may have read before
-  double total = 0;
-#pragma unroll 1
-  for (int64_t i = threadIdx.x; i < ending.num_sums; i += threads) total += sums[i];
-  total = block_sum(total);
+  const double total = sum_of_all<1>(ending.sums, ending.num_sums);
   if (threadIdx.x == 0) decide(ending.treatment, total, ending.control);
 }
 
@@ -104,7 +75,7 @@ __global__ void __launch_bounds__(threads, min_blocks)
     const double total = block_sum(thread_squares<Stored>(task, grads));
     if (threadIdx.x == 0) task.partial_sums[blockIdx.x] = total;
   }
-  if (task.ending.control == nullptr || !is_last(task.ticket)) return;
+  if (task.ending.control == nullptr || !is_last(task.ticket, gridDim.x)) return;
   if (threadIdx.x == 0) *task.ticket = 0;
   end(task.ending);
 }

@@ -20,9 +20,12 @@ struct Task {
   const double* scalars;
   const int64_t* words;
   const double* control;
+  double* ratios;
+  uint32_t* arrivals;
   int num_slots;
   int num_rows;
   int num_emas;
+  int row_size;
   bool ema_before;
 };
 
@@ -94,6 +97,7 @@ struct Chunk {
   const int64_t* tensors;
   const Param* grad;  // null: the rule does not run
   const double* row;
+  const double* ratio = nullptr;  // of a rule that takes norms
   int64_t begin;
   int count;
   int num_emas;
@@ -112,9 +116,10 @@ struct Chunk {
     const RowLayout of_row{num_scalars, task.num_emas, rounds};
     const bool in_words = task.scalars == nullptr;
     const double* table = in_words ? reinterpret_cast<const double*>(words) : task.scalars;
-    const WordLayout of_words{in_words ? int64_t{task.num_rows} * of_row.size() : 0,
+    const WordLayout of_words{in_words ? int64_t{task.num_rows} * task.row_size : 0,
                               task.num_slots};
-    row = table + row_index(words + of_words.indices(), slot) * of_row.size();
+    row = table + row_index(words + of_words.indices(), slot) * task.row_size;
+    if constexpr (takes_norms<Rule>) ratio = task.ratios + slot;
     const int64_t grad_address = words[of_words.grads() + slot];
     grad = grad_address != 0 ? reinterpret_cast<const Param*>(grad_address) + begin : nullptr;
 
@@ -157,8 +162,8 @@ class RuleScalars {
  public:
   using Scalars = typename Rule::template Scalars<T>;
 
-  __device__ RuleScalars(const double* row, const double* control)
-      : scalars_(scalars_of<Rule, T>(row, control[0])) {}
+  __device__ RuleScalars(const double* row, const double* control, const double* ratio)
+      : scalars_(scalars_of<Rule, T>(row, control[0], takes_norms<Rule> ? *ratio : 1)) {}
   __device__ const Scalars& get() const { return scalars_; }
 
  private:
@@ -172,15 +177,17 @@ class RuleScalars<Rule, double> {
  public:
   using Scalars = typename Rule::template Scalars<double>;
 
-  __device__ RuleScalars(const double* row, const double* control) : row_(row), control_(control) {}
+  __device__ RuleScalars(const double* row, const double* control, const double* ratio)
+      : row_(row), control_(control), ratio_(ratio) {}
   __device__ Scalars get() const {
     asm volatile("" ::: "memory");
-    return scalars_of<Rule, double>(row_, control_[0]);
+    return scalars_of<Rule, double>(row_, control_[0], takes_norms<Rule> ? *ratio_ : 1);
   }
 
  private:
   const double* row_;
   const double* control_;
+  const double* ratio_;
 };
 
 template <class Chunk>
@@ -403,7 +410,7 @@ __device__ void for_each_pack(int count, bool aligned, Visit visit) {
 
 template <bool averaged, class Chunk>
 __device__ void step_chunk(const Chunk& chunk, const double* control, bool ema_before) {
-  const ScalarsOf<Chunk> scalars(chunk.row, control);
+  const ScalarsOf<Chunk> scalars(chunk.row, control, chunk.ratio);
   const MotionOf<Chunk> first{0, averaged ? chunk.ema_rate(0) : 0, ema_before};
   for_each_pack<Chunk::width>(chunk.count, chunk.aligned, [&](auto size, int at) {
     step_pack<averaged, decltype(size)::value>(chunk, at, scalars, first);

@@ -9,6 +9,11 @@
 
 namespace fused_ema {
 
+// 1 - beta^steps: one minus the product of the betas of all steps.
+FUSED_EMA_INLINE double bias_correction(double weight, double kappa, double step) {
+  return -std::expm1(step * (log1p_or_none(-weight) / kappa));
+}
+
 struct AdamFold {
   static constexpr const char* name = "adam";
   static constexpr std::array numbers{"lr", "betas[0]", "betas[1]", "eps", "weight_decay", "kappa"};
@@ -33,12 +38,6 @@ struct AdamFold {
     c.step_size = lr * bias_correction2_sqrt / bias_correction1;
     c.eps = adaptive_eps(eps, kappa) * bias_correction2_sqrt;
     return c;
-  }
-
- private:
-  // 1 - beta^steps: one minus the product of the betas of all steps.
-  FUSED_EMA_INLINE static double bias_correction(double weight, double kappa, double step) {
-    return -std::expm1(step * (log1p_or_none(-weight) / kappa));
   }
 };
 

@@ -57,17 +57,23 @@ FUSED_EMA_INLINE T narrowed(double scalar) {
     T __VA_ARGS__;                                                                \
   }
 
+// Whether a rule's steps have trust ratios, see rules/trust.h.
+template <class Rule>
+constexpr bool takes_norms = !Rule::scalars.empty() && Rule::scalars.back() == "trust";
+
 template <class Rule, class T, size_t... k>
 FUSED_EMA_INLINE auto scalars_of([[maybe_unused]] const double* row, [[maybe_unused]] double factor,
-                                 std::index_sequence<k...>) {
-  return typename Rule::template Scalars<T>{narrowed<T>(k == 0 ? row[k] * factor : row[k])...};
+                                 [[maybe_unused]] double ratio, std::index_sequence<k...>) {
+  constexpr size_t trust = takes_norms<Rule> ? sizeof...(k) - 1 : sizeof...(k);
+  return typename Rule::template Scalars<T>{
+      narrowed<T>(k == 0 ? row[k] * factor : (k == trust ? ratio : row[k]))...};
 }
 
 // A row's scalars as arithmetic in T takes them; the first is a factor of gradients, as `factor`
-// is.
+// is, and `ratio` takes the place of `trust`.
 template <class Rule, class T>
-FUSED_EMA_INLINE auto scalars_of(const double* row, double factor) {
-  return scalars_of<Rule, T>(row, factor, std::make_index_sequence<Rule::scalars.size()>{});
+FUSED_EMA_INLINE auto scalars_of(const double* row, double factor, double ratio) {
+  return scalars_of<Rule, T>(row, factor, ratio, std::make_index_sequence<Rule::scalars.size()>{});
 }
 
 // The direction to go in, a factor of the gradient.

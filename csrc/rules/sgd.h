@@ -32,7 +32,18 @@ struct SgdFold {
   }
 };
 
+// Steps along the gradient to descend; `c` has SGD's scalars of momentum.
 // buf <- carry*buf + grad_weight*g;  p <- p - lr * (nesterov ? g + momentum*buf : buf)
+template <bool has_momentum, class T, class Scalars>
+FUSED_EMA_INLINE void descend(T& param, T grad, T* states, const Scalars& c) {
+  if constexpr (has_momentum) {
+    T& momentum_buffer = states[0];
+    momentum_buffer = c.carry * momentum_buffer + c.grad_weight * grad;
+    grad = c.nesterov != T(0) ? grad + c.momentum * momentum_buffer : momentum_buffer;
+  }
+  param = param - c.lr * grad;
+}
+
 template <bool has_momentum>
 struct Sgd : SgdFold {
   using Fold = SgdFold;
@@ -41,13 +52,7 @@ struct Sgd : SgdFold {
 
   template <class T, class How>
   FUSED_EMA_INLINE static void update(T& param, T grad, T* states, const Scalars<T>& c, How&) {
-    grad = directed(grad, param, c.grad_factor, c.weight_decay);
-    if constexpr (has_momentum) {
-      T& momentum_buffer = states[0];
-      momentum_buffer = c.carry * momentum_buffer + c.grad_weight * grad;
-      grad = c.nesterov != T(0) ? grad + c.momentum * momentum_buffer : momentum_buffer;
-    }
-    param = param - c.lr * grad;
+    descend<has_momentum>(param, directed(grad, param, c.grad_factor, c.weight_decay), states, c);
   }
 };
 

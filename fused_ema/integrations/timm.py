@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,10 +35,32 @@ def _register() -> None:
             default_registry.get_optimizer_info(short) if short in known else OptimInfo(short, "")
         )
         text = f"fused_ema.{name}, which keeps a model EMA in its step"
-        made = replace(
-            info, name=f"fused{short}", opt_class=getattr(fused_ema, name), description=text
-        )
+        kind: Any = getattr(fused_ema, name)
+        if kind.rule.takes_norms:
+            kind = partial(without_decay_alone, kind)
+        made = replace(info, name=f"fused{short}", opt_class=kind, description=text)
         default_registry.register(made)
+
+
+def without_decay_alone(
+    kind: type[FusedScaledOptimizer], params: Any, weight_decay: float = 0.0, **options: Any
+) -> FusedScaledOptimizer:
+    """Make LARS or LAMB, whose ratio timm gives to param groups with weight decay alone.
+
+    Args:
+        kind: the optimizer's class.
+        params: parameters or param groups; an ``adapt`` of a group is kept.
+        weight_decay: of groups that have none of their own.
+        **options: of the optimizer.
+    """
+    given = list(params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    adapting = [
+        {"adapt": group.get("weight_decay", weight_decay) != 0.0, **group} for group in groups
+    ]
+    make: Any = kind
+    optimizer: FusedScaledOptimizer = make(adapting, weight_decay=weight_decay, **options)
+    return optimizer
 
 
 _register()

@@ -86,6 +86,8 @@ TORCH = {
         set any hyper-parameter for itself, and ``"teacher"``: its own teacher tensors.""",
     "lr": """learning rate at the base batch size, ``>= 0``; a float or a tensor of one
         element.""",
+    "adapt": """multiply steps by the trust ratio; False: by 1, as for biases and norms, in a param
+        group of their own.""",
     "maximize": """ascend instead of descending.""",
     "foreach": """as in torch; True asks for the ``"foreach"`` backend. An explicit ``backend``
         wins.""",

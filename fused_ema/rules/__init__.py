@@ -6,8 +6,10 @@ Attributes:
 
 from .adam import ADAM
 from .frozen import FROZEN
+from .lamb import LAMB
+from .lars import LARS
 from .rmsprop import RMSPROP
 from .rule import Rule
 from .sgd import SGD
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (FROZEN, SGD, ADAM, RMSPROP)}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (FROZEN, SGD, ADAM, RMSPROP, LARS, LAMB)}

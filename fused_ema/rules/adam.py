@@ -60,6 +60,11 @@ CHOICES = {
 def check(group: Group) -> None:
     check_shared(group)
     check_choices(group, CHOICES)
+    check_moments(group)
+
+
+def check_moments(group: Group) -> None:
+    """Raise ValueError for what the moments cannot be made with."""
     check_range("eps", group["eps"], 0.0, math.inf)
     if not isinstance(group["betas"], tuple) or len(group["betas"]) != POSITIONS["betas"]:
         raise ValueError(f"betas={group['betas']!r} is not known; allowed: two numbers")

@@ -57,7 +57,8 @@ class Rule:
             ``states`` are those of the variant, by name.
         scalars: the NamedTuple type that ``fold`` returns; its order is the kernels' table layout.
             The first of a rule that takes gradients is ``grad_factor``, which kernels also multiply
-            by a step's own factor: one product for maximizing, unscaling and clipping.
+            by a step's own factor: one product for maximizing, unscaling and clipping. The last of
+            a rule that takes norms is ``trust``: 1 where a group adapts its steps to them, else 0.
     """
 
     name: str
@@ -76,6 +77,14 @@ class Rule:
     def states(self, group: Group) -> tuple[str, ...]:
         """Names of the state tensors that a group needs, in the kernels' order."""
         return self.variants[self.variant(group)]
+
+    @property
+    def takes_norms(self) -> bool:
+        """Whether a step needs the trust ratio of each parameter, whose place is the last scalar.
+
+        See :mod:`fused_ema.rules.trust`.
+        """
+        return bool(self.scalars._fields[-1:] == ("trust",))
 
     @property
     def hyper(self) -> tuple[str, ...]:

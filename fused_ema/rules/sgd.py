@@ -115,7 +115,11 @@ def fold(hyper: Scaled, step: Any) -> Scalars:
 
 def update(param: Values, grad: Values, states: Mapping[str, Values], c: Scalars) -> None:
     """``b <- carry*b + grad_weight*g``; ``p <- p - lr*(g + momentum*b if nesterov else b)``."""
-    grad = directed(grad, param, c.grad_factor, c.weight_decay)
+    descend(param, directed(grad, param, c.grad_factor, c.weight_decay), states, c)
+
+
+def descend(param: Values, grad: Values, states: Mapping[str, Values], c: Any) -> None:
+    """Step along the gradient to descend; ``c`` has what :class:`Scalars` names of momentum."""
     if "momentum_buffer" in states:
         momentum_buffer = states["momentum_buffer"]
         momentum_buffer.mul_(c.carry).add_(grad, alpha=c.grad_weight)

@@ -88,26 +88,46 @@ class Adam(OracleConfig):
         return math.exp(self.kappa * math.log1p(-self.lr * self.weight_decay))
 
     def update(self, scalars: AdamScalars, state: OracleState, g: Array) -> OracleState:
+        after = self.with_moments(scalars, state, g)
+        update = scalars.lr * self.normalized(scalars, after)
+        return replace(after, param=scalars.keep * state.param - update)
+
+    def with_moments(self, scalars: AdamScalars, state: OracleState, g: Array) -> OracleState:
+        """The state with the moments after the gradient `g`, and with the old weights."""
         exp_avg = lerp(state.states["exp_avg"], g, -math.expm1(scalars.log_beta1))
         exp_avg_sq = lerp(state.states["exp_avg_sq"], g * g, -math.expm1(scalars.log_beta2))
-        maximum = None
+        changed = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         if self.amsgrad:
-            maximum = np.maximum(state.states["max_exp_avg_sq"], exp_avg_sq)
+            largest = np.maximum(state.states["max_exp_avg_sq"], exp_avg_sq)
+            changed["max_exp_avg_sq"] = largest
         product1 = state.carried["log_product1"] + scalars.log_beta1
         product2 = state.carried["log_product2"] + scalars.log_beta2
-        mean = exp_avg / -math.expm1(product1)
-        square = (exp_avg_sq if maximum is None else maximum) / -math.expm1(product2)
-        update = scalars.lr * mean / (np.sqrt(square) + scalars.eps)
-        after = replace(
-            state,
-            param=scalars.keep * state.param - update,
-            carried={"log_product1": product1, "log_product2": product2},
-        )
-        return after.with_states(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, max_exp_avg_sq=maximum)
+        after = replace(state, carried={"log_product1": product1, "log_product2": product2})
+        return after.with_states(**changed)
+
+    def normalized(self, scalars: AdamScalars, after: OracleState) -> Array:
+        """The corrected mean over the root of the corrected square."""
+        mean = after.states["exp_avg"] / -math.expm1(after.carried["log_product1"])
+        kind = "max_exp_avg_sq" if self.amsgrad else "exp_avg_sq"
+        square = after.states[kind] / -math.expm1(after.carried["log_product2"])
+        return mean / (np.sqrt(square) + scalars.eps)
 
     def bounds(
         self, state: OracleState, after: OracleState, incoming: Bounds, unit: float, g: Array
     ) -> Bounds:
+        scalars = self.scale(state.clock)
+        moments, root_error = self.moment_bounds(state, after, incoming, unit, g)
+        update, error = update_bound(scalars, after, moments["exp_avg"], root_error, unit)
+        rounding = WEIGHT_SUM * np.abs(after.param) + INNER_SUM * update
+        if scalars.keep != 1:
+            rounding = rounding + DECAY * np.abs(state.param)
+        param = scalars.keep * incoming.param + error + unit * rounding
+        return incoming.with_errors(param, **moments)
+
+    def moment_bounds(
+        self, state: OracleState, after: OracleState, incoming: Bounds, unit: float, g: Array
+    ) -> tuple[dict[str, Array], Array]:
+        """Bounds of the moments' errors, and of the root's."""
         scalars, errors = self.scale(state.clock), incoming.states
         g_error = gradient_bound(scalars, state, g, incoming, unit)
         square_error = (2 * np.abs(g) + g_error) * g_error + SQUARE * unit * g * g
@@ -116,18 +136,12 @@ class Adam(OracleConfig):
         mean = mean + lerp_bound(state.states["exp_avg"], g, 1 - beta1, unit)
         second = beta2 * errors["exp_avg_sq"] + (1 - beta2) * square_error
         second = second + lerp_bound(state.states["exp_avg_sq"], g * g, 1 - beta2, unit)
-        largest = errors["max_exp_avg_sq"]
-        if self.amsgrad:
-            largest = np.maximum(largest, second)
-            root_error = root_bound(after.states["max_exp_avg_sq"], largest)
-        else:
-            root_error = root_bound(after.states["exp_avg_sq"], second)
-        update, error = update_bound(scalars, after, mean, root_error, unit)
-        rounding = WEIGHT_SUM * np.abs(after.param) + INNER_SUM * update
-        if scalars.keep != 1:
-            rounding = rounding + DECAY * np.abs(state.param)
-        param = scalars.keep * incoming.param + error + unit * rounding
-        return incoming.with_errors(param, exp_avg=mean, exp_avg_sq=second, max_exp_avg_sq=largest)
+        moments = {"exp_avg": mean, "exp_avg_sq": second}
+        if not self.amsgrad:
+            return moments, root_bound(after.states["exp_avg_sq"], second)
+        largest = np.maximum(errors["max_exp_avg_sq"], second)
+        root_error = root_bound(after.states["max_exp_avg_sq"], largest)
+        return {**moments, "max_exp_avg_sq": largest}, root_error
 
 
 @dataclass(frozen=True)
@@ -142,7 +156,7 @@ def update_bound(
     """|update| and its error, from those of the moments."""
     bc1 = -math.expm1(after.carried["log_product1"])
     bc2 = -math.expm1(after.carried["log_product2"])
-    maximum = after.states["max_exp_avg_sq"]
+    maximum = after.states.get("max_exp_avg_sq")
     square = after.states["exp_avg_sq"] if maximum is None else maximum
     denominator = np.sqrt(square / bc2) + scalars.eps
     error = root_error / math.sqrt(bc2) + DENOMINATOR * unit * denominator

@@ -77,11 +77,23 @@ class Sgd(OracleConfig):
     def bounds(
         self, state: OracleState, after: OracleState, incoming: Bounds, unit: float, g: Array
     ) -> Bounds:
+        g_error = gradient_bound(self.scale(state.clock), state, g, incoming, unit)
+        return self.descent_bounds(state, after, incoming, unit, g, g_error)
+
+    def descent_bounds(
+        self,
+        state: OracleState,
+        after: OracleState,
+        incoming: Bounds,
+        unit: float,
+        g: Array,
+        g_error: Array,
+    ) -> Bounds:
+        """Bounds after a step along `g`, which is off by `g_error`."""
         scalars = self.scale(state.clock)
         mu, units = scalars.momentum, scalars.buffer_units
         entry = 1 / units
         fold = 0.0 if units == 1 else FOLD * (1 / (1 - mu) + 1 / (1 - self.momentum))
-        g_error = gradient_bound(scalars, state, g, incoming, unit)
         direction, buffer = self.direction(scalars, state, g)
         error = buffer_error = g_error
         stored = state.states["momentum_buffer"]

@@ -1,6 +1,7 @@
 // A bucket of random tensors in the layout of cuda::Launch, and the same stepped by the CPU loop.
 #pragma once
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -87,6 +88,7 @@ class Bucket {
   Bucket(const Kind& kind, const std::vector<Size>& sizes, unsigned seed)
       : kind_(kind), sizes_(sizes), random_(seed) {
     kernel_ = cuda::find_kernel(kind.rule, kind.storage());
+    trust_ = cuda::find_trust(kind.rule, kind.storage());
     row_size_ = kernel_.num_scalars + kind.num_emas + kind.storage().rounds();
     for (const Size& size : sizes_) {
       slots_.push_back(make_tensors(size));
@@ -124,6 +126,7 @@ class Bucket {
     launch.num_slots = static_cast<int>(sizes_.size());
     launch.num_rows = num_rows;
     launch.num_emas = kind_.num_emas;
+    launch.row_size = row_size_;
     launch.ema_before = kind_.ema_before;
     if (how.scalars_on_device) launch.scalars = static_cast<const double*>(scalars.data());
     if (how.words_on_device) launch.words = static_cast<const int64_t*>(words.data());
@@ -133,6 +136,7 @@ class Bucket {
     launch.control = static_cast<const double*>(control.data());
     launch.device = how.device;
     launch.stream = how.stream;
+    if (trust_ != nullptr) take_ratios(launch);
     kernel_.kernel(launch);
   }
 
@@ -145,8 +149,21 @@ class Bucket {
       const void* grad = sizes_[i].has_grad ? pointers[1] : nullptr;
       pointers.erase(pointers.begin() + 1);
       const double* row = table_.data() + i % num_rows * row_size_;
-      cpu.kernel({pointers.data(), grad, 0, sizes_[i].numel, row, grad_factor, kind_.num_emas,
-                  kind_.ema_before, kind_.ema_format, key(i)});
+      Piece piece{pointers.data(),
+                  grad,
+                  0,
+                  sizes_[i].numel,
+                  row,
+                  grad_factor,
+                  kind_.num_emas,
+                  kind_.ema_before,
+                  kind_.ema_format,
+                  key(i)};
+      if (trust_ != nullptr && grad != nullptr && sizes_[i].numel > 0) {
+        piece.ratio = ratios_[i];
+        expect_ratio(cpu, piece, i);
+      }
+      cpu.kernel(piece);
     }
   }
 
@@ -162,6 +179,30 @@ class Bucket {
 
  private:
   static constexpr int num_rows = 3;
+
+  // Keeps the ratios that the CUDA kernel takes, in memory of just their size.
+  void take_ratios(cuda::Launch& launch) {
+    const Block ratios = Block::of(std::vector<double>(sizes_.size() + 2 * launch.num_chunks));
+    const Block arrivals = Block::of(std::vector<uint32_t>(sizes_.size()));
+    launch.ratios = static_cast<double*>(ratios.data());
+    launch.arrivals = static_cast<uint32_t*>(arrivals.data());
+    trust_(launch);
+    ratios_.assign(launch.ratios, launch.ratios + sizes_.size());
+    if (!arrivals.same(Block::of(std::vector<uint32_t>(sizes_.size()))))
+      throw std::runtime_error("arrivals are left behind");
+    launch.ratios = ratios_.data();
+  }
+
+  // Throws where a ratio differs from the CPU's by more than the order of its sums explains.
+  void expect_ratio(const KernelInfo& cpu, const Piece& piece, size_t slot) const {
+    double sums[2], expected = 1;
+    cpu.measure(piece, sums);
+    if (piece.row[cpu.num_scalars - 1] != 0) expected = cpu.ratio(sums, piece.row);
+    if (!(std::abs(piece.ratio - expected) <= 1e-12 * expected))
+      throw std::runtime_error("slot " + std::to_string(slot) + ": ratio " +
+                               std::to_string(piece.ratio) + ", expected " +
+                               std::to_string(expected));
+  }
 
   uint32_t key(size_t slot) const {
     if (!kind_.storage().rounds()) return 0;
@@ -238,6 +279,8 @@ class Bucket {
   std::vector<Size> sizes_;
   std::mt19937 random_;
   cuda::KernelInfo kernel_;
+  cuda::Kernel trust_;  // of a rule that takes norms
+  std::vector<double> ratios_;
   int row_size_;
   std::vector<std::vector<Block>> slots_, expected_;
   std::vector<double> table_;

@@ -3,3 +3,4 @@
 
 #include "cuda/fold.cu"
 #include "cuda/squares.cu"
+#include "cuda/trust.cu"

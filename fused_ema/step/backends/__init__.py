@@ -34,9 +34,16 @@ def select(bucket: Bucket) -> Backend:
     """The backend asked for, or the first that can run the bucket.
 
     Raises:
-        RuntimeError: none can; the message gives each one's reason.
+        RuntimeError: none can; the message gives each one's reason. Or the rule takes norms of
+            parameters of which no process holds the whole.
     """
-    requested = bucket.key.backend
+    requested, sharding = bucket.key.backend, bucket.key.sharding
+    if bucket.rule.takes_norms and sharding is not None and sharding.dims:
+        raise RuntimeError(
+            f"rule {bucket.rule.name!r} takes norms of whole parameters, and cannot step {bucket}, "
+            "sharded over processes; allowed: parameters that every process holds, as under "
+            "DistributedDataParallel"
+        )
     candidates = [b for b in BACKENDS if requested in ("auto", b.NAME)]
     reasons = []
     for backend in candidates:

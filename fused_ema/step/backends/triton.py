@@ -134,8 +134,50 @@ class DeviceWords:
         )
 
 
+class Trust:
+    """Takes the trust ratios of a bucket's step, by one launch.
+
+    Args:
+        bucket: of a rule that takes norms.
+        slot: where a slot's words lie.
+        chunks: see :func:`~fused_ema.kernels.step.launcher`.
+
+    Attributes:
+        ratios: one a slot, float64.
+        kept: its memory on the device.
+    """
+
+    def __init__(self, bucket: Bucket, slot: layout.SlotLayout, chunks: Tensor) -> None:
+        from ...kernels.trust import launcher
+
+        key, num_scalars = bucket.key, len(bucket.rule.scalars._fields)
+        count, device = len(bucket.slots), chunks.device
+        self.ratios = torch.ones(count, dtype=torch.float64, device=device)
+        sums = torch.zeros(2 * len(chunks), dtype=torch.float64, device=device)
+        arrivals = torch.zeros(count, dtype=torch.int32, device=device)
+        self.kept = [self.ratios, sums, arrivals]
+        self._launch = launcher(
+            rule=bucket.rule.name,
+            dtype=key.dtype,
+            master=key.master,
+            rounded_states=key.state_format != "full",
+            num_scalars=num_scalars,
+            row_size=num_scalars + len(key.emas) + key.rounds,
+            slot=slot,
+            chunks=chunks,
+            ratios=self.ratios,
+            sums=sums,
+            arrivals=arrivals,
+        )
+
+    def __call__(self, **metadata: Tensor) -> Tensor:
+        """Take the ratios of the step that is launched with the same metadata."""
+        self._launch(**metadata)
+        return self.ratios
+
+
 class TritonPlan:
-    """A bucket stepped by one launch."""
+    """A bucket stepped by one launch, after one for trust ratios if its rule takes norms."""
 
     def __init__(self, bucket: Bucket) -> None:
         from ...kernels.squares import Squares
@@ -166,7 +208,7 @@ class TritonPlan:
             ema_before=key.ema_order == "before",
             chunks=chunks,
         )
-
+        self._trust = Trust(bucket, slot, chunks) if bucket.rule.takes_norms else None
         self._metadata: DeviceMetadata | None = None
 
     @property
@@ -188,8 +230,9 @@ class TritonPlan:
 
     def _kept(self) -> list[Tensor]:
         folding = [] if self._folder is None else self._folder.kept
+        trust = [] if self._trust is None else self._trust.kept
         mine = [self._chunks, self._control, self._ticket, self._words.device_words]
-        return [*mine, *folding]
+        return [*mine, *folding, *trust]
 
     def norm(self, partial_sums: Tensor | None, ending: Ending | None) -> None:
         self._readers.enter(self._kept)
@@ -217,13 +260,15 @@ class TritonPlan:
         if self._folder is not None:
             self._folder.run(metadata.folded, control)
             scalars = self._folder.table
-        self._launch(
-            control=control,
-            scalars=scalars,
-            indices=metadata.indices,
-            grads=metadata.grads,
-            slots=metadata.slots,
-        )
+        given = {
+            "control": control,
+            "scalars": scalars,
+            "indices": metadata.indices,
+            "grads": metadata.grads,
+            "slots": metadata.slots,
+        }
+        ratios = None if self._trust is None else self._trust(**given)
+        self._launch(**given, ratios=ratios)
 
     def _uploaded(self, capturing: bool) -> DeviceMetadata:
         """The bucket's words on the device: once a step, unless an address has changed since."""
