@@ -28,6 +28,7 @@ ELSEWHERE = {
     "docs/frameworks/lightning.md": "test_lightning.py",
     "docs/frameworks/step-in-backward.md": "test_step_in_backward.py",
     "docs/frameworks/timm.md": "test_timm.py",
+    "docs/frameworks/torchtitan.md": "test_torchtitan.py",
     "docs/frameworks/trainer.md": "test_trainer.py",
 }
 
