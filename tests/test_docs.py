@@ -24,6 +24,7 @@ ELSEWHERE = {
     "docs/schedules.md": "test_schedules.py",
     "docs/api/averages.md": "test_ownership.py",
     "docs/frameworks/accelerate.md": "test_accelerate.py",
+    "docs/frameworks/configs.md": "test_configs.py",
     "docs/frameworks/diffusers.md": "test_diffusers.py",
     "docs/frameworks/lightning.md": "test_lightning.py",
     "docs/frameworks/step-in-backward.md": "test_step_in_backward.py",
