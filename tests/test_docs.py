@@ -97,6 +97,16 @@ def test_the_reference_lists_every_public_name():
     assert listed == set(fused_ema.__all__)
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "frameworks").glob("*.md")), ids=name_of)
+def test_every_framework_is_linked(page):
+    for name, link in (
+        ("README.md", f"(docs/frameworks/{page.name})"),
+        ("docs/index.md", f"(frameworks/{page.name})"),
+        ("mkdocs.yml", f": frameworks/{page.name}\n"),
+    ):
+        assert link in (ROOT / name).read_text(), name
+
+
 def anchors(page: Path) -> set[str]:
     """What a link may name after #: headings in lower case, with hyphens."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.M)
