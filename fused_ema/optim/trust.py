@@ -25,9 +25,13 @@ def trust_groups(
             names.
     """
     given: list[Any] = list(params.named_parameters() if isinstance(params, nn.Module) else params)
-    adapted, others = [], []
+    adapted: list[Any] = []
+    others: list[Any] = []
     for entry in given:
         param = entry[1] if isinstance(entry, tuple) else entry
         (adapted if param.dim() > 1 else others).append(entry)
-    groups = [{"params": adapted}, {"params": others, "adapt": False, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": adapted},
+        {"params": others, "adapt": False, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
