@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-for module in ("matplotlib", "scipy", "sklearn", "timm", "torchvision", "tqdm"):
+for module in ("jiwer", "matplotlib", "scipy", "sklearn", "timm", "torchvision", "tqdm"):
     pytest.importorskip(module)
 
 from fused_ema.experiments import __main__ as command  # noqa: E402
@@ -34,7 +34,7 @@ def help_of(capsys, *argv):
 def test_help_explains_every_option(name, capsys):
     text = "".join(help_of(capsys, name).split())
     presets = command.experiment(name).PRESETS
-    assert set(presets) == set(command.PRESETS)
+    assert set(presets) == ({"quick"} if name == "speech" else set(command.PRESETS))
     fields = dataclasses.fields(next(iter(presets.values())))
     for field in fields:
         assert f"--{field.name.replace('_', '-')}" in text
@@ -76,6 +76,42 @@ def test_options_take_the_place_of_the_presets():
     )
 
 
+@pytest.mark.parametrize("name", command.NAMES)
+def test_a_dry_run_tells_and_writes_nothing(name, tmp_path, capsys):
+    assert command.main([name, "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out").exists()
+    assert capsys.readouterr().out.startswith(name)
+
+
+def test_a_dry_run_tells_what_kappa_does(tmp_path, capsys):
+    options = ["--kappas", "1,8", "--per-device-batch", "16", "--seeds", "2", "--rho", "0.99"]
+    command.main(["byol", "--dry-run", "--out", str(tmp_path / "out"), *options])
+    lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    runs = {cells[0]: cells[1:] for cells in lines if cells[0].startswith("SGD")}
+    quick = command.experiment("byol").PRESETS["quick"]
+    batch = 8 * quick.base_batch
+    found = runs["SGD, kappa 8"]
+    assert found[:3] == ["0", str(batch), "8"]
+    assert [float(x) for x in found[3:5]] == pytest.approx([0.99**8, 8 * quick.lr], rel=1e-4)
+    steps = quick.train_size * quick.epochs // batch
+    assert found[5:8] == ["16", str(batch // 16), str(steps)]
+    assert runs["SGD, kappa 8, rho left alone"][3] == "0.99"
+    assert 0.0 < float(found[8]) < 1.0
+
+
+def test_activations_are_counted_without_computing():
+    """A linear layer keeps its input, and ReLU its output."""
+    import torch
+    from torch import nn
+
+    from fused_ema.experiments.dry_run import activation_bytes
+
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 16, 2))
+    torch.manual_seed(0)
+    # the images and ReLU's output, which the linear layer keeps too
+    assert activation_bytes(model, 2, {4: 1}) == 4 * (2 * 3 * 16 + 2 * 5 * 16)
+
+
 def test_values_are_written_as_they_are_read():
     assert text_of((0.25, 1.0, 32.0)) == "0.25,1,32"
     assert number("1/4") == 0.25
@@ -96,6 +132,9 @@ def test_values_are_written_as_they_are_read():
         (["byol", "--data", "folder"], "data_root=none with data=folder"),
         (["byol", "--data", "folder", "--data-root", "/none"], "there is no folder train"),
         (["progressive", "--tasks", "dino"], "tasks=('dino',); allowed: polyak, byol"),
+        (["dino", "--rules", "all"], "rules=('all',); allowed: both, rho, centre, none"),
+        (["speech", "--labelled", "99"], "labelled=99 is out of range; allowed: 1 to 45"),
+        (["speech", "--preset", "paper"], "preset='paper': speech has none; allowed: quick"),
         (["progressive", "--switch-epochs", "99"], "switch_epochs=(99,) with epochs="),
         (["noisy_parabola", "--base-steps", "100"], "allowed: at least one step at each kappa"),
     ],
@@ -155,7 +194,7 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
             folder.checkpoint()
 
 
-@pytest.mark.parametrize("name", command.NAMES)
+@pytest.mark.parametrize("name", sorted(path.stem for path in DOCS.glob("*.json")))
 def test_figures_of_the_docs_are_drawn_from_their_data(name, tmp_path):
     data = json.loads((DOCS / f"{name}.json").read_text())
     plots.draw(data, tmp_path / "figure.svg")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for module in ("matplotlib", "scipy", "sklearn", "timm", "torchvision", "tqdm"):
+for module in ("jiwer", "matplotlib", "scipy", "sklearn", "timm", "torchvision", "tqdm"):
     pytest.importorskip(module)
 
 from fused_ema.experiments import __main__ as command  # noqa: E402

@@ -8,23 +8,37 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from torchrun import run_two
 
-for module in ("matplotlib", "sklearn", "timm", "torchvision", "tqdm"):
+for module in ("jiwer", "matplotlib", "sklearn", "timm", "torchvision", "tqdm"):
     pytest.importorskip(module)
 Image = pytest.importorskip("PIL.Image")
 
 from fused_ema.experiments import __main__ as command  # noqa: E402
-from fused_ema.experiments import byol, data, distributed, polyak, progressive, training  # noqa: E402
+from fused_ema.experiments import (  # noqa: E402
+    batchnorm,
+    byol,
+    data,
+    dino,
+    distributed,
+    polyak,
+    progressive,
+    speech,
+    training,
+)
 from fused_ema.experiments.distributed import Group  # noqa: E402
 from fused_ema.experiments.evaluation import knn, linear_probe  # noqa: E402
 from fused_ema.experiments.folder import Folder  # noqa: E402
 
-TASKS = {"polyak": polyak, "byol": byol}
+IMAGES = {"polyak": polyak, "byol": byol, "dino": dino, "batchnorm": batchnorm}
+TASKS = {**IMAGES, "speech": speech}
+# Runs of a tiny config.
+RUNS = {"polyak": 4, "byol": 3, "dino": 5, "batchnorm": 3, "speech": 5}
 # Few samples, all else as the preset has it.
 TINY = {"train_size": 64, "base_batch": 8, "epochs": 2, "warmup_epochs": 1.0, "seeds": 1}
 TINY |= {"evaluate_epochs": 1}
@@ -49,6 +63,8 @@ def float64():
 
 def tiny(name, **options):
     config = {**TINY, "kappas": (1.0, 4.0), **options}
+    if name == "speech":
+        config["start_epoch"] = 1
     return dataclasses.replace(TASKS[name].PRESETS["quick"], **config)
 
 
@@ -101,11 +117,13 @@ def test_doubling_ends_at_the_largest_kappa():
         ("byol", "cifar10", ["--hidden", "32", "--projection", "8"]),
         ("progressive", "cifar10", ["--switch-epochs", "1", "--doubling-epochs", "1"]),
         ("polyak", "paper", []),
+        ("batchnorm", "paper", []),
+        ("dino", "cifar10", ["--hidden", "32", "--bottleneck", "8", "--outputs", "16"]),
     ],
 )
 def test_presets_for_folders(name, preset, options, images, tmp_path, monkeypatch):
     """A small network stands for the preset's, all else is its own."""
-    for module in TASKS.values():
+    for module in IMAGES.values():
         small = dataclasses.replace(
             module.PRESETS[preset], model="resnet-digits", small_images=False,
             image_size=8, base_batch=8, warmup_epochs=0.5,
@@ -195,7 +213,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(name, tmp_path, monkeypatch):
     config = tiny(name)
     expected = run(name, config, tmp_path / "whole")
     kinds = {row["run"] for row in expected}
-    assert len(kinds) == {"polyak": 4, "byol": 3}[name]
+    assert len(kinds) == RUNS[name]
     for kind in kinds:
         mine = [row for row in expected if row["run"] == kind]
         assert [row.get("samples") for row in mine] == [0, 64, 128, None]
@@ -327,7 +345,115 @@ def test_scores_of_features():
 
     train, test = features(40), features(20)
     assert knn(train, test, neighbours=5) == 1.0
-    assert linear_probe(train, test, torch.device("cpu")) == 1.0
+    assert linear_probe(train, test) == 1.0
     wrong = (train[0], 1 - train[1])
     assert knn(wrong, test, neighbours=5) == 0.0
-    assert linear_probe(wrong, test, torch.device("cpu")) == 0.0
+    assert linear_probe(wrong, test) == 0.0
+
+
+def test_features_that_processes_share_score_as_in_one(monkeypatch):
+    """Each process holds half; what they exchange is put together here."""
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randn(60, 5, generator=generator), torch.randint(0, 3, (60,), generator=generator)
+    test = torch.randn(30, 5, generator=generator), torch.randint(0, 3, (30,), generator=generator)
+    whole = knn(train, test, neighbours=7), linear_probe(train, test)
+    barrier, lock, found = threading.Barrier(2), threading.Lock(), {}
+    shared: dict[int, object] = {}
+
+    class Half(Group):
+        def gather(self, value):
+            shared[self.rank] = value
+            barrier.wait()
+            values = [shared[0], shared[1]]
+            barrier.wait()
+            return values
+
+        def total(self, mine):
+            return sum(self.gather(mine.clone()))
+
+    def score(rank):
+        group = Half(rank=rank, world=2)
+        mine = [tuple(part[rank::2] for part in features) for features in (train, test)]
+        scores = knn(*mine, neighbours=7, group=group), linear_probe(*mine, group=group)
+        with lock:
+            found[rank] = scores
+
+    threads = [threading.Thread(target=score, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == pytest.approx(whole, abs=1 / 30 + 1e-9)
+    assert found[0][0] == whole[0]
+    assert found[1] == found[0]
+
+
+def test_more_seeds_and_kappas_go_on_in_the_same_folder(tmp_path):
+    few = tiny("byol", kappas=(1.0,), seeds=1)
+    rows = run("byol", few, tmp_path / "out")
+    more = tiny("byol", kappas=(1.0, 4.0), seeds=2)
+    found = run("byol", more, tmp_path / "out")
+    assert found[: len(rows)] == rows
+    ended = [row["run"] for row in found if row.get("finished")]
+    assert len(ended) == len(set(ended)) == 6
+    whole = run("byol", more, tmp_path / "whole")
+    assert sorted(map(str, found)) == sorted(map(str, whole))
+    for file in ("summary.json", "figure.json"):
+        assert (tmp_path / "out" / file).read_text() == (tmp_path / "whole" / file).read_text()
+    other = run("byol", tiny("byol", kappas=(1.0,), seeds=1, first_seed=7), tmp_path / "out")
+    assert {row["run"] for row in other} - {row["run"] for row in found} == {"SGD, kappa 1, seed 7"}
+    with pytest.raises(ValueError, match="with these kappas a run sees 96 samples, and those that"):
+        run("byol", tiny("byol", kappas=(1.0, 6.0), seeds=1), tmp_path / "out")
+
+
+def test_a_long_epoch_is_saved_within(tmp_path, monkeypatch):
+    saved = []
+    save = training.Training.save
+    monkeypatch.setattr(
+        training.Training, "save", lambda self: (saved.append(self.position), save(self))[1]
+    )
+    config = tiny("polyak", kappas=(1.0,), optimizers=("SGD",), epochs=1, checkpoint_minutes=1e-9)
+    run("polyak", config, tmp_path)
+    assert saved == [*range(8, 64, 8), 0]
+
+
+def test_scalars_for_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny("batchnorm", kappas=(1.0,), tensorboard=True)
+    rows = run("batchnorm", config, tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard" / rows[0]["run"]))
+    events.Reload()
+    found = [(scalar.step, scalar.value) for scalar in events.Scalars("weights_loss")]
+    wanted = [(row["samples"], row["weights_loss"]) for row in rows if "samples" in row]
+    assert [step for step, _ in found] == [step for step, _ in wanted] == [0, 64, 128]
+    assert [x for _, x in found] == pytest.approx([x for _, x in wanted], rel=1e-6)
+
+
+def test_batchnorms_control_leaves_the_statistics_alone(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "scale_batchnorm_momentum", lambda _, kappa: seen.append(kappa))
+    run("batchnorm", tiny("batchnorm", epochs=1), tmp_path)
+    assert seen == [1.0, 4.0, 1.0]
+
+
+def test_views_of_a_folder_have_their_sizes(images):
+    config = dataclasses.replace(
+        dino.PRESETS["paper"], data_root=images, image_size=64, local_size=32, local_crops=2
+    )
+    found = data.load(config, 4).train
+    views, _ = found.__getitems__([(5, 0), (5, 3)])
+    assert [view.shape[-1] for view in views] == [64, 64, 32, 32]
+    again, _ = found.__getitems__([(5, 3)])
+    assert all(torch.equal(a[0], b[1]) for a, b in zip(again, views, strict=True))
+
+
+def test_blur_takes_a_random_radius(images):
+    image = data.opened(next(str(path) for path in images.rglob("*.jpg")))
+    blur = data.Blur(0.5, 2.0)
+    torch.manual_seed(0)
+    found = [torch.tensor(list(blur(image).tobytes())).float().std() for _ in range(4)]
+    sharp = torch.tensor(list(image.tobytes())).float().std()
+    assert len({x.item() for x in found}) == 4
+    assert all(x < sharp for x in found)

@@ -12,12 +12,13 @@ from typing import Any
 
 from . import distributed
 from .config import add_options, chosen
+from .dry_run import table
 from .folder import Folder
 
-NAMES = ("noisy_parabola", "polyak", "byol", "progressive")
+NAMES = ("noisy_parabola", "polyak", "byol", "dino", "batchnorm", "speech", "progressive")
 PRESETS = ("quick", "cifar10", "paper")
 OUT = Path("fused_ema_experiments")
-MODULES = ("matplotlib", "scipy", "sklearn", "timm", "torchvision", "tqdm")
+MODULES = ("jiwer", "matplotlib", "scipy", "sklearn", "timm", "torchvision", "tqdm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     require(*MODULES)
     options = parser().parse_args(argv)
-    names = NAMES if options.name == "all" else (options.name,)
+    names: Sequence[str] = (options.name,)
+    if options.name == "all":
+        names = [name for name in NAMES if options.preset in experiment(name).PRESETS]
     try:
         with distributed.processes() as group:
             for name in names:
@@ -45,11 +48,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(name: str, options: argparse.Namespace, out: Path, group: distributed.Group) -> None:
     """Run one experiment and print its results."""
     module = experiment(name)
+    if options.preset not in module.PRESETS:
+        allowed = ", ".join(module.PRESETS)
+        raise ValueError(f"preset={options.preset!r}: {name} has none; allowed: {allowed}")
     config = chosen(module.PRESETS, options.preset, vars(options))
     with Folder(out, name, config, writes=group.is_first) as folder:
+        if options.dry_run:
+            plan(module, config, folder, group)
+            return
         module.run(config, folder, group)
     if group.is_first:
         print(f"{name}: {out}/summary.json, {out}/figure.png")
+
+
+def plan(module: Any, config: Any, folder: Folder, group: distributed.Group) -> None:
+    """Print what a command would do; nothing is written."""
+    if not hasattr(module, "sessions"):
+        print(f"{folder.experiment}: seconds on one core, without a batch")
+        return
+    tasks = getattr(module, "TASKS", None)
+    makers = [tasks[task] for task in config.tasks] if tasks else [module]
+    for maker, session in zip(makers, module.sessions(config, folder, group), strict=True):
+        model = maker.make_model(session.recipe, session.data)
+        if group.is_first:
+            print(table(session, model, maker.views_of(session.recipe)), end="\n\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,6 +117,11 @@ def add_shared(command: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help=f"folder for the results, with one for each under 'all' (default: {OUT}/PRESET/NAME)",
+    )
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show batches, kappa, scaled rho and learning rate, steps and memory, and end",
     )
 
 

@@ -9,40 +9,33 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from .. import (
-    CosineDecay,
-    FusedScaledAdamW,
-    FusedScaledOptimizer,
-    FusedScaledSGD,
-    ProgressiveScaling,
-)
-from ..ema.decay import Decay
+from .. import ProgressiveScaling
 from ..optim.options import EmaOptions
 from .config import option, positive
+from .data import Data, load
 from .distributed import Group
-from .evaluation import knn, linear_probe, outputs
+from .evaluation import SCORES, feature_scores
 from .folder import Folder
 from .networks import backbone, mlp
-from .recipe import Recipe
-from .results import curves, first, last
+from .optimizers import make_optimizer
+from .recipe import TeacherRecipe
+from .results import compared
 from .training import Run, Session
 
 
 @dataclass(frozen=True)
-class Config(Recipe):
+class Config(TeacherRecipe):
     """Options of BYOL."""
 
     optimizer: str = option("SGD", "SGD or AdamW", choices=("SGD", "AdamW"))
-    rho_schedule: str = option(
-        "constant", "cosine: rho rises to 1 over the training", choices=("constant", "cosine")
-    )
     hidden: int = option(128, "width of projector and predictor")
     projection: int = option(32, "outputs of projector and predictor")
 
@@ -135,11 +128,16 @@ class Online(Target):
         return tuple(self.predictor(projection) for projection in super().forward(*views))
 
 
-def make_online(config: Config, channels: int) -> Online:
+def make_model(config: Config, data: Data) -> Online:
     """The online network with new weights."""
-    encoder = backbone(config, channels, classes=0)
+    encoder = backbone(config, data.channels, classes=0)
     projector = mlp(encoder.num_features, config.hidden, config.projection)
     return Online(encoder, projector, mlp(config.projection, config.hidden, config.projection))
+
+
+def views_of(config: Config) -> dict[int, int]:
+    """Number of views of an image by their side."""
+    return {config.image_size: 2}
 
 
 def make_target(online: Online) -> Target:
@@ -157,19 +155,24 @@ def train(config: Config, run: Run, session: Session) -> None:
     """Train by Algorithm 1 with BYOL's loss, which uses the average; a fixed kappa is one stage."""
     torch.manual_seed(run.seed)
     place, data = session.place, session.data
-    model = make_online(config, data.channels).to(place.device)
+    model = make_model(config, data).to(place.device)
     average = make_target(model)
     online, target = place.wrap(model), place.in_precision(average)
-    total = config.epochs * session.epoch_size / config.base_batch
-    optimizer = make_optimizer(config, run, model, average, total)
+    decay = config.teacher_decay(session.epoch_size)
+    parts = [(model.encoder, decay), (model.projector, decay), (model.predictor, None)]
+    options: EmaOptions = {
+        "teacher": average,
+        "model": model,
+        "kappa_scales": "all" if run.rule else "optimizer",
+        "ema_buffers": config.ema_buffers,
+        "backend": config.backend,
+    }
+    optimizer = make_optimizer(config, run, parts, options)
     batch_sizes = {epoch: config.batch(kappa) for epoch, kappa in run.kappas.items()}
     scaling = ProgressiveScaling(optimizer, config.base_batch, batch_sizes)
 
     def evaluate() -> dict[str, float]:
-        encoder = place.in_precision(model.encoder)
-        train = outputs(encoder, data.plain, place, config.workers)
-        test = outputs(encoder, data.test, place, config.workers)
-        return {"knn": knn(train, test), "probe": linear_probe(train, test, place.device)}
+        return feature_scores(place.in_precision(model.encoder), data, place, config.workers)
 
     training = session.start(run, model, optimizer, scaling, evaluate)
     for _ in training.epochs():
@@ -186,81 +189,50 @@ def train(config: Config, run: Run, session: Session) -> None:
         scaling.step()
 
 
-def make_optimizer(
-    config: Config, run: Run, online: Online, target: Target, total: float
-) -> FusedScaledOptimizer:
-    """The run's optimizer at the base batch size; its average is the target network.
-
-    Args:
-        config: the recipe.
-        run: the run.
-        online: the network that is trained; its predictor has no average.
-        target: the target network; every step modifies it in place, with its buffers.
-        total: length of the training in base steps.
-    """
-    from timm.optim import param_groups_weight_decay
-
-    decay = config.adamw_weight_decay if run.optimizer == "AdamW" else config.weight_decay
-    groups = [
-        {**group, "ema_decay": ema_decay}
-        for part, ema_decay in (
-            (online.encoder, rho(config, total)),
-            (online.projector, rho(config, total)),
-            (online.predictor, None),
-        )
-        for group in param_groups_weight_decay(part, decay)
-    ]
-    shared: EmaOptions = {
-        "teacher": target,
-        "model": online,
-        "kappa_scales": "all" if run.rule else "optimizer",
-        "ema_buffers": config.ema_buffers,
-        "backend": config.backend,
-    }
-    if run.optimizer == "AdamW":
-        betas = (config.beta1, config.beta2)
-        return FusedScaledAdamW(groups, lr=config.adamw_lr, betas=betas, **shared)
-    return FusedScaledSGD(groups, lr=config.lr, momentum=config.momentum, **shared)
-
-
-def rho(config: Config, total: float) -> Decay:
-    """The target's base decay."""
-    return CosineDecay(config.rho, total) if config.rho_schedule == "cosine" else config.rho
-
-
 def fixed(config: Config, kappa: float, seed: int, rule: bool = True) -> Run:
     """A training at one batch size."""
     kind = f"{config.optimizer}, kappa {kappa:g}" + ("" if rule else ", rho left alone")
     return Run(kind, seed, {0: kappa}, config.optimizer, rule)
 
 
+def kinds(config: Config) -> list[tuple[float, bool]]:
+    """What the trainings differ in except for the seed: kappa, and whether rho follows the rule."""
+    return [(kappa, rule) for kappa in config.kappas for rule in (True, False)[: 1 + (kappa != 1)]]
+
+
+def sessions(config: Config, folder: Folder, group: Group) -> list[Session]:
+    """The trainings."""
+    runs = [
+        fixed(config, kappa, seed, rule)
+        for kappa, rule in kinds(config)
+        for seed in config.all_seeds
+    ]
+    return [Session(config, folder, group, runs, load(config, 2))]
+
+
 def run(config: Config, folder: Folder, group: Group) -> None:
     """Train at every kappa, with and without the rule, with every seed, and summarise."""
-    kinds = [(kappa, rule) for kappa in config.kappas for rule in (True, False)[: 1 + (kappa != 1)]]
-    runs = [
-        fixed(config, kappa, seed, rule) for kappa, rule in kinds for seed in range(config.seeds)
-    ]
-    session = Session(config, folder, group, runs, views=2)
-    for one in session.unfinished():
-        train(config, one, session)
+    (its,) = sessions(config, folder, group)
+    for one in its.unfinished():
+        train(config, one, its)
     if group.is_first:
-        summarise(config, folder, kinds)
+        summarise(config, folder, its.rows())
 
 
-def summarise(config: Config, folder: Folder, kinds: Sequence[tuple[float, bool]]) -> None:
+def summarise(
+    config: Config,
+    folder: Folder,
+    rows: Sequence[Mapping[str, Any]],
+) -> None:
     """Write the scores at random weights and at the end, and the figure's curves."""
-    rows = folder.rows()
-    summary, figure = [], []
-    for kappa, rule in kinds:
-        kind = fixed(config, kappa, 0, rule).kind
-        about = {"kappa": kappa, "average": "rule" if rule else "none"}
-        found = {name: curves(rows, kind, name) for name in ("knn", "probe")}
-        summary.append({**about, **{name: last(curve) for name, curve in found.items()}})
-        figure.append({**about, **found})
-    start = {name: first(curve) for name, curve in found.items()}
-    folder.write("summary.json", {"random_weights": start, "runs": summary})
-    about = {"base_batch": config.base_batch, "rho": config.rho, "seeds": config.seeds}
-    folder.write_figure({**about, "curves": figure})
+    about = {
+        fixed(config, kappa, 0, rule).kind: {"kappa": kappa, "average": "rule" if rule else "none"}
+        for kappa, rule in kinds(config)
+    }
+    summary, figure = compared(rows, about, SCORES)
+    folder.write("summary.json", summary)
+    shared = {"base_batch": config.base_batch, "rho": config.rho, "seeds": config.seeds}
+    folder.write_figure({**shared, "curves": figure})
 
 
 if __name__ == "__main__":

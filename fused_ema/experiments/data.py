@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from ..demo.problem import load_digits
-from .recipe import Recipe
+from .networks import check_model
+from .recipe import ImageRecipe
 
 T = TypeVar("T")
 Key = tuple[int, int]
@@ -56,12 +57,13 @@ class Data(NamedTuple):
     channels: int
 
 
-def load(recipe: Recipe, views: int) -> Data:
-    """Load the data that the recipe names; with ``views`` > 1, augment as BYOL does.
+def load(recipe: ImageRecipe, views: int) -> Data:
+    """Load the data that the recipe names; with ``views`` > 1, augment as BYOL or DINO do.
 
     Raises:
-        ValueError: there is no such folder, it is damaged, or too small.
+        ValueError: there is no such model or folder, or it is damaged or too small.
     """
+    check_model(recipe)
     if recipe.data == "digits":
         return digits(recipe.train_size or DIGITS_TRAIN_SIZE, views)
     return folder(recipe, views)
@@ -97,26 +99,25 @@ class Digits(Dataset[Any]):
 
     def __init__(self, images: Tensor, classes: Tensor, views: int = 0) -> None:
         self.images, self.classes, self.views = images, classes, views
-        self.chances = lru_cache(maxsize=1)(self._chances)
+        self.views_of = lru_cache(maxsize=1)(self._views_of)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Views, Tensor]:
         rows = torch.tensor([index for _, index in keys])
-        images, classes = self.images[rows], self.classes[rows]
         if not self.views:
-            return (images,), classes
+            return (self.images[rows],), self.classes[rows]
         (token,) = {token for token, _ in keys}
-        chances = self.chances(token)[rows]
-        strong = self.views > 1
-        return tuple(distorted(images, chances[:, k], strong) for k in range(self.views)), classes
+        return tuple(view[rows] for view in self.views_of(token)), self.classes[rows]
 
-    def _chances(self, token: int) -> Tensor:
-        """Random numbers in ``[-1, 1]`` for every image and view: ``[n, views, 7]``."""
+    def _views_of(self, token: int) -> Views:
+        """All images in an epoch's distortions, at once, which small batches gain most from."""
         generator = torch.Generator().manual_seed(token)
         shape = (len(self), self.views, 7)
-        return torch.rand(shape, generator=generator, dtype=self.images.dtype) * 2 - 1
+        chances = torch.rand(shape, generator=generator, dtype=self.images.dtype) * 2 - 1
+        strong = self.views > 1
+        return tuple(distorted(self.images, chances[:, k], strong) for k in range(self.views))
 
 
 def misplaced(images: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ def distorted(images: Tensor, chances: Tensor, strong: bool) -> Tensor:
     return moved * scale + contrast / 4 * chances[:, 6].view(-1, 1, 1, 1)
 
 
-def folder(recipe: Recipe, views: int) -> Data:
+def folder(recipe: ImageRecipe, views: int) -> Data:
     """A folder with ``train`` and ``val`` or ``test`` parts, each with a folder for each class."""
     from torchvision.datasets import ImageFolder
 
@@ -165,7 +166,7 @@ def folder(recipe: Recipe, views: int) -> Data:
         train = first_of_shuffle(train, recipe.train_size)
     plain = plain_transform(recipe.image_size)
     return Data(
-        Folder(train, *augmentations(recipe.image_size, views)),
+        Folder(train, *augmentations(recipe.image_size, views, recipe.local_size)),
         Folder(train, plain),
         Folder(test, plain),
         classes=len(found[0].classes),
@@ -218,35 +219,57 @@ def plain_transform(size: int) -> Transform:
     from torchvision.transforms import v2
 
     resize = size if size < 64 else round(size / 0.875)
-    steps = [v2.Resize(resize), v2.CenterCrop(size), *_normalised()]
+    bicubic = v2.InterpolationMode.BICUBIC
+    steps = [v2.Resize(resize, bicubic), v2.CenterCrop(size), *_normalised()]
     return cast(Transform, v2.Compose(steps))
 
 
-def augmentations(size: int, views: int) -> list[Transform]:
-    """One augmentation for each view: supervised training's for one, BYOL's for two."""
+def augmentations(size: int, views: int, local_size: int) -> list[Transform]:
+    """One augmentation for each view: supervised training's for one, BYOL's for two.
+
+    The views from the third on are DINO's local crops, of side ``local_size``.
+    """
     from torchvision.transforms import v2
 
+    bicubic = v2.InterpolationMode.BICUBIC
     flip = v2.RandomHorizontalFlip()
     if views == 1:
         crop = (
             v2.Compose([v2.Resize(size), v2.RandomCrop(size, padding=size // 8)])
             if size < 64
-            else v2.RandomResizedCrop(size)
+            else v2.RandomResizedCrop(size, interpolation=bicubic)
         )
         return [v2.Compose([crop, flip, *_normalised()])]
-    # BYOL, arXiv 2006.07733, appendix B; small images are not blurred
-    crop = v2.RandomResizedCrop(size, scale=(0.2 if size < 64 else 0.08, 1.0))
-    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
-    colours = [crop, flip, jitter, v2.RandomGrayscale(0.2)]
-    blur = [v2.GaussianBlur(size // 20 * 2 + 1, (0.1, 2.0))] if size >= 64 else []
+    # BYOL, arXiv 2006.07733, appendix B; DINO, arXiv 2104.14294: its crops are larger or smaller
+    least = 0.2 if size < 64 else 0.08
+    whole = (least if views == 2 else 0.25, 1.0)
+    chances = [(size, whole, 1.0, 0.0), (size, whole, 0.1, 0.2)]
+    chances += [(local_size, (0.05, 0.25), 0.5, 0.0)] * (views - 2)
     result = []
-    for blurred, solarized in ((1.0, 0.0), (0.1, 0.2)):
-        steps = [*colours, *(v2.RandomApply([step], p=blurred) for step in blur)]
-        steps.append(v2.RandomSolarize(0.5, p=solarized))
-        result.append(
-            v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), *steps, _norm()])
-        )
+    for side, scale, blurred, solarized in chances:
+        crop = v2.RandomResizedCrop(side, scale, interpolation=bicubic)
+        jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
+        steps = [crop, flip, jitter, v2.RandomGrayscale(0.2)]
+        if size >= 64:  # small images are not blurred
+            steps.append(v2.RandomApply([Blur(0.1, 2.0)], p=blurred))
+        steps.append(v2.RandomSolarize(128, p=solarized))
+        result.append(v2.Compose([*steps, *_normalised()]))
     return result
+
+
+class Blur(nn.Module):
+    """A Gaussian blur of a PIL image, with a random radius; far faster than torchvision's."""
+
+    def __init__(self, least: float, most: float) -> None:
+        super().__init__()
+        self.least, self.most = least, most
+
+    def forward(self, image: Any) -> Any:
+        """Return the blurred image."""
+        from PIL import ImageFilter
+
+        radius = torch.empty(()).uniform_(self.least, self.most).item()
+        return image.filter(ImageFilter.GaussianBlur(radius))
 
 
 def _normalised() -> list[Any]:

@@ -51,22 +51,30 @@ class Group:
             )
         return micro, mine // micro
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; the hosts exchange it, and no device waits."""
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set in any process; the hosts exchange it, and no device waits."""
         if self.world == 1:
-            return flag
-        flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags.item())
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in found]
+
+    def total(self, mine: Any) -> Any:
+        """The sum of the processes' tensors."""
+        if self.world == 1:
+            return mine
+        total = mine.clone()
+        dist.all_reduce(total)
+        return total
 
     def slice(self, size: int) -> range:
         """The items of ``size`` that belong to this process."""
         return range(self.rank * size // self.world, (self.rank + 1) * size // self.world)
 
     def join(self, mine: Tensor) -> Tensor:
-        """Join the rows of all processes' slices, in order, on the CPU."""
+        """Join the rows of all processes' slices, in order, on the CPU if there are several."""
         if self.world == 1:
-            return mine.cpu()
+            return mine
         return torch.cat(self.gather(mine.cpu()))
 
     def as_the_first(self, tensors: Iterable[Tensor]) -> None:

@@ -40,6 +40,7 @@ class Folder:
 
     def __init__(self, path: Path, experiment: str, config: Any, writes: bool = True) -> None:
         self.path, self.experiment, self.writes = path, experiment, writes
+        self.tensorboard = getattr(config, "tensorboard", False)
         self.config = {"experiment": experiment, **identity(config)}
         self._check()
 
@@ -109,6 +110,22 @@ class Folder:
         if self.writes:
             line = json.dumps(finite(row), ensure_ascii=False) + "\n"
             self._put([*self._whole_lines(), line.encode()])
+            if self.tensorboard:
+                self._write_scalars(row)
+
+    def _write_scalars(self, row: Mapping[str, Any]) -> None:
+        """Write a row for TensorBoard, over the samples seen."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "tensorboard=yes: the package is missing; pip install tensorboard"
+            ) from error
+        if "samples" in row:
+            with SummaryWriter(str(self.path / "tensorboard" / row["run"])) as writer:
+                for name, value in row.items():
+                    if isinstance(value, float):
+                        writer.add_scalar(name, value, row["samples"])
 
     def begin(self, count: int = 0) -> None:
         """Lock the folder, and remove all rows except the first ``count``.

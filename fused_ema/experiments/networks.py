@@ -1,30 +1,36 @@
-"""Networks of the experiments: timm's backbones, and the heads of BYOL."""
+"""Networks of the experiments: timm's backbones, and the heads of BYOL and DINO."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
 
-from .recipe import Recipe
+from .recipe import ImageRecipe
 
 DIGITS = "resnet-digits"
 
 
-def backbone(recipe: Recipe, channels: int, classes: int) -> Any:
+def backbone(recipe: ImageRecipe, channels: int, classes: int) -> Any:
     """A network with ``classes`` outputs; if that is 0, one that returns features."""
     import timm
 
     if recipe.model == DIGITS:
         return resnet_for_digits(channels, classes)
-    options = {"img_size": recipe.image_size} if recipe.model.startswith("vit") else {}
+    options: dict[str, Any] = {}
+    if recipe.model.startswith("vit"):
+        # views of several sizes, as DINO has them, share the interpolated position embedding
+        options = {"img_size": recipe.image_size, "dynamic_img_size": True}
+    if recipe.drop_path:
+        options["drop_path_rate"] = recipe.drop_path
     model = timm.create_model(recipe.model, in_chans=channels, num_classes=classes, **options)
     if recipe.small_images:
         shrink_stem(model, recipe.model)
     return model
 
 
-def check_model(recipe: Recipe) -> None:
+def check_model(recipe: ImageRecipe) -> None:
     """Raise ValueError if timm has no such model."""
     import timm
 
@@ -68,3 +74,29 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Linear(hidden, outputs),
     )
+
+
+class DinoHead(nn.Module):
+    """DINO's head (arXiv 2104.14294): an MLP, L2-normalised, and a last layer of unit rows.
+
+    Args:
+        inputs: features of the encoder.
+        hidden: width of the MLP's two hidden layers.
+        bottleneck: outputs of the MLP.
+        outputs: outputs of the last layer.
+        norm: BatchNorm after each hidden layer.
+    """
+
+    def __init__(
+        self, inputs: int, hidden: int, bottleneck: int, outputs: int, *, norm: bool
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in (inputs, hidden):
+            layers += [nn.Linear(width, hidden), *([nn.BatchNorm1d(hidden)] * norm), nn.GELU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
+        self.last = nn.Linear(bottleneck, outputs, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the cosines of the MLP's output with each row of the last layer."""
+        return linear(normalize(self.mlp(features), dim=1), normalize(self.last.weight, dim=1))

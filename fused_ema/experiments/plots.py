@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .results import gaps, seed_spread
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -103,25 +105,50 @@ def draw_curve(
 
 
 def draw_polyak(data: Mapping[str, Any], out: Path) -> None:
-    """Draw the average's test loss, with and without the rule, in a row for each optimizer."""
+    """Draw the average's test loss by both choices and its gap, in a row for each optimizer."""
     optimizers = list(dict.fromkeys(curve["optimizer"] for curve in data["curves"]))
-    with new_figure(11, 3.6 * len(optimizers) + 0.6) as figure:
-        grid = figure.subplots(len(optimizers), 2, sharey="row", squeeze=False)
+    with new_figure(15, 3.7 * len(optimizers) + 0.4) as figure:
+        grid = figure.subplots(len(optimizers), 3, squeeze=False)
         for row, optimizer in zip(grid, optimizers, strict=True):
-            for axes, average in zip(row, ("rule", "none"), strict=True):
-                mine = [
-                    curve
-                    for curve in data["curves"]
-                    if (curve["optimizer"], curve["average"]) == (optimizer, average)
-                ]
-                draw_losses(axes, mine)
+            its = [curve for curve in data["curves"] if curve["optimizer"] == optimizer]
+            row[1].sharey(row[0])
+            for axes, average in zip(row, ("rule", "none"), strict=False):
+                draw_losses(axes, [curve for curve in its if curve["average"] == average])
                 told = "EMA rule, $ρ^κ$" if average == "rule" else "ρ left alone"
                 axes.set_title(f"{optimizer}: {told}")
             row[0].set_ylabel("test loss of the average (log)")
+            draw_gaps(row[2], its, optimizer)
         handles, labels = grid[0][0].get_legend_handles_labels()
         batch = data["base_batch"]
         figure.legend(handles, labels, loc="outside right center", title=f"base batch {batch}")
-        figure.savefig(out, dpi=72)
+        figure.savefig(out, dpi=54)
+
+
+def draw_gaps(axes: Axes, curves: Sequence[Mapping[str, Any]], optimizer: str) -> None:
+    """Draw the largest gap to kappa = 1 in the last half over kappa, and what seeds differ by."""
+    losses = {(curve["average"], curve["kappa"]): curve["loss"] for curve in curves}
+    kappas = sorted({kappa for _, kappa in losses if kappa != 1})
+    for average, label, style in (
+        ("none", "ρ left alone", {"color": ORANGE, "ls": DASHED, "marker": "s"}),
+        ("rule", "EMA rule, $ρ^κ$", {"color": BLUE, "marker": "o"}),
+        ("weights", "weights, no average", {"color": GREY, "ls": ":", "marker": "^"}),
+    ):
+        parts = ("mean", "min", "max")
+        found = [gaps(losses[average, k], losses[average, 1])["late"] for k in kappas]
+        mean, low, high = (numbers([gap[part] for gap in found]) for part in parts)
+        axes.fill_between(kappas, low, high, color=style["color"], alpha=0.15, lw=0)
+        axes.plot(kappas, mean, label=label, ms=5, **style)
+    seeds = seed_spread(losses["rule", 1])["late"]
+    if seeds:
+        axes.axhline(seeds, color=BLACK, lw=1, label="seeds at κ = 1")
+    axes.set(title=f"{optimizer}: gap to κ = 1 (last half)", xscale="log", xlabel="κ")
+    if kappas:
+        set_log_scale(axes)
+    axes.set_xticks(kappas, [f"{kappa:g}" for kappa in kappas])
+    axes.minorticks_off()
+    axes.set_ylabel("largest |loss - loss at κ = 1| (log)")
+    axes.legend(fontsize=9)
+    axes.grid(alpha=0.25)
 
 
 def draw_losses(axes: Axes, curves: Sequence[Mapping[str, Any]]) -> None:
@@ -160,34 +187,97 @@ def colours(kappas: Iterable[float]) -> list[str]:
     return [result[float(kappa)] for kappa in found]
 
 
-def draw_byol(data: Mapping[str, Any], out: Path) -> None:
-    """Draw k-NN and linear-probe accuracy of the online network's features over samples seen."""
-    with new_figure(12, 4.6) as figure:
-        both = figure.subplots(1, 2)
-        for axes, name in zip(both, ("knn", "probe"), strict=True):
+# The averages that follow the rule: one of them (rule, none), or of DINO's two.
+AVERAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "rule": ("EMA rule $ρ^κ$", {"color": BLUE}),
+    "both": ("rule for both", {"color": BLUE}),
+    "rho": ("rule for ρ alone", {"color": SKY, "ls": "-."}),
+    "centre": ("rule for the centre alone", {"color": GREEN, "ls": ":"}),
+    "none": ("ρ left alone", {"color": ORANGE, "ls": DASHED}),
+}
+
+
+def draw_features(data: Mapping[str, Any], out: Path) -> None:
+    """Draw k-NN and linear-probe accuracy of the encoder's features over samples seen."""
+    titles = {"knn": "k nearest neighbours: test accuracy (%)", "probe": "linear probe (%)"}
+    draw_panels(data, titles, AVERAGES, out)
+
+
+def draw_batchnorm(data: Mapping[str, Any], out: Path) -> None:
+    """Draw loss and accuracy of the weights with and without the rule for the statistics."""
+    labels = {
+        "rule": ("decay $0.9^κ$", AVERAGES["rule"][1]),
+        "none": ("decay left alone", AVERAGES["none"][1]),
+    }
+    titles = {
+        "weights_loss": "test loss of the weights (log)",
+        "weights_accuracy": "test accuracy of the weights (%)",
+    }
+    draw_panels(data, titles, labels, out)
+
+
+def draw_speech(data: Mapping[str, Any], out: Path) -> None:
+    """Draw the averages' digit error, supervised and with pseudo-labels."""
+    with new_figure(12.5, 4.6) as figure:
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, task in zip(panels, ("supervised", "pseudo-labels"), strict=True):
             for curve in data["curves"]:
-                kappa, rule = curve["kappa"], curve["average"] == "rule"
-                label = (
-                    f"κ = {kappa:g}"
-                    if kappa == 1
-                    else f"κ = {kappa:g}, " + ("EMA rule $ρ^κ$" if rule else "ρ left alone")
-                )
-                colour = BLACK if kappa == 1 else BLUE if rule else ORANGE
-                style: dict[str, Any] = {
-                    "color": colour,
-                    "ls": "-" if rule else DASHED,
-                    "label": label,
-                }
-                style |= {"lw": 3.0 if kappa == 1 else 1.7}
-                draw_curve(axes, curve[name], style, 100)
-            axes.set_xlabel("samples seen (thousands)")
+                if curve["task"] == task and (curve["kappa"], curve["average"]) != (1, "none"):
+                    draw_labelled(axes, curve, "error", AVERAGES, 100)
+            axes.set(title=task, xlabel="strings seen (thousands)", yscale="log")
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.grid(alpha=0.25)
-        both[0].set(title="k nearest neighbours", ylabel="test accuracy (%)")
-        both[1].set(title="linear probe")
-        batch = data["base_batch"]
-        handles, labels = both[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center", title=f"base batch {batch}")
-        figure.savefig(out, dpi=100)
+        panels[0].set_ylabel("wrong digits of the average (%, log)")
+        handles, found = panels[1].get_legend_handles_labels()
+        title = f"base batch {data['base_batch']}"
+        figure.legend(handles, found, loc="outside right center", title=title)
+        figure.savefig(out, dpi=90)
+
+
+def draw_panels(
+    data: Mapping[str, Any],
+    titles: Mapping[str, str],
+    labels: Mapping[str, tuple[str, dict[str, Any]]],
+    out: Path,
+) -> None:
+    """Draw a panel for each quantity, with a line for each kappa and choice of the averages.
+
+    Args:
+        data: the curves, each with its ``kappa`` and ``average``.
+        titles: the quantities; those named loss have a logarithmic scale, others are in percent.
+        labels: label and style of each ``average``.
+        out: the file.
+    """
+    with new_figure(12.5, 4.6) as figure:
+        panels = figure.subplots(1, len(titles))
+        for axes, (name, title) in zip(panels, titles.items(), strict=True):
+            loss = name.endswith("loss")
+            for curve in data["curves"]:
+                draw_labelled(axes, curve, name, labels, 1 if loss else 100)
+            axes.set(title=title, xlabel="samples seen (thousands)")
+            if loss:
+                set_log_scale(axes)
+            axes.grid(alpha=0.25)
+        handles, found = panels[0].get_legend_handles_labels()
+        title = f"base batch {data['base_batch']}"
+        figure.legend(handles, found, loc="outside right center", title=title)
+        figure.savefig(out, dpi=90)
+
+
+def draw_labelled(
+    axes: Axes,
+    curve: Mapping[str, Any],
+    name: str,
+    labels: Mapping[str, tuple[str, dict[str, Any]]],
+    scale: float,
+) -> None:
+    """Draw a curve in the style of its kappa and its choice of the averages."""
+    label, style = labels[curve["average"]]
+    if curve["kappa"] == 1:
+        style = {"color": BLACK, "lw": 3.0, "label": "κ = 1"}
+    else:
+        style = {"lw": 1.7, "label": f"κ = {curve['kappa']:g}, {label}", **style}
+    draw_curve(axes, curve[name], style, scale)
 
 
 def draw_progressive(data: Mapping[str, Any], out: Path) -> None:
@@ -229,8 +319,11 @@ PLANS: tuple[dict[str, Any], ...] = (
 DRAW: dict[str, Callable[[Mapping[str, Any], Path], None]] = {
     "noisy_parabola": draw_noisy_parabola,
     "polyak": draw_polyak,
-    "byol": draw_byol,
+    "batchnorm": draw_batchnorm,
+    "byol": draw_features,
+    "dino": draw_features,
     "progressive": draw_progressive,
+    "speech": draw_speech,
 }
 
 

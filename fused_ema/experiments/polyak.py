@@ -9,36 +9,33 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 
-from .. import (
-    FusedScaledAdamW,
-    FusedScaledOptimizer,
-    FusedScaledSGD,
-    ProgressiveScaling,
-    YoungAverageWarning,
-)
+from .. import ProgressiveScaling, YoungAverageWarning
 from ..ema.decay import Decay
 from ..optim.options import EmaOptions
 from .config import option
+from .data import Data, load
 from .distributed import Group
 from .evaluation import score
 from .folder import Folder
 from .networks import backbone
-from .recipe import Recipe
-from .results import curves, gaps, last
+from .optimizers import make_optimizer
+from .recipe import ImageRecipe, Recipe
+from .results import curves, gaps, last, seed_spread
 from .training import Run, Session
 
 
 @dataclass(frozen=True)
-class Config(Recipe):
+class Config(ImageRecipe):
     """Options of Polyak averaging."""
 
-    optimizers: tuple[str, ...] = option(("SGD", "AdamW"), "SGD, AdamW or both")
+    optimizers: tuple[str, ...] = option(("SGD", "AdamW"), "SGD, AdamW or both", identity=False)
     label_smoothing: float = option(0.0, "share of the label spread over all classes")
 
     def __post_init__(self) -> None:
@@ -94,13 +91,29 @@ PAPER = Config(
 PRESETS = {"quick": QUICK, "cifar10": CIFAR10, "paper": PAPER}
 
 
+def make_model(config: Config, data: Data) -> Any:
+    """The network with new weights."""
+    return backbone(config, data.channels, data.classes)
+
+
+def views_of(config: Config) -> dict[int, int]:
+    """Number of views of an image by their side."""
+    return {config.image_size: 1}
+
+
 def train(config: Config, run: Run, session: Session) -> None:
     """Train by Algorithm 1, SGD with progressive scaling; a fixed kappa is one stage."""
     torch.manual_seed(run.seed)
     place, data = session.place, session.data
-    model = backbone(config, data.channels, data.classes).to(place.device)
+    model = make_model(config, data).to(place.device)
     network = place.wrap(model)
-    optimizer = make_optimizer(config, run, model)
+    options: EmaOptions = {
+        "model": model,
+        "ema_buffers": config.ema_buffers,
+        "backend": config.backend,
+    }
+    decays = tuple(averages(config, run).values())
+    optimizer = make_optimizer(config, run, [(model, decays)], options)
     batch_sizes = {epoch: config.batch(kappa) for epoch, kappa in run.kappas.items()}
     scaling = ProgressiveScaling(optimizer, config.base_batch, batch_sizes)
 
@@ -126,33 +139,15 @@ def train(config: Config, run: Run, session: Session) -> None:
         scaling.step()
 
 
-def averages(config: Config, run: Run) -> dict[str, Decay]:
+def averages(recipe: Recipe, run: Run) -> dict[str, Decay]:
     """Base decays of the averages: the rule's and, at a fixed kappa, the one for rho left alone.
 
     Both follow one training, while ``kappa_scales`` would need two. The second base decay becomes
     ``rho`` when it is raised to ``kappa``.
     """
     if len(run.kappas) > 1:
-        return {"rule": config.rho}
-    return {"rule": config.rho, "none": math.pow(config.rho, 1.0 / run.kappas[0])}
-
-
-def make_optimizer(config: Config, run: Run, model: nn.Module) -> FusedScaledOptimizer:
-    """The run's optimizer at the base batch size."""
-    from timm.optim import param_groups_weight_decay
-
-    shared: EmaOptions = {
-        "ema_decay": tuple(averages(config, run).values()),
-        "model": model,
-        "ema_buffers": config.ema_buffers,
-        "backend": config.backend,
-    }
-    if run.optimizer == "AdamW":
-        groups = param_groups_weight_decay(model, config.adamw_weight_decay)
-        betas = (config.beta1, config.beta2)
-        return FusedScaledAdamW(groups, lr=config.adamw_lr, betas=betas, **shared)
-    groups = param_groups_weight_decay(model, config.weight_decay)
-    return FusedScaledSGD(groups, lr=config.lr, momentum=config.momentum, **shared)
+        return {"rule": recipe.rho}
+    return {"rule": recipe.rho, "none": math.pow(recipe.rho, 1.0 / run.kappas[0])}
 
 
 def fixed(optimizer: str, kappa: float, seed: int) -> Run:
@@ -160,20 +155,24 @@ def fixed(optimizer: str, kappa: float, seed: int) -> Run:
     return Run(f"{optimizer}, kappa {kappa:g}", seed, {0: kappa}, optimizer)
 
 
+def sessions(config: Config, folder: Folder, group: Group) -> list[Session]:
+    """The trainings."""
+    kinds = [(optimizer, kappa) for optimizer in config.optimizers for kappa in config.kappas]
+    runs = [fixed(*kind, seed) for kind in kinds for seed in config.all_seeds]
+    return [Session(config, folder, group, runs, load(config, 1))]
+
+
 def run(config: Config, folder: Folder, group: Group) -> None:
     """Train every optimizer at every kappa with every seed, and summarise."""
-    kinds = [(optimizer, kappa) for optimizer in config.optimizers for kappa in config.kappas]
-    runs = [fixed(*kind, seed) for kind in kinds for seed in range(config.seeds)]
-    session = Session(config, folder, group, runs, views=1)
-    for one in session.unfinished():
-        train(config, one, session)
+    (its,) = sessions(config, folder, group)
+    for one in its.unfinished():
+        train(config, one, its)
     if group.is_first:
-        summarise(config, folder)
+        summarise(config, folder, its.rows())
 
 
-def summarise(config: Config, folder: Folder) -> None:
+def summarise(config: Config, folder: Folder, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write final scores, gaps of averages and weights to kappa = 1, and the figure's curves."""
-    rows = folder.rows()
     summary, figure = [], []
     for optimizer in config.optimizers:
         names = {kappa: fixed(optimizer, kappa, 0).kind for kappa in config.kappas}
@@ -184,7 +183,8 @@ def summarise(config: Config, folder: Folder) -> None:
                 accuracy = curves(rows, kind, f"{average}_accuracy")
                 about = {"optimizer": optimizer, "kappa": kappa, "average": average}
                 found = {"loss": last(loss), "accuracy": last(accuracy)}
-                summary.append({**about, **found, "loss_gap": gaps(loss, base)})
+                gap = gaps(loss, base)
+                summary.append({**about, **found, "loss_gap": gap, "seeds": seed_spread(loss)})
                 figure.append({**about, "loss": loss, "accuracy": accuracy})
     folder.write("summary.json", {"runs": summary})
     about = {"base_batch": config.base_batch, "rho": config.rho, "seeds": config.seeds}

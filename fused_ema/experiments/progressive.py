@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from . import byol, polyak
 from .config import option, positive
+from .data import load
 from .distributed import Group
 from .folder import Folder
-from .recipe import Recipe, Resources
+from .recipe import ImageRecipe, Resources
 from .results import curves, gaps, last
 from .training import Run, Session
 
@@ -34,11 +35,14 @@ class Config(Resources):
     )
     tasks: tuple[str, ...] = option(("polyak", "byol"), "polyak, byol or both")
     optimizer: str = option("SGD", "SGD or AdamW", choices=("SGD", "AdamW"))
-    kappas: tuple[float, ...] = option((8.0, 32.0), "largest kappas, each reached in three ways")
+    kappas: tuple[float, ...] = option(
+        (8.0, 32.0), "largest kappas, each reached in three ways", identity=False
+    )
     switch_epochs: tuple[int, ...] = option((2, 4), "epochs from which the batch is the large one")
     doubling_epochs: int = option(1, "epochs between doublings of the batch")
     epochs: int = option(12, "passes over the training images")
-    seeds: int = option(3, "runs of each kind, with seeds 0, 1, ...")
+    seeds: int = option(3, "runs of each kind, with consecutive seeds", identity=False)
+    first_seed: int = option(0, "the first of the seeds", identity=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,40 +106,50 @@ def doubling(kappa: float, every: int) -> dict[int, float]:
     return {every * step: min(2.0**step, kappa) for step in range(steps + 1)}
 
 
-def recipe(config: Config, task: str) -> Recipe:
+def recipe(config: Config, task: str) -> ImageRecipe:
     """The preset of the task with this experiment's options."""
-    chosen: Recipe = TASKS[task].PRESETS[config.recipe]
+    chosen: ImageRecipe = TASKS[task].PRESETS[config.recipe]
     shared = {field.name: getattr(config, field.name) for field in fields(Resources)}
     if config.train_size is None:
         del shared["train_size"]
     return replace(
-        chosen, **shared, kappas=(1.0, *config.kappas), epochs=config.epochs, seeds=config.seeds
+        chosen,
+        **shared,
+        kappas=(1.0, *config.kappas),
+        epochs=config.epochs,
+        seeds=config.seeds,
+        first_seed=config.first_seed,
     )
 
 
 def run(config: Config, folder: Folder, group: Group) -> None:
     """Train both tasks by every plan with every seed, and summarise."""
-    sessions = {task: session(config, task, folder, group) for task in config.tasks}
-    for task, its in sessions.items():
+    found = sessions(config, folder, group)
+    for task, its in zip(config.tasks, found, strict=True):
         for one in its.unfinished():
             TASKS[task].train(its.recipe, one, its)
     if group.is_first:
-        summarise(config, folder)
+        summarise(config, folder, [row for its in found for row in its.rows()])
+
+
+def sessions(config: Config, folder: Folder, group: Group) -> list[Session]:
+    """The trainings of each task."""
+    return [session(config, task, folder, group) for task in config.tasks]
 
 
 def session(config: Config, task: str, folder: Folder, group: Group) -> Session:
     """The trainings of one task."""
+    its = recipe(config, task)
     runs = [
         Run(f"{task}, {name}", seed, kappas, config.optimizer)
         for name, kappas in plans(config).items()
-        for seed in range(config.seeds)
+        for seed in its.all_seeds
     ]
-    return Session(recipe(config, task), folder, group, runs, VIEWS[task])
+    return Session(its, folder, group, runs, load(its, VIEWS[task]))
 
 
-def summarise(config: Config, folder: Folder) -> None:
+def summarise(config: Config, folder: Folder, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write final scores, gaps to kappa = 1, and the figure's curves."""
-    rows = folder.rows()
     summary, figure = [], []
     for task in config.tasks:
         for name, kappas in plans(config).items():

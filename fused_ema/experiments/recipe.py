@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import CosineDecay
 from ..ema.buffers import EmaBuffersMode
+from ..ema.decay import Decay
 from ..step.backends import BackendName
 from .config import option, positive
 
@@ -40,10 +42,15 @@ class Resources:
         "auto", "backend of the optimizer: auto, native, triton, foreach, reference"
     )
     checkpoint_epochs: int = option(1, "epochs between checkpoints", identity=False)
+    checkpoint_minutes: float = option(
+        30.0, "minutes between checkpoints within an epoch", identity=False
+    )
+    tensorboard: bool = option(False, "write TensorBoard's scalars too", identity=False)
     evaluate_epochs: int = option(1, "epochs between evaluations")
 
     def __post_init__(self) -> None:
         positive(self, "per_device_batch", "checkpoint_epochs", "evaluate_epochs")
+        positive(self, "checkpoint_minutes")
         if self.workers < 0:
             raise ValueError(f"workers={self.workers} is out of range; allowed: 0 or more")
 
@@ -52,12 +59,12 @@ class Resources:
 class Recipe(Resources):
     """A training at the base batch size, and the batch sizes to which it is scaled."""
 
-    model: str = option("resnet-digits", "resnet-digits, or a model of timm")
-    small_images: bool = option(False, "a 3x3 stem without pooling in place of ImageNet's")
-    image_size: int = option(8, "side of the square images that the network sees")
     base_batch: int = option(32, "batch size of the recipe, over all processes")
-    kappas: tuple[float, ...] = option((1.0,), "batch sizes in base batches; fractions are allowed")
-    seeds: int = option(3, "runs of each kind, with seeds 0, 1, ...")
+    kappas: tuple[float, ...] = option(
+        (1.0,), "batch sizes in base batches; fractions are allowed", identity=False
+    )
+    seeds: int = option(3, "runs of each kind, with consecutive seeds", identity=False)
+    first_seed: int = option(0, "the first of the seeds", identity=False)
     epochs: int = option(20, "passes over the training images")
     lr: float = option(0.1, "base learning rate of SGD")
     momentum: float = option(0.9, "momentum of SGD, the same at every kappa")
@@ -75,11 +82,16 @@ class Recipe(Resources):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "base_batch", "kappas", "seeds", "epochs", "image_size")
+        positive(self, "base_batch", "kappas", "seeds", "epochs")
         for kappa in self.kappas:
             self.batch(kappa)
         if 1.0 not in self.kappas:
             raise ValueError(f"kappas={self.kappas} lacks 1, which the others are compared with")
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds of the runs of each kind."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     def batch(self, kappa: float) -> int:
         """The batch size at ``kappa``.
@@ -108,3 +120,33 @@ class Recipe(Resources):
             done = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
             return (1.0 + math.cos(math.pi * min(done, 1.0))) / 2.0
         return 1.0
+
+
+@dataclass(frozen=True)
+class ImageRecipe(Recipe):
+    """A training on images."""
+
+    model: str = option("resnet-digits", "resnet-digits, or a model of timm")
+    drop_path: float = option(0.0, "rate of stochastic depth, for models of timm that have it")
+    small_images: bool = option(False, "a 3x3 stem without pooling in place of ImageNet's")
+    image_size: int = option(8, "side of the square images that the network sees")
+    local_size: int = option(96, "side of the views beyond the second, DINO's local crops")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "image_size", "local_size")
+
+
+@dataclass(frozen=True)
+class TeacherRecipe(ImageRecipe):
+    """A training on images whose loss uses the average."""
+
+    rho_schedule: str = option(
+        "constant", "cosine: rho rises to 1 over the training", choices=("constant", "cosine")
+    )
+
+    def teacher_decay(self, epoch_size: int) -> Decay:
+        """The teacher's base decay, whose schedule counts base steps."""
+        if self.rho_schedule == "constant":
+            return self.rho
+        return CosineDecay(self.rho, self.epochs * epoch_size / self.base_batch)

@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
+
+# Where a distance is taken: the share of the samples before it.
+PARTS = {"all": 0.0, "late": 0.5}
 
 
 def curves(rows: Sequence[Mapping[str, Any]], kind: str, name: str) -> dict[str, Any]:
     """A quantity over the samples seen in all runs of a kind: ``seeds[seed][point]``."""
-    runs: dict[str, dict[int, float | None]] = {}
+    runs: dict[int, dict[int, float | None]] = {}
     for row in rows:
-        if name in row and row["run"].rsplit(", seed ", 1)[0] == kind:
-            runs.setdefault(row["run"], {})[row["samples"]] = row[name]
+        of, _, seed = row["run"].rpartition(", seed ")
+        if name in row and of == kind:
+            runs.setdefault(int(seed), {})[row["samples"]] = row[name]
     samples = sorted(next(iter(runs.values())))
-    values = [[run[s] for s in samples] for run in runs.values()]
-    return {"samples": samples, "seeds": values}
+    return {"samples": samples, "seeds": [[runs[k][s] for s in samples] for k in sorted(runs)]}
+
+
+def compared(
+    rows: Sequence[Mapping[str, Any]],
+    kinds: Mapping[str, Mapping[str, Any]],
+    names: Sequence[str],
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Several quantities in the runs of every kind.
+
+    Args:
+        rows: the metrics.
+        kinds: what the results tell of each kind.
+        names: the quantities.
+
+    Returns:
+        The summary, with the values at random weights and at the end of each kind, and the curves.
+    """
+    runs, figure = [], []
+    for kind, about in kinds.items():
+        found = {name: curves(rows, kind, name) for name in names}
+        runs.append({**about, **{name: last(curve) for name, curve in found.items()}})
+        figure.append({**about, **found})
+    start = {name: first(curve) for name, curve in found.items()}
+    return {"random_weights": start, "runs": runs}, figure
 
 
 def last(curve: Mapping[str, Any]) -> dict[str, float | None]:
@@ -30,13 +58,25 @@ def first(curve: Mapping[str, Any]) -> dict[str, float | None]:
 def gaps(curve: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     """Largest distances to the base run of the same seed, over all samples and the last half."""
     result: dict[str, Any] = {}
-    for name, share in (("all", 0.0), ("late", 0.5)):
+    for name, share in PARTS.items():
         first = round(share * (len(base["samples"]) - 1))
         found = [
             largest(mine[first:], theirs[first:])
             for mine, theirs in zip(curve["seeds"], base["seeds"], strict=True)
         ]
         result[name] = spread(found)
+    return result
+
+
+def seed_spread(curve: Mapping[str, Any]) -> dict[str, float | None]:
+    """Largest distance between two seeds, over all samples and the last half."""
+    result = {}
+    for name, share in PARTS.items():
+        first = round(share * (len(curve["samples"]) - 1))
+        seeds = curve["seeds"]
+        distances = [largest(a[first:], b[first:]) for a, b in combinations(seeds, 2)]
+        known = [distance for distance in distances if distance is not None]
+        result[name] = max(known, default=None) if len(known) == len(distances) else None
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,9 @@ import torch
 from torch import nn
 
 from .. import FusedScaledOptimizer, ProgressiveScaling, scale_batchnorm_momentum
-from .data import Data, Views, epoch_keys, load, loader, usable
+from .data import Data, Views, epoch_keys, loader, usable
 from .distributed import Group, Place, without_reduction
 from .folder import Folder
-from .networks import check_model
 from .recipe import Recipe
 
 Evaluate = Callable[[], Mapping[str, float]]
@@ -34,6 +34,9 @@ class Run:
         kappas: ``kappa`` from each epoch on.
         optimizer: ``"SGD"`` or ``"AdamW"``.
         rule: whether the average that the loss uses follows the EMA rule.
+        norm_rule: whether BatchNorm's statistics do.
+        centre_rule: whether DINO's centre does.
+        pseudo: whether the loss uses pseudo-labels.
     """
 
     kind: str
@@ -41,6 +44,9 @@ class Run:
     kappas: Mapping[int, float]
     optimizer: str = "SGD"
     rule: bool = True
+    norm_rule: bool = True
+    centre_rule: bool = True
+    pseudo: bool = False
 
     @property
     def name(self) -> str:
@@ -56,23 +62,22 @@ class Session:
         folder: the folder of rows and checkpoints.
         group: the processes that share every batch.
         runs: all trainings, in order.
-        views: number of augmented views of an image in training.
+        data: the samples.
 
     Raises:
         ValueError: the data or a batch size do not fit; raised before any training.
     """
 
     def __init__(
-        self, recipe: Recipe, folder: Folder, group: Group, runs: Sequence[Run], views: int
+        self, recipe: Recipe, folder: Folder, group: Group, runs: Sequence[Run], data: Data
     ) -> None:
         self.recipe, self.folder, self.group, self.runs = recipe, folder, group, runs
         self.place = Place.of(group, recipe.device, recipe.precision)
-        self.data: Data = load(recipe, views)
+        self.data = data
         batches = [recipe.batch(kappa) for run in runs for kappa in run.kappas.values()]
         for batch in batches:
             group.share(batch, recipe.per_device_batch)
         self.epoch_size = usable(len(self.data.train), batches)
-        check_model(recipe)
         self.checkpoint: dict[str, Any] | None = None
         self.stopping = False
 
@@ -86,9 +91,30 @@ class Session:
         else:
             ends = [i for i, row in enumerate(rows) if row.get("finished")]
             rows = rows[: ends[-1] + 1] if ends else []
+        finished = {row["run"] for row in rows if row.get("finished")}
+        self._check_length(rows, finished)
         self.group.any(False)  # all processes have read before the first one writes
         self.folder.begin(len(rows))
-        return {row["run"] for row in rows if row.get("finished")}
+        return finished
+
+    def _check_length(self, rows: Sequence[Mapping[str, Any]], finished: set[str]) -> None:
+        """Raise ValueError if runs that have finished saw another number of samples."""
+        names = {run.name for run in self.runs} & finished
+        seen = max(
+            (row["samples"] for row in rows if row["run"] in names and "samples" in row),
+            default=None,
+        )
+        wanted = self.recipe.epochs * self.epoch_size
+        if seen is not None and seen != wanted:
+            raise ValueError(
+                f"--out {self.folder.path}: with these kappas a run sees {wanted} samples, and "
+                f"those that have finished saw {seen}; give another folder"
+            )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The metrics of this session's runs; the folder may hold others."""
+        names = {run.name for run in self.runs}
+        return [row for row in self.folder.rows() if row["run"] in names]
 
     def unfinished(self) -> Iterator[Run]:
         """The runs that remain; meanwhile Ctrl-C waits for the end of the current step."""
@@ -176,6 +202,7 @@ class Training:
         self.optimizer, self.scaling, self.evaluate = optimizer, scaling, evaluate
         self.lrs = [group["lr"] for group in optimizer.param_groups]
         self.epoch = self.position = 0
+        self.saved = time.monotonic()
 
     @property
     def samples(self) -> int:
@@ -204,7 +231,8 @@ class Training:
         session, recipe = self.session, self.session.recipe
         size, place = round(self.scaling.batch_size), session.place
         micro, parts = session.group.share(size, recipe.per_device_batch)
-        scale_batchnorm_momentum(self.model, micro * session.group.world / recipe.base_batch)
+        kappa = micro * session.group.world / recipe.base_batch
+        scale_batchnorm_momentum(self.model, kappa if self.run.norm_rule else 1.0)
         keys = epoch_keys(len(session.data.train), self.run.seed, self.epoch)
         mine = [
             keys[first : first + micro]
@@ -219,7 +247,7 @@ class Training:
             self.position += size
             session.bar.update(size)
             if self.position < session.epoch_size:
-                self.stop_if_asked()
+                self.stop_if_asked(time.monotonic())
 
     def _firsts(self, start: int, micro: int, parts: int) -> list[int]:
         """The first samples of this process's micro-batches in a batch."""
@@ -245,10 +273,13 @@ class Training:
             value for entry in held for average in entry.values() for value in average.values()
         )
 
-    def stop_if_asked(self) -> None:
-        """Save and stop in all processes if one was asked to."""
-        if self.session.group.any(self.session.stopping):
+    def stop_if_asked(self, now: float = 0.0) -> None:
+        """Save and stop in all processes if one was asked to; save if it was not done for long."""
+        late = now - self.saved > 60.0 * self.session.recipe.checkpoint_minutes
+        stopping, late = self.session.group.any(self.session.stopping, late)
+        if stopping or late:
             self.save()
+        if stopping:
             raise KeyboardInterrupt(
                 f"Stopped in {self.run.name!r} after {self.samples} samples; the same command goes "
                 "on from there."
@@ -256,6 +287,7 @@ class Training:
 
     def save(self) -> None:
         """Write the checkpoint, with everything on which the rest of the run depends."""
+        self.saved = time.monotonic()
         generators = [torch.get_rng_state()]
         if self.session.place.device.type == "cuda":
             generators.append(torch.cuda.get_rng_state(self.session.place.device))
