@@ -16,6 +16,8 @@ from fused_ema.step.backends.native import cuda_plan as plan
 __all__ = ["NAME", "captured", "plan", "unsupported"]
 
 NAME = "shim"
+# What setup.py builds it with, so that small tensors have several chunks.
+CHUNK_BYTES = 1024
 
 
 def unsupported(bucket) -> str | None:

@@ -30,6 +30,8 @@ FLAGS = (
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     *("-I", "tests/shim", "-I", "csrc"),
+    # the same edges, in a fraction of the time
+    *("-DFUSED_EMA_CHUNK_BYTES=1024", "-DFUSED_EMA_THREADS=32"),
 )
 CXX = os.environ.get("CXX", "g++")
 

@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from shim_backend import CHUNK_BYTES
 from tolerances import COMPUTE_OF, NORM, UNIT
 from torch import nn
 
@@ -145,7 +146,7 @@ def parts_of(opt) -> torch.Tensor:
 
 def test_chunks_are_read_from_the_last_to_the_first(device_backend):
     """So that a step, which reads them upwards, finds the first ones in the cache."""
-    elements = 4096
+    elements = (CHUNK_BYTES if device_backend == "shim" else 16384) // 4
     (p,) = params = parameters([5 * elements])
     opt = sgd(params, device_backend)
     p.grad = torch.arange(5).repeat_interleave(elements).float()
@@ -170,14 +171,15 @@ def test_more_chunks_than_blocks(request):
     """The CUDA kernel, which the tests' own build runs on the CPU, sums all chunks."""
     if "shim" not in request.config.getoption("--backends"):
         pytest.skip("needs the build of make test-shim")
-    params = parameters([1030 * 2048 + 3], torch.float64)
+    elements = CHUNK_BYTES // 8
+    params = parameters([1030 * elements + 3], torch.float64)
     opt = sgd(params, "shim", max_grad_norm=INF)
     params[0].grad = torch.ones_like(params[0])
     opt.step()
-    assert float(opt.grad_norm) == math.sqrt(1030 * 2048 + 3)
+    assert float(opt.grad_norm) == math.sqrt(1030 * elements + 3)
     parts = parts_of(opt)
     # the blocks that begin with the last chunks come to the first ones, too
-    assert parts.tolist() == [2048.0 + 3] + [2 * 2048.0] * 6 + [2048.0] * (1024 - 7)
+    assert parts.tolist() == [elements + 3.0] + [2.0 * elements] * 6 + [1.0 * elements] * (1024 - 7)
 
 
 def test_a_check_is_of_no_use_to_a_later_step(backend):
