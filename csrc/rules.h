@@ -1,9 +1,9 @@
 // The optimizers' maths, once for C++, host and device: a file an optimizer, a functor a variant.
 //
 // fused_ema/rules holds the same formulas under the same names. Kernels load values, call update(),
-// store them, and say how: Exact, or Quick and once more where needed. What it takes is folded into
-// a row of doubles, in Python on the host and by fold() on a device: from a group's `numbers`
-// (`kappa` is the last) and `flags` and the base steps after this step.
+// store them, and say how: Direct on a CPU, Quick on a GPU, and Exact where that is not enough.
+// What it takes is folded into a row of doubles, in Python on the host and by fold() on a device:
+// from a group's `numbers` (`kappa` is the last) and `flags` and the base steps after this step.
 #pragma once
 
 #include "rules/adam.h"

@@ -68,6 +68,31 @@ def norms_of(
 
 
 @device
+def store_norms(
+    MEASURED: tl.constexpr,
+    DTYPES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    slot,
+    start,
+    numel,
+    p_sums,
+):
+    """Sum the chunk that begins at ``start``: whole blocks where all of it is there and aligned."""
+    param, grad, states, _ = slot
+    bits = param | grad
+    for k in tl.static_range(len(states)):
+        bits |= states[k]
+    end = tl.minimum(start + CHUNK, numel)
+    if (bits % 16 == 0) & (end - start == CHUNK):
+        b_weights, b_steps = norms_of(MEASURED, DTYPES, BLOCK, True, slot, start, end)
+    else:
+        b_weights, b_steps = norms_of(MEASURED, DTYPES, BLOCK, False, slot, start, end)
+    tl.store(p_sums, tl.sum(b_weights, axis=0))
+    tl.store(p_sums + 1, tl.sum(b_steps, axis=0))
+
+
+@device
 def total(p_sums, count, WIDTH: tl.constexpr):
     """Every second of the sums that programs have written, added up in their order."""
     b_sum = tl.zeros((WIDTH,), tl.float64)
@@ -129,21 +154,12 @@ def trust_kernel(
     p_row = p_scalars + i_row * ROW_SIZE
     adapts = tl.load(p_row + NUM_SCALARS - 1) != 0.0
     if (grad != 0) & adapts:
-        start = i_part * CHUNK
-        param = tl.load(p_slot + WEIGHT_AT)
         states = load_each(p_slot + STATES_AT, AVERAGES_AT - STATES_AT)
         scalars = rule_scalars(p_row, tl.load(p_control), p_row, COMPUTE, NUM_SCALARS, False)
-        bits = param | grad
-        for k in tl.static_range(len(states)):
-            bits |= states[k]
-        slot = (param, grad, states, scalars)
-        end = tl.minimum(start + CHUNK, numel)
-        if (bits % 16 == 0) & (end - start == CHUNK):
-            b_weights, b_steps = norms_of(MEASURED, DTYPES, BLOCK, True, slot, start, end)
-        else:
-            b_weights, b_steps = norms_of(MEASURED, DTYPES, BLOCK, False, slot, start, end)
-        tl.store(p_sums + 2 * i_chunk, tl.sum(b_weights, axis=0))
-        tl.store(p_sums + 2 * i_chunk + 1, tl.sum(b_steps, axis=0))
+        slot = (tl.load(p_slot + WEIGHT_AT), grad, states, scalars)
+        start = i_part * CHUNK
+        p_mine = p_sums + 2 * i_chunk
+        store_norms(MEASURED, DTYPES, BLOCK, CHUNK, slot, start, numel, p_mine)
         count = (numel + CHUNK - 1) // CHUNK
         tl.debug_barrier()  # the sums come before the count, whichever threads write them
         if tl.atomic_add(p_arrivals + i_slot, 1, sem="acq_rel") == count - 1:
