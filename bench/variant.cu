@@ -9,6 +9,7 @@ namespace {
 
 using namespace fused_ema;
 using Rule = Adam<false>;
+constexpr RowLayout row{Rule::scalars.size(), 1, false};
 
 thread_local std::string refused;
 
@@ -19,10 +20,7 @@ extern "C" {
 int64_t variant_elements() { return cuda::chunk_elements(StoredType::float32); }
 
 // Words before the gradients' addresses, where there is one row of scalars.
-int64_t variant_grads_at(int num_slots) {
-  constexpr RowLayout row{Rule::scalars.size(), 1, false};
-  return WordLayout{row.size(), num_slots}.grads();
-}
+int64_t variant_grads_at(int num_slots) { return WordLayout{row.size(), num_slots}.grads(); }
 
 // The name of the k-th of the rule's scalars, null behind the last.
 const char* variant_scalar(size_t k) {
@@ -45,6 +43,7 @@ const char* variant_step(const int32_t* chunks, int64_t num_chunks, const int64_
   launch.num_slots = num_slots;
   launch.num_rows = 1;
   launch.num_emas = 1;
+  launch.row_size = row.size();
   launch.host_words = host_words;
   launch.words = words;
   launch.num_words = num_words;
