@@ -55,6 +55,7 @@ COUNTS = {
     "ema_skips": (-3, 1.5, "x"),
     "ema_every": (0, 1.5),
     "max_grad_norm": (-1.0,),
+    "ema_format": (True, "bf17"),
 }
 
 

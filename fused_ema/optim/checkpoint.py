@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .. import sharding
+from ..checks import check_choice
 from ..dtypes import COMPUTE_DTYPE, is_fixed, is_there, weight_of
 from ..ema import formats
 from ..ema.averages import differences
@@ -154,12 +155,14 @@ def load(
     state: dict[Any, Any] = {}
     saved_buffers = None
     for group, saved in zip(groups, saved_groups, strict=True):
+        form = saved.get("ema_format", "full")  # says how the averages are to be read
+        check_choice("state_dict: ema_format", form, formats.EmaFormat)
         for param, key in zip(group["params"], saved["params"], strict=True):
             if key not in rest:
                 continue
             entry = dict(_mapping(rest.pop(key)))
             saved_buffers = entry.pop(BUFFERS, None) or saved_buffers
-            state[param] = _entry(rule, group, param, entry, saved.get("ema_format", "full"))
+            state[param] = _entry(rule, group, param, entry, form)
     _warn_about_asked(groups, asked)
     _warn_about_teacher(groups, saved_groups, state, teachers)
     writes = _Writes(*teachers_values(groups, state, teachers))
