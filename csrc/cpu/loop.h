@@ -54,7 +54,7 @@ void for_each_tile(int64_t count, Visit visit) {
   for (int64_t begin = 0; begin < count; begin += tile) visit(begin, std::min(count, begin + tile));
 }
 
-// What the rule reads and writes of a block.
+// What the rule reads and writes from an element on.
 template <class Rule, class Layout>
 struct Block {
   using Param = typename Layout::Param;
@@ -306,24 +306,17 @@ double squares(const void* grad, int64_t begin, int64_t end) {
 // As Measure says; in double, so that hardly a bit of a ratio depends on the order.
 template <class Rule, class Layout>
 void measure_piece(const Piece& piece, double* sums) {
-  using Param = typename Layout::Param;
-  using Weight = typename Layout::Weight;
-  using State = typename Layout::State;
-  using Value = Compute<Weight>;
-  constexpr int num_states = Rule::num_measured, first = Layout::has_master, lanes = 16;
+  using Value = Compute<typename Layout::Weight>;
+  constexpr int num_states = Rule::num_measured, lanes = 16;
   const auto scalars = scalars_of<Rule, Value>(piece.row, piece.grad_factor, 1);
   const int64_t count = piece.end - piece.begin;
-  const Weight* weight = static_cast<const Weight*>(piece.pointers[first]) + piece.begin;
-  const Param* grad = static_cast<const Param*>(piece.grad) + piece.begin;
-  const State* state[num_states + 1] = {};
-  for (int k = 0; k < num_states; ++k)
-    state[k] = static_cast<const State*>(piece.pointers[first + 1 + k]) + piece.begin;
+  const Block<Rule, Layout> from(piece, piece.begin);
   double weights[lanes] = {}, steps[lanes] = {};
   const auto add = [&](int64_t i, int lane) {
     Value states[num_states + 1] = {};
-    for (int k = 0; k < num_states; ++k) states[k] = load(state[k][i]);
-    const Value value = load(weight[i]);
-    const double step = Rule::measured(value, Value(load(grad[i])), states, scalars);
+    for (int k = 0; k < num_states; ++k) states[k] = load(from.state[k][i]);
+    const Value value = load(from.weight[i]);
+    const double step = Rule::measured(value, Value(load(from.grad[i])), states, scalars);
     weights[lane] += double{value} * double{value};
     steps[lane] += step * step;
   };
