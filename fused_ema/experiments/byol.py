@@ -213,8 +213,7 @@ def sessions(config: Config, folder: Folder, group: Group) -> list[Session]:
 def run(config: Config, folder: Folder, group: Group) -> None:
     """Train at every kappa, with and without the rule, with every seed, and summarise."""
     (its,) = sessions(config, folder, group)
-    for one in its.unfinished():
-        train(config, one, its)
+    its.complete(train)
     if group.is_first:
         summarise(config, folder, its.rows())
 

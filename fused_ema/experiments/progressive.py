@@ -126,8 +126,7 @@ def run(config: Config, folder: Folder, group: Group) -> None:
     """Train both tasks by every plan with every seed, and summarise."""
     found = sessions(config, folder, group)
     for task, its in zip(config.tasks, found, strict=True):
-        for one in its.unfinished():
-            TASKS[task].train(its.recipe, one, its)
+        its.complete(TASKS[task].train)
     if group.is_first:
         summarise(config, folder, [row for its in found for row in its.rows()])
 

@@ -116,6 +116,11 @@ class Session:
         names = {run.name for run in self.runs}
         return [row for row in self.folder.rows() if row["run"] in names]
 
+    def complete(self, train: Callable[[Any, Run, Session], None]) -> None:
+        """Train every run that remains; ``train`` takes the recipe, the run and this session."""
+        for run in self.unfinished():
+            train(self.recipe, run, self)
+
     def unfinished(self) -> Iterator[Run]:
         """The runs that remain; meanwhile Ctrl-C waits for the end of the current step."""
         from tqdm import tqdm
