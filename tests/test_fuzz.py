@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from fuzz import CHECKS, again
+from pages import one_thread  # noqa: F401
 
 SEEDS = 20  # a test
 TESTS = {
@@ -21,14 +21,6 @@ TESTS = {
     "swap": 10,
 }
 CASES = [(name, first) for name, count in TESTS.items() for first in range(0, count * SEEDS, SEEDS)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.filterwarnings("ignore")  # of values that are loaded and differ, among others
